@@ -1,0 +1,1 @@
+//! Network namespaces, queue rules and traffic for nfqnl.
