@@ -1,0 +1,89 @@
+//! Netlink attributes: type, length, value
+
+use byteorder::{ByteOrder, NativeEndian};
+
+use crate::consts::{ATTR_HEADER_LEN, NLA_TYPE_MASK, align};
+use crate::error::DecodeError;
+
+/// One attribute: its number, and its value as it stands in the buffer
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Attr<'a> {
+    /// The number, without [`NLA_F_NESTED`](crate::consts::NLA_F_NESTED) and
+    /// [`NLA_F_NET_BYTEORDER`](crate::consts::NLA_F_NET_BYTEORDER)
+    pub kind: u16,
+    /// The value, without padding
+    pub value: &'a [u8],
+    /// Where the attribute's header begins in the bytes given to [`Attrs::new`]
+    pub offset: usize,
+}
+
+impl core::fmt::Debug for Attr<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Attr")
+            .field("kind", &self.kind)
+            .field("offset", &self.offset)
+            .field("len", &self.value.len())
+            .finish()
+    }
+}
+
+/// The attributes of a message, or those nested in another, in the order of the wire
+///
+/// The last one may be unpadded, and up to three stray bytes behind it are passed over, as in the kernel's own
+/// `nla_for_each_attr`. A broken length is one `Err` and the end: nothing behind it can be trusted.
+#[derive(Clone, Debug)]
+pub struct Attrs<'a> {
+    rest: &'a [u8],
+    offset: usize,
+}
+
+impl<'a> Attrs<'a> {
+    /// Attributes from `bytes`, whose first byte is the first attribute's header
+    #[must_use]
+    pub const fn new(bytes: &'a [u8]) -> Self {
+        Self {
+            rest: bytes,
+            offset: 0,
+        }
+    }
+
+    /// The last attribute with this number, as the kernel's parser chooses
+    #[must_use]
+    pub fn last(self, kind: u16) -> Option<Attr<'a>> {
+        self.map_while(Result::ok)
+            .filter(|attr| attr.kind == kind)
+            .last()
+    }
+}
+
+impl<'a> Iterator for Attrs<'a> {
+    type Item = Result<Attr<'a>, DecodeError>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        let (header, _) = self.rest.split_first_chunk::<ATTR_HEADER_LEN>()?;
+        let len = usize::from(NativeEndian::read_u16(header));
+        let kind = NativeEndian::read_u16(&header[2..]) & NLA_TYPE_MASK;
+        let offset = self.offset;
+        let Some(value) = self.rest.get(ATTR_HEADER_LEN..len) else {
+            let had = self.rest.len();
+            self.rest = &[];
+            return Some(Err(DecodeError::AttributeLength {
+                kind,
+                offset,
+                len,
+                had,
+            }));
+        };
+        self.rest = self.rest.get(align(len)..).unwrap_or_default();
+        self.offset += align(len);
+        Some(Ok(Attr {
+            kind,
+            value,
+            offset,
+        }))
+    }
+}
+
+impl core::iter::FusedIterator for Attrs<'_> {}

@@ -1,0 +1,500 @@
+//! The packet that waits for a verdict: a view over the message's bytes
+//!
+//! [`Packet::parse`] checks the message once and remembers where each attribute stands; after that no getter can fail.
+//!
+//! # A new attribute
+//! Give it a number in [`consts`](crate::consts) (and raise [`NFQA_MAX`] to it), its least size in [`min_len`], and a
+//! getter below. Until then [`Packet::attr`] finds it by number.
+
+use core::time::Duration;
+
+use bitflags::bitflags;
+use byteorder::{BigEndian, ByteOrder, NativeEndian};
+
+use crate::attr::{Attr, Attrs};
+use crate::consts::{
+    ATTR_HEADER_LEN, ATTRS_OFFSET, MESSAGE_HEADER_LEN, NFQA_CAP_LEN, NFQA_CGROUP_CLASSID, NFQA_CT,
+    NFQA_CT_INFO, NFQA_EXP, NFQA_GID, NFQA_HWADDR, NFQA_IFINDEX_INDEV, NFQA_IFINDEX_OUTDEV,
+    NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV, NFQA_L2HDR, NFQA_MARK, NFQA_MAX,
+    NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_SECCTX, NFQA_SKB_INFO, NFQA_TIMESTAMP,
+    NFQA_UID, NFQA_VLAN, NFQNL_MSG_PACKET, PACKET_HDR_LEN, PACKET_HW_LEN, TIMESTAMP_LEN,
+    message_type,
+};
+use crate::error::{DecodeError, Header};
+use crate::types::{Family, Hook};
+use crate::vlan::Vlan;
+
+/// Offsets are kept in 4-byte words, so that 16 bits reach this far
+const MAX_MESSAGE_LEN: usize = (u16::MAX as usize + 1) * 4;
+
+/// Names a waiting packet: what a verdict is addressed to, at any later time and from any thread
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(
+    clippy::exhaustive_structs,
+    reason = "eight bytes, made and read by both crates"
+)]
+pub struct PacketKey {
+    /// The queue
+    pub queue: u16,
+    /// Which binding of the queue the id belongs to: ids restart at 1 when a queue is unbound and bound again.
+    /// Not on the wire; 0 until a receiver that counts bindings sets it ([`Packet::with_binding`]).
+    pub binding: u16,
+    /// The packet's id: the kernel counts from 1 for each binding and wraps at 32 bits
+    pub id: u32,
+}
+
+impl PacketKey {
+    /// Finds the key in the first bytes of a packet message, even one that was cut short
+    ///
+    /// `None` if `message` is no packet message or ends before its packet header. A packet whose message did not fit
+    /// the receive buffer still waits in the kernel: this is how to answer it.
+    #[must_use]
+    #[inline]
+    pub fn peek(message: &[u8]) -> Option<Self> {
+        let (header, attrs) = message.split_first_chunk::<ATTRS_OFFSET>()?;
+        if NativeEndian::read_u16(&header[4..]) != message_type(NFQNL_MSG_PACKET) {
+            return None;
+        }
+        let header_attr = Attrs::new(attrs)
+            .map_while(Result::ok)
+            .find(|a| a.kind == NFQA_PACKET_HDR)?;
+        let id = BigEndian::read_u32(header_attr.value.first_chunk::<4>()?);
+        Some(Self {
+            queue: BigEndian::read_u16(&header[18..]),
+            binding: 0,
+            id,
+        })
+    }
+}
+
+/// A packet that the kernel holds until it gets a verdict (`NFQNL_MSG_PACKET`)
+///
+/// Small and `Copy`; slices that it hands out live as long as the buffer, not as the view.
+#[derive(Clone, Copy)]
+pub struct Packet<'a> {
+    /// The whole message, from its netlink header on
+    message: &'a [u8],
+    /// Where each attribute stands, in words from the start of `message`; 0 if it is absent
+    at: [u16; NFQA_MAX as usize + 1],
+    binding: u16,
+}
+
+const _: () = assert!(size_of::<Packet<'static>>() <= 64, "one cache line");
+
+impl<'a> Packet<'a> {
+    /// Checks a whole message, netlink header included
+    ///
+    /// Where an attribute comes twice, the last one counts, as in the kernel. Attributes of unknown number are kept
+    /// for [`attr`](Self::attr).
+    ///
+    /// # Errors
+    /// Not a packet message, broken lengths, an attribute shorter than its type, or no packet header.
+    pub fn parse(message: &'a [u8]) -> Result<Self, DecodeError> {
+        let short = |what, offset, needed| DecodeError::Short {
+            what,
+            offset,
+            needed,
+            had: message.len() - offset,
+        };
+        let Some((header, _)) = message.split_first_chunk::<MESSAGE_HEADER_LEN>() else {
+            return Err(short(Header::Message, 0, MESSAGE_HEADER_LEN));
+        };
+        let kind = NativeEndian::read_u16(&header[4..]);
+        if kind != message_type(NFQNL_MSG_PACKET) {
+            return Err(DecodeError::NotAPacket { message_type: kind });
+        }
+        let Some((_, attrs)) = message.split_first_chunk::<ATTRS_OFFSET>() else {
+            return Err(short(
+                Header::Family,
+                MESSAGE_HEADER_LEN,
+                ATTRS_OFFSET - MESSAGE_HEADER_LEN,
+            ));
+        };
+        if message.len() > MAX_MESSAGE_LEN {
+            return Err(DecodeError::TooLong {
+                had: message.len(),
+                max: MAX_MESSAGE_LEN,
+            });
+        }
+
+        let mut at = [0; NFQA_MAX as usize + 1];
+        for attr in Attrs::new(attrs) {
+            let attr = attr.map_err(|error| error.at(ATTRS_OFFSET))?;
+            if let Some(slot) = at.get_mut(usize::from(attr.kind)) {
+                check(attr)?;
+                *slot = u16::try_from((attr.offset + ATTRS_OFFSET) / 4).unwrap_or_default();
+            }
+        }
+        let packet = Self {
+            message,
+            at,
+            binding: 0,
+        };
+        match packet.attr(NFQA_PACKET_HDR) {
+            Some(_) => Ok(packet),
+            None => Err(DecodeError::MissingAttribute {
+                kind: NFQA_PACKET_HDR,
+            }),
+        }
+    }
+
+    /// The same packet, its key stamped with the number of the queue's binding
+    #[must_use]
+    #[inline]
+    pub const fn with_binding(mut self, binding: u16) -> Self {
+        self.binding = binding;
+        self
+    }
+
+    /// What a verdict on this packet is addressed to
+    #[must_use]
+    #[inline]
+    pub fn key(&self) -> PacketKey {
+        PacketKey {
+            queue: self.queue(),
+            binding: self.binding,
+            id: self.id(),
+        }
+    }
+
+    /// The whole message as it was received, netlink header included
+    #[must_use]
+    pub const fn as_bytes(&self) -> &'a [u8] {
+        self.message
+    }
+
+    /// The protocol family of the hook that queued the packet (`nfgen_family`): IPv4, IPv6, bridge, or any number
+    #[must_use]
+    #[inline]
+    pub fn family(&self) -> Family {
+        Family(
+            self.message
+                .get(MESSAGE_HEADER_LEN)
+                .copied()
+                .unwrap_or_default(),
+        )
+    }
+
+    /// The number of the queue (`res_id`)
+    #[must_use]
+    #[inline]
+    pub fn queue(&self) -> u16 {
+        self.message
+            .get(MESSAGE_HEADER_LEN + 2..)
+            .and_then(<[u8]>::first_chunk::<2>)
+            .map_or(0, |b| BigEndian::read_u16(b))
+    }
+
+    /// The packet's id in its queue, from 1
+    #[must_use]
+    #[inline]
+    pub fn id(&self) -> u32 {
+        BigEndian::read_u32(&self.header()[..4])
+    }
+
+    /// The EtherType of the packet (`hw_protocol`): `0x0800` IPv4, `0x86dd` IPv6, `0x0806` ARP on a bridge
+    #[must_use]
+    pub fn hw_protocol(&self) -> u16 {
+        BigEndian::read_u16(&self.header()[4..6])
+    }
+
+    /// The netfilter hook that queued the packet
+    #[must_use]
+    pub fn hook(&self) -> Hook {
+        Hook(self.header()[6])
+    }
+
+    /// `struct nfqnl_msg_packet_hdr`; `parse` saw that it is there
+    #[inline]
+    fn header(&self) -> [u8; PACKET_HDR_LEN] {
+        self.fixed(NFQA_PACKET_HDR).unwrap_or_default()
+    }
+
+    /// The packet mark (`skb->mark`); 0 if none, which the kernel does not tell from a mark of 0
+    #[must_use]
+    #[doc(alias = "nfmark")]
+    #[inline]
+    pub fn mark(&self) -> u32 {
+        self.be32(NFQA_MARK).unwrap_or(0)
+    }
+
+    /// `skb->priority`; 0 if none. Linux 5.18
+    #[must_use]
+    pub fn priority(&self) -> u32 {
+        self.be32(NFQA_PRIORITY).unwrap_or(0)
+    }
+
+    /// When the packet was received, since the Unix epoch, in steps of a microsecond
+    ///
+    /// Only for packets that came in (up to the FORWARD hook) while some socket on the machine asked for timestamps
+    /// (`SO_TIMESTAMP`, a running capture).
+    #[must_use]
+    pub fn timestamp(&self) -> Option<Duration> {
+        let value: [u8; TIMESTAMP_LEN] = self.fixed(NFQA_TIMESTAMP)?;
+        let seconds = Duration::from_secs(BigEndian::read_u64(&value[..8]));
+        Some(seconds.saturating_add(Duration::from_micros(BigEndian::read_u64(&value[8..]))))
+    }
+
+    /// Index of the device that the packet came in by; absent for packets made here
+    #[must_use]
+    pub fn indev(&self) -> Option<u32> {
+        self.be32(NFQA_IFINDEX_INDEV)
+    }
+
+    /// Index of the device that the packet will leave by; absent before routing
+    #[must_use]
+    pub fn outdev(&self) -> Option<u32> {
+        self.be32(NFQA_IFINDEX_OUTDEV)
+    }
+
+    /// Index of the bridge port that the packet came in by; only on a bridge
+    #[must_use]
+    pub fn physindev(&self) -> Option<u32> {
+        self.be32(NFQA_IFINDEX_PHYSINDEV)
+    }
+
+    /// Index of the bridge port that the packet will leave by; only on a bridge
+    #[must_use]
+    pub fn physoutdev(&self) -> Option<u32> {
+        self.be32(NFQA_IFINDEX_PHYSOUTDEV)
+    }
+
+    /// The link-layer address of the packet's *source*; absent for packets made here
+    #[must_use]
+    #[doc(alias = "hwaddr")]
+    pub fn hw_addr(&self) -> Option<HwAddr> {
+        let value: [u8; PACKET_HW_LEN] = self.fixed(NFQA_HWADDR)?;
+        let (len, bytes) = (BigEndian::read_u16(&value[..2]), &value[4..]);
+        let mut addr = HwAddr {
+            bytes: [0; HwAddr::MAX_LEN],
+            len: len.min(8).to_be_bytes()[1],
+        };
+        addr.bytes.copy_from_slice(bytes);
+        Some(addr)
+    }
+
+    /// User id of the socket that sent the packet, as the initial user namespace numbers it
+    ///
+    /// Only with [`ConfigFlags::UID_GID`](crate::ConfigFlags::UID_GID), and only for packets of a local socket.
+    /// Linux 3.14
+    #[must_use]
+    pub fn uid(&self) -> Option<u32> {
+        self.be32(NFQA_UID)
+    }
+
+    /// Group id of the socket that sent the packet; see [`uid`](Self::uid)
+    #[must_use]
+    pub fn gid(&self) -> Option<u32> {
+        self.be32(NFQA_GID)
+    }
+
+    /// Security context of the packet, as bytes: nothing promises a NUL at its end, and often there is one
+    ///
+    /// Only with [`ConfigFlags::SECCTX`](crate::ConfigFlags::SECCTX). Linux 4.3
+    #[must_use]
+    pub fn security_context(&self) -> Option<&'a [u8]> {
+        self.attr(NFQA_SECCTX)
+    }
+
+    /// The VLAN tag; only in the bridge family, and only for tagged frames. Linux 4.7
+    #[must_use]
+    pub fn vlan(&self) -> Option<Vlan> {
+        self.attr(NFQA_VLAN)
+            .and_then(|nested| Vlan::parse(nested).ok())
+    }
+
+    /// The link-layer header, without a VLAN tag; only in the bridge family. Linux 4.7
+    #[must_use]
+    pub fn l2_header(&self) -> Option<&'a [u8]> {
+        self.attr(NFQA_L2HDR)
+    }
+
+    /// The conntrack entry: nested `CTA_*` attributes, for [`Attrs`]
+    ///
+    /// Only with [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK), and only for tracked packets. Linux 3.6
+    #[must_use]
+    pub fn conntrack(&self) -> Option<&'a [u8]> {
+        self.attr(NFQA_CT)
+    }
+
+    /// How the packet relates to its conntrack entry (`enum ip_conntrack_info`); comes with
+    /// [`conntrack`](Self::conntrack)
+    #[must_use]
+    pub fn conntrack_info(&self) -> Option<u32> {
+        self.be32(NFQA_CT_INFO)
+    }
+
+    /// A conntrack expectation: nested `CTA_EXPECT_*` attributes. No kernel sends one today
+    #[must_use]
+    pub fn expectation(&self) -> Option<&'a [u8]> {
+        self.attr(NFQA_EXP)
+    }
+
+    /// net_cls class id of the sending socket's cgroup; absent if 0. Linux 6.4
+    #[must_use]
+    pub fn cgroup_classid(&self) -> Option<u32> {
+        self.be32(NFQA_CGROUP_CLASSID)
+    }
+
+    /// Length of the whole packet in bytes, if the kernel sent only its beginning
+    #[must_use]
+    #[doc(alias = "cap_len")]
+    pub fn capture_len(&self) -> Option<u32> {
+        self.be32(NFQA_CAP_LEN)
+    }
+
+    /// Whether the payload is only the packet's beginning. Replacing it would shorten the packet.
+    #[must_use]
+    pub fn is_cut(&self) -> bool {
+        self.capture_len().is_some()
+    }
+
+    /// State of checksums and segmentation; empty if the kernel sent none. Linux 3.10
+    #[must_use]
+    #[doc(alias = "skbinfo")]
+    pub fn skb_info(&self) -> SkbInfo {
+        SkbInfo::from_bits_retain(self.be32(NFQA_SKB_INFO).unwrap_or(0))
+    }
+
+    /// The packet from its network header on; empty in copy modes other than
+    /// [`CopyMode::PACKET`](crate::CopyMode::PACKET)
+    #[must_use]
+    #[inline]
+    pub fn payload(&self) -> &'a [u8] {
+        self.attr(NFQA_PAYLOAD).unwrap_or_default()
+    }
+
+    /// The value of any attribute by number, without padding; `None` if the kernel did not send it
+    #[must_use]
+    #[inline]
+    pub fn attr(&self, kind: u16) -> Option<&'a [u8]> {
+        let Some(&word) = self.at.get(usize::from(kind)) else {
+            return self.attrs().last(kind).map(|attr| attr.value);
+        };
+        if word == 0 {
+            return None;
+        }
+        let attr = self.message.get(usize::from(word) * 4..)?;
+        let len = NativeEndian::read_u16(attr.first_chunk::<2>()?);
+        attr.get(ATTR_HEADER_LEN..usize::from(len))
+    }
+
+    /// All attributes in the order of the wire, unknown ones included; no item is an `Err`
+    #[must_use]
+    pub fn attrs(&self) -> Attrs<'a> {
+        Attrs::new(self.message.get(ATTRS_OFFSET..).unwrap_or_default())
+    }
+
+    #[inline]
+    fn fixed<const N: usize>(&self, kind: u16) -> Option<[u8; N]> {
+        self.attr(kind)?.first_chunk().copied()
+    }
+
+    #[inline]
+    fn be32(&self, kind: u16) -> Option<u32> {
+        self.fixed::<4>(kind)
+            .map(|value| BigEndian::read_u32(&value))
+    }
+}
+
+impl core::fmt::Debug for Packet<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Packet")
+            .field("key", &self.key())
+            .field("family", &self.family())
+            .field("hook", &self.hook())
+            .field("mark", &self.mark())
+            .field("payload_len", &self.payload().len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Checks the value of an attribute that has a getter
+fn check(attr: Attr<'_>) -> Result<(), DecodeError> {
+    let (needed, had) = (min_len(attr.kind), attr.value.len());
+    let offset = attr.offset + ATTRS_OFFSET;
+    if had < needed {
+        return Err(DecodeError::AttributeShort {
+            kind: attr.kind,
+            offset,
+            needed,
+            had,
+        });
+    }
+    if attr.kind == NFQA_VLAN {
+        Vlan::parse(attr.value).map_err(|error| error.at(offset + ATTR_HEADER_LEN))?;
+    }
+    Ok(())
+}
+
+/// The least size of an attribute's value; more is allowed, as later kernels may add to it
+const fn min_len(kind: u16) -> usize {
+    match kind {
+        NFQA_PACKET_HDR => PACKET_HDR_LEN,
+        NFQA_TIMESTAMP => TIMESTAMP_LEN,
+        NFQA_HWADDR => PACKET_HW_LEN,
+        NFQA_MARK
+        | NFQA_IFINDEX_INDEV
+        | NFQA_IFINDEX_OUTDEV
+        | NFQA_IFINDEX_PHYSINDEV
+        | NFQA_IFINDEX_PHYSOUTDEV
+        | NFQA_CT_INFO
+        | NFQA_CAP_LEN
+        | NFQA_SKB_INFO
+        | NFQA_UID
+        | NFQA_GID
+        | NFQA_PRIORITY
+        | NFQA_CGROUP_CLASSID => 4,
+        _ => 0,
+    }
+}
+
+/// A link-layer address: up to 8 bytes, 6 on Ethernet
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct HwAddr {
+    bytes: [u8; Self::MAX_LEN],
+    len: u8,
+}
+
+impl HwAddr {
+    /// The room that the kernel has for an address
+    pub const MAX_LEN: usize = 8;
+
+    /// The address, as long as the kernel says it is, and never more than [`MAX_LEN`](Self::MAX_LEN)
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        self.bytes
+            .get(..usize::from(self.len))
+            .unwrap_or(&self.bytes)
+    }
+}
+
+impl core::fmt::Display for HwAddr {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        for (i, byte) in self.as_bytes().iter().enumerate() {
+            let colon = if i == 0 { "" } else { ":" };
+            write!(f, "{colon}{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl core::fmt::Debug for HwAddr {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "HwAddr({self})")
+    }
+}
+
+bitflags! {
+    /// What the kernel says of a packet's checksums and segmentation (`NFQA_SKB_INFO`); unknown bits are kept
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct SkbInfo: u32 {
+        /// The checksums in the payload are unfinished: complete them before sending the payload back
+        const CSUM_NOT_READY = 0x1;
+        /// A large packet that will be segmented later
+        const GSO = 0x2;
+        /// Nobody has verified the checksums yet. Linux 3.11
+        const CSUM_NOT_VERIFIED = 0x4;
+        const _ = !0;
+    }
+}

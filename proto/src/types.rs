@@ -1,0 +1,146 @@
+//! Small wire values: families, hooks, copy modes, flags. Any number is a value; unknown ones are kept
+
+use core::fmt;
+
+use bitflags::bitflags;
+
+use crate::consts::{NFQNL_COPY_META, NFQNL_COPY_NONE, NFQNL_COPY_PACKET};
+
+/// A protocol family: `AF_*` / `NFPROTO_*`
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
+pub struct Family(pub u8);
+
+impl Family {
+    /// No family in particular
+    pub const UNSPEC: Self = Self(0);
+    /// IPv4
+    #[doc(alias = "AF_INET")]
+    #[doc(alias = "NFPROTO_IPV4")]
+    pub const INET: Self = Self(2);
+    /// ARP; also `NFPROTO_ARP`
+    pub const ARP: Self = Self(3);
+    /// Bridged frames
+    #[doc(alias = "AF_BRIDGE")]
+    #[doc(alias = "NFPROTO_BRIDGE")]
+    pub const BRIDGE: Self = Self(7);
+    /// IPv6
+    #[doc(alias = "AF_INET6")]
+    #[doc(alias = "NFPROTO_IPV6")]
+    pub const INET6: Self = Self(10);
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::UNSPEC => f.write_str("unspecified"),
+            Self::INET => f.write_str("IPv4"),
+            Self::ARP => f.write_str("ARP"),
+            Self::BRIDGE => f.write_str("bridge"),
+            Self::INET6 => f.write_str("IPv6"),
+            Self(number) => write!(f, "family {number}"),
+        }
+    }
+}
+
+impl fmt::Debug for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Family({}: {self})", self.0)
+    }
+}
+
+/// The netfilter hook that a packet was queued at (`enum nf_inet_hooks`, the same numbers in `NF_BR_*`)
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
+pub struct Hook(pub u8);
+
+impl Hook {
+    /// Came in, not yet routed
+    pub const PREROUTING: Self = Self(0);
+    /// For this host
+    pub const INPUT: Self = Self(1);
+    /// Through this host
+    pub const FORWARD: Self = Self(2);
+    /// Made here
+    pub const OUTPUT: Self = Self(3);
+    /// About to leave
+    pub const POSTROUTING: Self = Self(4);
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::PREROUTING => f.pad("PREROUTING"),
+            Self::INPUT => f.pad("INPUT"),
+            Self::FORWARD => f.pad("FORWARD"),
+            Self::OUTPUT => f.pad("OUTPUT"),
+            Self::POSTROUTING => f.pad("POSTROUTING"),
+            Self(number) => write!(f, "hook {number}"),
+        }
+    }
+}
+
+impl fmt::Debug for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Hook({}: {self})", self.0)
+    }
+}
+
+/// How much of each packet the kernel sends
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
+pub struct CopyMode(pub u8);
+
+impl CopyMode {
+    /// Nothing: the kernel **drops** every packet of the queue, bypass and fail-open or not. A queue is born so
+    #[doc(alias = "NFQNL_COPY_NONE")]
+    pub const NONE: Self = Self(NFQNL_COPY_NONE);
+    /// Every attribute but the payload
+    #[doc(alias = "NFQNL_COPY_META")]
+    pub const META: Self = Self(NFQNL_COPY_META);
+    /// Everything, and as much of the packet as the range says
+    #[doc(alias = "NFQNL_COPY_PACKET")]
+    pub const PACKET: Self = Self(NFQNL_COPY_PACKET);
+}
+
+impl fmt::Display for CopyMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::NONE => f.write_str("none"),
+            Self::META => f.write_str("meta"),
+            Self::PACKET => f.write_str("packet"),
+            Self(number) => write!(f, "mode {number}"),
+        }
+    }
+}
+
+impl fmt::Debug for CopyMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CopyMode({}: {self})", self.0)
+    }
+}
+
+bitflags! {
+    /// Switches of a queue (`NFQA_CFG_F_*`); unknown bits are kept
+    ///
+    /// A kernel that does not know a bit refuses it: `EOPNOTSUPP`, or `EINVAL` from Linux 7.2 on.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct ConfigFlags: u32 {
+        /// Accept instead of drop when the queue or the socket's buffer is full. Linux 3.6
+        #[doc(alias = "NFQA_CFG_F_FAIL_OPEN")]
+        const FAIL_OPEN = 0x01;
+        /// Send the conntrack entry; needs the kernel's nf_conntrack_netlink glue. Linux 3.6
+        #[doc(alias = "NFQA_CFG_F_CONNTRACK")]
+        const CONNTRACK = 0x02;
+        /// Send large packets unsegmented, with unfinished checksums: the big gain for TCP. Linux 3.10
+        #[doc(alias = "NFQA_CFG_F_GSO")]
+        const GSO = 0x04;
+        /// Send user and group of the sending socket. Linux 3.14
+        #[doc(alias = "NFQA_CFG_F_UID_GID")]
+        const UID_GID = 0x08;
+        /// Send the security context. Linux 4.3
+        #[doc(alias = "NFQA_CFG_F_SECCTX")]
+        const SECCTX = 0x10;
+        const _ = !0;
+    }
+}

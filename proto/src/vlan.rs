@@ -1,0 +1,61 @@
+//! The VLAN tag of a bridged packet
+
+use byteorder::{BigEndian, ByteOrder};
+
+use crate::attr::Attrs;
+use crate::consts::{NFQA_VLAN_PROTO, NFQA_VLAN_TCI};
+use crate::error::DecodeError;
+
+/// A VLAN tag that was taken off the link-layer header (`NFQA_VLAN`)
+///
+/// Both halves are always there: the kernel sends both, and refuses a verdict that has only one (and drops its packet).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(clippy::exhaustive_structs, reason = "a tag is these 32 bits")]
+pub struct Vlan {
+    /// Tag protocol identifier: `0x8100` (802.1Q), `0x88a8` (802.1ad)
+    pub proto: u16,
+    /// Tag control information: priority (3 bits), drop eligible (1), VLAN id (12)
+    pub tci: u16,
+}
+
+impl Vlan {
+    /// The VLAN's number, the low 12 bits of the tag control information
+    #[must_use]
+    pub const fn id(self) -> u16 {
+        self.tci & 0x0fff
+    }
+
+    /// Decodes the nested attribute, in either order, as the kernel sends TCI first
+    ///
+    /// # Errors
+    /// A broken, short or missing member.
+    pub fn parse(nested: &[u8]) -> Result<Self, DecodeError> {
+        let (mut proto, mut tci) = (None, None);
+        for attr in Attrs::new(nested) {
+            let attr = attr?;
+            let member = match attr.kind {
+                NFQA_VLAN_PROTO => &mut proto,
+                NFQA_VLAN_TCI => &mut tci,
+                _ => continue,
+            };
+            let value = attr
+                .value
+                .first_chunk::<2>()
+                .ok_or(DecodeError::AttributeShort {
+                    kind: attr.kind,
+                    offset: attr.offset,
+                    needed: 2,
+                    had: attr.value.len(),
+                })?;
+            *member = Some(BigEndian::read_u16(value));
+        }
+        Ok(Self {
+            proto: proto.ok_or(DecodeError::MissingAttribute {
+                kind: NFQA_VLAN_PROTO,
+            })?,
+            tci: tci.ok_or(DecodeError::MissingAttribute {
+                kind: NFQA_VLAN_TCI,
+            })?,
+        })
+    }
+}
