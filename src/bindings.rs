@@ -1,0 +1,125 @@
+//! Which queues the handle has bound, and the number that tells one binding of a queue from the next
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+
+use nfqnl_proto::PacketKey;
+
+/// One binding of a queue
+#[derive(Debug)]
+pub(crate) struct Binding {
+    pub(crate) queue: u16,
+    /// The number in the keys of its packets; unique in the process until 65535 bindings later
+    pub(crate) number: u16,
+    last_id: AtomicU32,
+}
+
+static NEXT: AtomicU16 = AtomicU16::new(1);
+
+impl Binding {
+    pub(crate) fn new(queue: u16) -> Self {
+        let number = match NEXT.fetch_add(1, Ordering::Relaxed) {
+            0 => NEXT.fetch_add(1, Ordering::Relaxed), // 0 is for keys that no handle has made
+            number => number,
+        };
+        Self {
+            queue,
+            number,
+            last_id: AtomicU32::new(0),
+        }
+    }
+
+    pub(crate) const fn key(&self, id: u32) -> PacketKey {
+        PacketKey {
+            queue: self.queue,
+            binding: self.number,
+            id,
+        }
+    }
+
+    /// Notes that packet `id` has come, and returns how many ids were left out before it
+    ///
+    /// The kernel numbers packets without gaps; a message that did not fit the receive buffer has used its number up.
+    /// An id that is not after the last one (several threads read the descriptor) closes no gap.
+    pub(crate) fn note(&self, id: u32) -> u32 {
+        let step = id.wrapping_sub(self.last_id.load(Ordering::Relaxed));
+        if step == 0 || step > u32::MAX / 2 {
+            return 0;
+        }
+        self.last_id.store(id, Ordering::Relaxed);
+        step - 1
+    }
+}
+
+/// All bindings of a handle, by queue number; replaced as a whole when one comes or goes
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Bindings(Arc<Vec<Arc<Binding>>>);
+
+impl Bindings {
+    #[inline]
+    pub(crate) fn get(&self, queue: u16) -> Option<&Binding> {
+        let index = self
+            .0
+            .binary_search_by_key(&queue, |binding| binding.queue)
+            .ok()?;
+        self.0.get(index).map(|binding| &**binding)
+    }
+
+    /// Whether the key's binding is the queue's present one
+    #[inline]
+    pub(crate) fn is_current(&self, key: PacketKey) -> bool {
+        self.get(key.queue)
+            .is_some_and(|binding| binding.number == key.binding)
+    }
+
+    pub(crate) fn insert(&mut self, binding: Binding) {
+        let all = Arc::make_mut(&mut self.0);
+        match all.binary_search_by_key(&binding.queue, |b| b.queue) {
+            Ok(index) | Err(index) => all.insert(index, Arc::new(binding)),
+        }
+    }
+
+    /// Removes a binding by number; a later binding of the same queue stays
+    pub(crate) fn remove(&mut self, queue: u16, number: u16) {
+        Arc::make_mut(&mut self.0).retain(|b| (b.queue, b.number) != (queue, number));
+    }
+
+    pub(crate) fn queues(&self) -> impl Iterator<Item = (u16, u16)> + '_ {
+        self.0.iter().map(|b| (b.queue, b.number))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_are_counted_across_the_wrap_and_never_backwards() {
+        let binding = Binding::new(0);
+        assert_eq!(
+            [1, 2, 5, 4, 5, 6].map(|id| binding.note(id)),
+            [0, 0, 2, 0, 0, 0]
+        );
+        let binding = Binding::new(0);
+        binding.last_id.store(u32::MAX - 1, Ordering::Relaxed);
+        assert_eq!([u32::MAX, 1, 2].map(|id| binding.note(id)), [0, 1, 0]);
+    }
+
+    #[test]
+    fn every_binding_has_another_number() {
+        let mut bindings = Bindings::default();
+        let (first, second) = (Binding::new(7), Binding::new(7));
+        let (old, new) = (first.key(1), second.key(1));
+        assert_ne!(old, new);
+        bindings.insert(first);
+        assert!(bindings.is_current(old));
+        bindings.remove(7, old.binding);
+        bindings.insert(second);
+        assert!(!bindings.is_current(old) && bindings.is_current(new));
+        bindings.remove(7, old.binding);
+        assert!(
+            bindings.is_current(new),
+            "removing the old binding leaves the new one"
+        );
+    }
+}

@@ -1,0 +1,111 @@
+//! What receiving yields: packets, and everything else that can come out of the socket
+
+use nfqnl_proto::consts::{NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, message_type};
+use nfqnl_proto::{DecodeError, Message, Messages, Packet, PacketKey, Reply, RequestHeader};
+
+use crate::bindings::Bindings;
+use crate::error::{Operation, Refusal};
+
+/// One thing that was received; none of them ends a receive loop
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'b> {
+    /// A packet waits for a verdict
+    Packet(Packet<'b>),
+    /// The kernel refused a verdict; [`Refusal::packet`] names its packet
+    ///
+    /// [`Situation::NoSuchPacket`](crate::Situation::NoSuchPacket) is part of normal operation: the kernel drops
+    /// waiting packets when a device goes down or a base chain is deleted.
+    Refused(Refusal),
+    /// Messages were lost because the receive buffer was full (`ENOBUFS`)
+    ///
+    /// The packets are dropped, or accepted with [`ConfigFlags::FAIL_OPEN`](crate::ConfigFlags::FAIL_OPEN).
+    /// [`Stats::lost_packets`](crate::Stats::lost_packets) knows how many. Unless overruns are hidden
+    /// ([`HandleBuilder::report_overruns`](crate::HandleBuilder::report_overruns)), the kernel goes on dropping until
+    /// the buffer is empty.
+    #[doc(alias = "ENOBUFS")]
+    Overrun,
+    /// A message was longer than its slot; the packet still waits, and can be answered by its key
+    Truncated {
+        /// The packet, if the slot has its id
+        key: Option<PacketKey>,
+        /// The slot length that this message takes
+        needed: usize,
+        /// The slot length
+        had: usize,
+    },
+    /// Bytes that are no message; the messages around it are not affected
+    Malformed(DecodeError),
+}
+
+impl<'b> Event<'b> {
+    /// The packet, if it is one
+    #[must_use]
+    pub fn packet(self) -> Option<Packet<'b>> {
+        match self {
+            Self::Packet(packet) => Some(packet),
+            _ => None,
+        }
+    }
+}
+
+/// The next event among the messages of a datagram
+///
+/// Answers to configuration requests are none: the requests wait for them. Packets of queues that are not bound (any
+/// more) are none: the kernel has dropped them.
+pub(crate) fn next_event<'b>(
+    messages: &mut Messages<'b>,
+    bindings: &Bindings,
+) -> Option<Event<'b>> {
+    loop {
+        let rest = messages.rest();
+        let event = match messages.next()? {
+            Ok(Message::Packet(packet)) => bindings
+                .get(packet.queue())
+                .map(|binding| Event::Packet(packet.with_binding(binding.number))),
+            Ok(Message::Reply(reply)) => refusal(&reply).map(Event::Refused),
+            Ok(Message::Overrun) => Some(Event::Overrun),
+            Ok(_) => None,
+            Err(DecodeError::Truncated { needed, had, .. }) => {
+                let key = PacketKey::peek(rest)
+                    .and_then(|key| bindings.get(key.queue).map(|binding| binding.key(key.id)));
+                Some(Event::Truncated { key, needed, had })
+            }
+            Err(error) => Some(Event::Malformed(error)),
+        };
+        if event.is_some() {
+            return event;
+        }
+    }
+}
+
+/// The netlink header of a verdict: it says which packet a refusal is about, with no table kept
+///
+/// The kernel looks at neither number and returns both. The sequence number is the packet's id, the sender's port
+/// field is the queue and its binding.
+pub(crate) fn verdict_header(key: PacketKey) -> RequestHeader {
+    let [b0, b1] = key.binding.to_be_bytes();
+    let [q0, q1] = key.queue.to_be_bytes();
+    RequestHeader {
+        ack: false,
+        seq: key.id,
+        pid: u32::from_be_bytes([b0, b1, q0, q1]),
+    }
+}
+
+fn refusal(reply: &Reply<'_>) -> Option<Refusal> {
+    const VERDICT: u16 = message_type(NFQNL_MSG_VERDICT);
+    const VERDICT_BATCH: u16 = message_type(NFQNL_MSG_VERDICT_BATCH);
+    let [b0, b1, q0, q1] = reply.pid.to_be_bytes();
+    let key = PacketKey {
+        queue: u16::from_be_bytes([q0, q1]),
+        binding: u16::from_be_bytes([b0, b1]),
+        id: reply.seq,
+    };
+    let op = match reply.request_type {
+        VERDICT => Operation::Verdict(key),
+        VERDICT_BATCH => Operation::BatchVerdict(key),
+        _ => return None,
+    };
+    (!reply.is_ack()).then(|| Refusal::new(op, reply))
+}

@@ -1,0 +1,560 @@
+//! The handle: one socket, its queues, and the three ways to be driven
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use netlink_sys::{Socket, SocketAddr};
+use nfqnl_proto::consts::NETLINK_NETFILTER;
+use nfqnl_proto::{
+    ConfigRequest, CopyMode, Decision, Family, Messages, Packet, PacketKey, QueueConfig,
+};
+
+use crate::batch::{Events, RecvBatch, Stashed};
+use crate::bindings::Bindings;
+use crate::data::QueueData;
+use crate::error::{Error, Operation, Result};
+use crate::event::{Event, next_event};
+use crate::queue::Queue;
+use crate::socket::Shared;
+use crate::stats::Stats;
+use crate::sys;
+
+/// A connection to the kernel's packet queues
+///
+/// It owns no receive loop. Drive it in one of two styles, by any loop, thread or runtime, through its descriptor:
+///
+/// * **loop**: [`bind_queue`](Self::bind_queue), then [`recv`](Self::recv) or [`try_recv`](Self::try_recv) into a
+///   [`RecvBatch`], and [`verdict`](Self::verdict) at any later time, in any order, from any thread;
+/// * **callback**: [`create_queue`](Self::create_queue), then receive on the descriptor yourself and pass what came to
+///   [`handle_packet`](Self::handle_packet).
+///
+/// One style per handle. The descriptor is readable whenever there is something to do, also when a configuration call
+/// has read packets on its way; so waiting for it with poll, epoll or a runtime is always right.
+#[doc(alias = "nfq_handle")]
+pub struct Handle {
+    shared: Arc<Shared>,
+    /// The verdict that a callback has set, encoded
+    reply: Vec<u8>,
+    /// In a mutex for `Sync` alone: it is only ever reached through `&mut self`
+    on_event: Mutex<Option<EventHandler>>,
+}
+
+type EventHandler = Box<dyn FnMut(Event<'_>) + Send>;
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle")
+            .field("shared", &self.shared)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Opens a [`Handle`] with the default settings
+///
+/// # Errors
+/// As [`HandleBuilder::open`].
+#[doc(alias = "nfq_open")]
+pub fn open() -> Result<Handle> {
+    Handle::open()
+}
+
+/// Settings of a handle to be opened
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct HandleBuilder {
+    recv_buffer: Option<usize>,
+    report_overruns: bool,
+    ack_timeout: Duration,
+}
+
+impl Default for HandleBuilder {
+    fn default() -> Self {
+        Self {
+            recv_buffer: None,
+            report_overruns: true,
+            ack_timeout: Duration::from_secs(1),
+        }
+    }
+}
+
+impl HandleBuilder {
+    /// Size of the socket's receive buffer in bytes; the system's default (`net.core.rmem_default`) if not set
+    ///
+    /// The kernel doubles it, and charges each waiting message with 832 bytes up to 2.3 KiB for a full Ethernet frame;
+    /// so the usual 212992 hold 92 to 277 packets. Raise it for bursts. Beyond `net.core.rmem_max` it takes
+    /// `CAP_NET_ADMIN` in the initial user namespace; without that, it ends there.
+    #[doc(alias = "SO_RCVBUF")]
+    #[doc(alias = "nfnl_rcvbufsiz")]
+    pub const fn recv_buffer(mut self, bytes: usize) -> Self {
+        self.recv_buffer = Some(bytes);
+        self
+    }
+
+    /// Whether a full receive buffer is reported as [`Event::Overrun`]; it is, unless set otherwise
+    ///
+    /// Not only a matter of reporting: after a reported overrun the kernel drops every packet until the buffer is
+    /// empty, and without reports it goes on as soon as there is room. Either way
+    /// [`Stats::lost_packets`] counts what was lost.
+    #[doc(alias = "NETLINK_NO_ENOBUFS")]
+    pub const fn report_overruns(mut self, report: bool) -> Self {
+        self.report_overruns = report;
+        self
+    }
+
+    /// How long a configuration call waits for its acknowledgement; one second if not set
+    ///
+    /// The kernel answers before the request's system call returns; only an answer that was lost takes this long.
+    pub const fn ack_timeout(mut self, timeout: Duration) -> Self {
+        self.ack_timeout = timeout;
+        self
+    }
+
+    /// Opens a socket in the calling thread's network namespace
+    ///
+    /// # Errors
+    /// [`Error::Io`]: no netfilter in this kernel, no descriptors left. Privileges are asked for later, by the first
+    /// request.
+    pub fn open(self) -> Result<Handle> {
+        let socket = Socket::new(isize::from(NETLINK_NETFILTER)).map_err(open_error)?;
+        self.set_up(socket)
+    }
+
+    /// Takes over a netfilter netlink socket that is open already, for instance one opened in another network
+    /// namespace
+    ///
+    /// # Errors
+    /// [`Error::NotNetfilter`]; [`Error::Io`].
+    pub fn open_fd(self, fd: OwnedFd) -> Result<Handle> {
+        let (domain, protocol) = sys::domain_and_protocol(fd.as_fd()).map_err(open_error)?;
+        if domain != libc::AF_NETLINK || protocol != i32::from(NETLINK_NETFILTER) {
+            return Err(Error::NotNetfilter { domain, protocol });
+        }
+        sys::set_cloexec(fd.as_fd()).map_err(open_error)?;
+        self.set_up(sys::socket_from(fd))
+    }
+
+    fn set_up(self, mut socket: Socket) -> Result<Handle> {
+        let mut address = SocketAddr::new(0, 0);
+        socket.get_address(&mut address).map_err(open_error)?;
+        if address.port_number() == 0 {
+            socket.bind_auto().map_err(open_error)?;
+        }
+        // From here on the kernel keeps other processes' messages away from this socket.
+        socket.connect(&SocketAddr::new(0, 0)).map_err(open_error)?;
+        // Errors shall not repeat the request, which may hold a whole packet; and shall carry the kernel's words.
+        socket.set_cap_ack(true).map_err(open_error)?;
+        socket.set_ext_ack(true).map_err(open_error)?;
+        socket
+            .set_no_enobufs(!self.report_overruns)
+            .map_err(open_error)?;
+        if let Some(bytes) = self.recv_buffer {
+            let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX / 2);
+            sys::set_recv_buffer(socket.as_fd(), bytes).map_err(|source| Error::Io {
+                op: Operation::SetRecvBuffer,
+                source,
+            })?;
+        }
+        Ok(Handle {
+            shared: Arc::new(Shared::new(socket, self.ack_timeout)),
+            reply: Vec::new(),
+            on_event: Mutex::default(),
+        })
+    }
+}
+
+fn open_error(source: io::Error) -> Error {
+    Error::Io {
+        op: Operation::Open,
+        source,
+    }
+}
+
+impl Handle {
+    /// Opens a handle with the default settings
+    ///
+    /// # Errors
+    /// As [`HandleBuilder::open`].
+    #[doc(alias = "nfq_open")]
+    pub fn open() -> Result<Self> {
+        Self::builder().open()
+    }
+
+    /// Settings for a handle to be opened
+    pub fn builder() -> HandleBuilder {
+        HandleBuilder::default()
+    }
+
+    /// Binds a protocol family, as programs did before Linux 3.8; since then the kernel acknowledges and does nothing
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: no `CAP_NET_ADMIN`. [`Error::NoAck`].
+    #[doc(alias = "nfq_bind_pf")]
+    pub fn bind_pf(&self, family: Family) -> Result<()> {
+        self.shared
+            .configure(Operation::BindPf(family), &ConfigRequest::bind_pf(family))
+    }
+
+    /// Unbinds a protocol family; see [`bind_pf`](Self::bind_pf)
+    ///
+    /// # Errors
+    /// As [`bind_pf`](Self::bind_pf).
+    #[doc(alias = "nfq_unbind_pf")]
+    pub fn unbind_pf(&self, family: Family) -> Result<()> {
+        self.shared.configure(
+            Operation::UnbindPf(family),
+            &ConfigRequest::unbind_pf(family),
+        )
+    }
+
+    /// Waits until the kernel has processed every verdict sent so far, and every refusal has arrived
+    ///
+    /// The refusals are then there for the next receive call or [`handle_packet`](Self::handle_packet).
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: the process has dropped `CAP_NET_ADMIN`. [`Error::NoAck`].
+    pub fn sync(&self) -> Result<()> {
+        self.shared.sync()
+    }
+
+    /// What has been counted so far
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.shared.stats()
+    }
+
+    /// The size of the socket's receive buffer in bytes, as the kernel counts it
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn recv_buffer(&self) -> Result<usize> {
+        sys::recv_buffer(self.as_fd())
+            .map(|bytes| usize::try_from(bytes).unwrap_or(0))
+            .map_err(|source| Error::Io {
+                op: Operation::SetRecvBuffer,
+                source,
+            })
+    }
+
+    /// Switches the descriptor to non-blocking, for callers who receive on it themselves
+    ///
+    /// The calls of this crate wait or don't by their own names, whatever is set here.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn set_nonblocking(&self, nonblocking: bool) -> Result<()> {
+        self.shared
+            .set_nonblocking(nonblocking)
+            .map_err(|source| Error::Io {
+                op: Operation::SetNonblocking,
+                source,
+            })
+    }
+
+    /// The descriptor, to wait for or to receive from; [`AsFd`] has it with a lifetime
+    #[must_use]
+    #[doc(alias = "nfq_fd")]
+    pub fn fd(&self) -> RawFd {
+        self.as_raw_fd()
+    }
+
+    /// Unbinds all queues, waits until the kernel has done so, and closes the socket
+    ///
+    /// The kernel drops what waits in the queues. Dropping the handle closes the socket as well, and with the last
+    /// descriptor of it (after `dup` or `fork` there are more) its queues end.
+    ///
+    /// # Errors
+    /// The first of the queues' [`Error::Refused`] or [`Error::NoAck`]; everything is closed all the same.
+    #[doc(alias = "nfq_close")]
+    pub fn close(self) -> Result<()> {
+        let unbound = self
+            .shared
+            .bound()
+            .into_iter()
+            .map(|(num, n)| self.shared.unbind(num, n));
+        unbound.fold(Ok(()), Result::and)
+    }
+}
+
+/// Answering, in either style
+impl Handle {
+    /// Answers a packet, now or at any later time, in any order, from any thread
+    ///
+    /// The kernel acts before this returns. If it refuses (most often because the packet has gone meanwhile), that
+    /// comes out of the receive side as [`Event::Refused`] with the same key; [`sync`](Self::sync) waits for it.
+    ///
+    /// # Errors
+    /// [`Error::Stale`] if the packet's binding of the queue has ended; [`Error::Encode`] or
+    /// [`Error::PayloadTooShort`] for a payload that can't be; [`Error::Io`] if the send fails, with
+    /// `EMSGSIZE` if the verdict is longer than the send buffer. Nothing was sent in any of these cases.
+    #[doc(alias = "nfq_set_verdict")]
+    #[doc(alias = "nfq_set_verdict2")]
+    pub fn verdict<'p>(&self, key: PacketKey, decision: impl Into<Decision<'p>>) -> Result<()> {
+        self.shared.verdict(key, &decision.into())
+    }
+}
+
+/// The loop style
+impl Handle {
+    /// Binds a queue, to be received from: whole packets, and the kernel's defaults otherwise
+    ///
+    /// # Errors
+    /// As [`bind_queue_with`](Self::bind_queue_with).
+    pub fn bind_queue(&self, num: u16) -> Result<Queue> {
+        self.bind_queue_with(
+            num,
+            &QueueConfig::new().copy_mode(CopyMode::PACKET, u32::MAX),
+        )
+    }
+
+    /// Binds a queue with its settings in one message: no packet finds it half made
+    ///
+    /// A copy mode other than [`CopyMode::NONE`] must be among the settings, now or soon: without one the kernel
+    /// drops every packet.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with [`Situation::NotPermitted`](crate::Situation::NotPermitted) if the process has no
+    /// `CAP_NET_ADMIN`, or another socket has the queue; with [`AlreadyBound`](crate::Situation::AlreadyBound) if this
+    /// handle has it; with [`Unsupported`](crate::Situation::Unsupported) if the kernel does not know a flag, and then
+    /// nothing is bound. [`Error::ZeroMaxlen`]; [`Error::UnknownCopyMode`]; [`Error::NoAck`].
+    pub fn bind_queue_with(&self, num: u16, config: &QueueConfig) -> Result<Queue> {
+        let binding = self.shared.bind(num, *config)?;
+        Ok(Queue::new(&self.shared, num, binding))
+    }
+
+    /// Receives what is there, and waits if nothing is
+    ///
+    /// Signals do not end the wait.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the system call fails in a way that is no [`Event`].
+    pub fn recv<'b>(&self, batch: &'b mut RecvBatch) -> Result<Events<'b>> {
+        while !self.shared.fill(batch)? {
+            self.shared.wait(None)?;
+        }
+        Ok(batch.events())
+    }
+
+    /// Receives what is there, and waits until `deadline` if nothing is; no events if it passes
+    ///
+    /// # Errors
+    /// As [`recv`](Self::recv).
+    pub fn recv_deadline<'b>(
+        &self,
+        batch: &'b mut RecvBatch,
+        deadline: Instant,
+    ) -> Result<Events<'b>> {
+        while !self.shared.fill(batch)? && self.shared.wait(Some(deadline))? {}
+        Ok(batch.events())
+    }
+
+    /// Receives what is there; no events if nothing is
+    ///
+    /// No events means that the socket was empty, so a loop that is told of readiness only once (edge-triggered epoll)
+    /// calls this until then.
+    ///
+    /// # Errors
+    /// As [`recv`](Self::recv).
+    pub fn try_recv<'b>(&self, batch: &'b mut RecvBatch) -> Result<Events<'b>> {
+        self.shared.fill(batch)?;
+        Ok(batch.events())
+    }
+}
+
+/// The callback style
+impl Handle {
+    /// Binds a queue, and has [`handle_packet`](Self::handle_packet) call back for each of its packets
+    ///
+    /// As in libnetfilter_queue the queue begins with [`CopyMode::NONE`], in which the kernel **drops** its packets:
+    /// call [`Queue::set_mode`] next, or use [`create_queue_with`](Self::create_queue_with), which leaves no gap.
+    ///
+    /// # Errors
+    /// As [`bind_queue_with`](Self::bind_queue_with).
+    #[doc(alias = "nfq_create_queue")]
+    pub fn create_queue(
+        &mut self,
+        num: u16,
+        callback: impl FnMut(&mut QueueData<'_>) + Send + 'static,
+    ) -> Result<Queue> {
+        self.create_queue_with(num, &QueueConfig::new(), callback)
+    }
+
+    /// The same, with settings in the same message
+    ///
+    /// # Errors
+    /// As [`bind_queue_with`](Self::bind_queue_with).
+    pub fn create_queue_with(
+        &mut self,
+        num: u16,
+        config: &QueueConfig,
+        callback: impl FnMut(&mut QueueData<'_>) + Send + 'static,
+    ) -> Result<Queue> {
+        let binding = self.shared.bind(num, *config)?;
+        self.shared
+            .callbacks
+            .insert(num, binding, Box::new(callback));
+        Ok(Queue::new(&self.shared, num, binding))
+    }
+
+    /// Calls `handler` for what [`handle_packet`](Self::handle_packet) meets and no callback takes: refused verdicts,
+    /// overruns, packets of queues without a callback
+    ///
+    /// Without a handler they are counted in [`stats`](Self::stats), and nothing else.
+    pub fn on_event(&mut self, handler: impl FnMut(Event<'_>) + Send + 'static) {
+        *self
+            .on_event
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner) = Some(Box::new(handler));
+    }
+
+    /// Takes one datagram that the caller has received on the descriptor, calls back for each packet in it (and for
+    /// those that a configuration call has met before), sends the verdicts, and returns how many packets there were
+    ///
+    /// A receive buffer of [`RecvBatch::DEFAULT_SLOT_LEN`] bytes takes any packet. The caller's receive call may fail
+    /// with `ENOBUFS` (packets were lost) and `EINTR`; both are no reason to stop.
+    ///
+    /// A callback that panics leaves the handle as it was: the panic goes on to the caller, and what was not yet
+    /// looked at comes with the next call.
+    ///
+    /// # Errors
+    /// [`Error::Truncated`] if the buffer was too small: the packet still waits. [`Error::Decode`] if these are no
+    /// netlink messages. [`Error::Io`] and [`Error::Stale`] if a verdict could not be sent. Everything else in the
+    /// datagram is dealt with before the first error is returned.
+    #[doc(alias = "nfq_handle_packet")]
+    pub fn handle_packet(&mut self, datagram: &[u8]) -> Result<usize> {
+        let shared = Arc::clone(&self.shared);
+        let (bindings, stashed) = shared.take_in(datagram);
+        let (first, rest) = match stashed {
+            None => (datagram, VecDeque::new()),
+            Some(all) => (&[][..], all),
+        };
+        let mut rest = Rest {
+            shared: &shared,
+            datagrams: rest,
+        };
+        let mut outcome = Outcome::default();
+        self.handle_datagram(first, &bindings, &mut rest, &mut outcome);
+        while let Some(next) = rest.datagrams.pop_front() {
+            match next {
+                Stashed::Datagram(bytes) => {
+                    self.handle_datagram(&bytes, &bindings, &mut rest, &mut outcome);
+                }
+                Stashed::Overrun => self.pass_on(Event::Overrun),
+            }
+        }
+        outcome.error.map_or(Ok(outcome.packets), Err)
+    }
+
+    /// Deals with the first event of a datagram, after laying by what follows it
+    fn handle_datagram(
+        &mut self,
+        datagram: &[u8],
+        bindings: &Bindings,
+        rest: &mut Rest<'_>,
+        outcome: &mut Outcome,
+    ) {
+        let mut messages = Messages::new(datagram);
+        let event = next_event(&mut messages, bindings);
+        if !messages.rest().is_empty() {
+            rest.datagrams
+                .push_front(Stashed::Datagram(messages.rest().into()));
+        }
+        match event {
+            Some(Event::Packet(packet)) => {
+                outcome.packets += 1;
+                outcome.note(self.call_back(packet));
+            }
+            Some(Event::Truncated { key, needed, had }) => {
+                outcome.note(Err(Error::Truncated { key, needed, had }));
+            }
+            Some(Event::Malformed(error)) => outcome.note(Err(error.into())),
+            Some(event) => self.pass_on(event),
+            None => {}
+        }
+    }
+
+    fn call_back(&mut self, packet: Packet<'_>) -> Result<()> {
+        let key = packet.key();
+        let Some(mut callback) = self.shared.callbacks.take(key.queue, key.binding) else {
+            self.pass_on(Event::Packet(packet));
+            return Ok(());
+        };
+        let mut data = QueueData::new(packet, &mut self.reply);
+        // The callback goes back to its place and its verdict is sent, however it ends.
+        let ended = catch_unwind(AssertUnwindSafe(|| callback(&mut data)));
+        self.shared
+            .callbacks
+            .put_back(key.queue, key.binding, callback);
+        let sent = match &self.reply[..] {
+            [] => Ok(()),
+            verdict => self.shared.send_verdict(key, verdict),
+        };
+        match ended {
+            Ok(()) => sent,
+            Err(panic) => resume_unwind(panic),
+        }
+    }
+
+    fn pass_on(&mut self, event: Event<'_>) {
+        match self
+            .on_event
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+        {
+            Some(handler) => handler(event),
+            None if matches!(event, Event::Packet(_)) => self.shared.note_unclaimed(),
+            None => {}
+        }
+    }
+}
+
+/// What `handle_packet` has not looked at yet; goes back to the stash if a callback panics
+struct Rest<'h> {
+    shared: &'h Shared,
+    datagrams: VecDeque<Stashed>,
+}
+
+impl Drop for Rest<'_> {
+    fn drop(&mut self) {
+        self.shared.put_back(std::mem::take(&mut self.datagrams));
+    }
+}
+
+/// How a `handle_packet` call went: it goes on after an error, and reports the first
+#[derive(Default)]
+struct Outcome {
+    packets: usize,
+    error: Option<Error>,
+}
+
+impl Outcome {
+    fn note(&mut self, result: Result<()>) {
+        if let Err(error) = result {
+            self.error.get_or_insert(error);
+        }
+    }
+}
+
+impl AsFd for Handle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.shared.as_fd()
+    }
+}
+
+impl AsRawFd for Handle {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+const _: () = {
+    const fn is_send_and_sync<T: Send + Sync>() {}
+    is_send_and_sync::<Handle>();
+    is_send_and_sync::<Queue>();
+    is_send_and_sync::<RecvBatch>();
+    is_send_and_sync::<Error>();
+};

@@ -1,0 +1,179 @@
+//! The system calls that netlink-sys has not: all of the crate's `unsafe`
+//!
+//! Every function takes borrowed descriptors and slices, and returns what the kernel said.
+#![allow(unsafe_code, reason = "system calls; the rest of the crate denies it")]
+
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::ptr;
+
+use netlink_sys::Socket;
+
+/// How many datagrams one [`recv_many`] takes at most
+pub(crate) const RECV_MAX: usize = 64;
+
+/// One received datagram
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Received {
+    /// How many bytes of it are in its slot
+    pub(crate) len: usize,
+    /// Whether the kernel sent it, and not another process
+    pub(crate) from_kernel: bool,
+}
+
+/// Receives what is there, up to one datagram for each of `slots`, without waiting
+///
+/// Datagram `i` goes to the start of slot `i`, cut if it is longer: its netlink header then says how long it was.
+/// At most [`RECV_MAX`] are received. Returns how many.
+pub(crate) fn recv_many<'s>(
+    fd: BorrowedFd<'_>,
+    slots: impl Iterator<Item = &'s mut [u8]>,
+    received: &mut [Received],
+) -> io::Result<usize> {
+    let mut names = [NO_NAME; RECV_MAX];
+    let mut vecs = [libc::iovec {
+        iov_base: ptr::null_mut(),
+        iov_len: 0,
+    }; RECV_MAX];
+    // SAFETY: a `mmsghdr` is integers and pointers, for which all zeroes is a value.
+    let mut headers: [libc::mmsghdr; RECV_MAX] = unsafe { mem::zeroed() };
+
+    let parts = headers.iter_mut().zip(&mut vecs).zip(&mut names);
+    let mut wanted: libc::c_uint = 0;
+    for (((header, vec), name), slot) in parts.zip(slots).take(received.len()) {
+        vec.iov_base = slot.as_mut_ptr().cast();
+        vec.iov_len = slot.len();
+        header.msg_hdr.msg_iov = vec;
+        header.msg_hdr.msg_iovlen = 1;
+        header.msg_hdr.msg_name = ptr::from_mut(name).cast();
+        header.msg_hdr.msg_namelen = NAME_LEN;
+        wanted += 1;
+    }
+    // SAFETY: the first `wanted` headers point to an address and an iovec of this frame, and each iovec to a slot that
+    // is mutably borrowed for `'s`, with its length; the kernel writes there only during the call.
+    let n = unsafe {
+        libc::recvmmsg(
+            fd.as_raw_fd(),
+            headers.as_mut_ptr(),
+            wanted,
+            libc::MSG_DONTWAIT as _,
+            ptr::null_mut(),
+        )
+    };
+    let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
+    for (((received, header), name), vec) in received
+        .iter_mut()
+        .zip(&headers)
+        .zip(&names)
+        .zip(&vecs)
+        .take(n)
+    {
+        *received = Received {
+            len: usize::try_from(header.msg_len)
+                .unwrap_or(usize::MAX)
+                .min(vec.iov_len),
+            from_kernel: header.msg_hdr.msg_namelen == NAME_LEN && name.nl_pid == 0,
+        };
+    }
+    Ok(n)
+}
+
+const NAME_LEN: libc::socklen_t = 12;
+const _: () = assert!(mem::size_of::<libc::sockaddr_nl>() == 12);
+/// An address that the kernel has not written: its port is nobody's
+const NO_NAME: libc::sockaddr_nl = {
+    // SAFETY: a `sockaddr_nl` is integers, for which all zeroes is a value.
+    let mut name: libc::sockaddr_nl = unsafe { mem::zeroed() };
+    name.nl_pid = u32::MAX;
+    name
+};
+
+/// Waits until the descriptor is readable or has an error; `false` when `timeout` milliseconds ran out (-1: never)
+pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: libc::c_int) -> io::Result<bool> {
+    let mut poll = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one `pollfd`, alive and exclusive during the call.
+    let n = unsafe { libc::poll(&raw mut poll, 1, timeout) };
+    if n < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(n > 0)
+    }
+}
+
+/// Sets the receive buffer's size: beyond the system's limit where the process may, else up to it
+pub(crate) fn set_recv_buffer(fd: BorrowedFd<'_>, bytes: libc::c_int) -> io::Result<()> {
+    set_option(fd, libc::SO_RCVBUFFORCE, bytes).or_else(|_| set_option(fd, libc::SO_RCVBUF, bytes))
+}
+
+/// The size of the receive buffer as the kernel counts it
+pub(crate) fn recv_buffer(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
+    option(fd, libc::SO_RCVBUF)
+}
+
+/// Domain and protocol of a socket
+pub(crate) fn domain_and_protocol(fd: BorrowedFd<'_>) -> io::Result<(libc::c_int, libc::c_int)> {
+    Ok((option(fd, libc::SO_DOMAIN)?, option(fd, libc::SO_PROTOCOL)?))
+}
+
+fn set_option(fd: BorrowedFd<'_>, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: the value is an int that lives during the call, and its size is given.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            name,
+            (&raw const value).cast(),
+            INT_LEN,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn option(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len = INT_LEN;
+    // SAFETY: the kernel writes at most `len` bytes, which is the size of `value`.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            name,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 {
+        Ok(value)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+const INT_LEN: libc::socklen_t = 4;
+const _: () = assert!(mem::size_of::<libc::c_int>() == 4);
+
+/// Sets or clears close-on-exec
+pub(crate) fn set_cloexec(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Wraps a socket that somebody else opened
+pub(crate) fn socket_from(fd: OwnedFd) -> Socket {
+    // SAFETY: the descriptor was owned, and from here on `Socket` alone owns it.
+    unsafe { Socket::from_raw_fd(fd.into_raw_fd()) }
+}
