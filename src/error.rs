@@ -249,7 +249,7 @@ impl Refusal {
     /// What the error number means here
     #[must_use]
     pub fn situation(&self) -> Situation {
-        Situation::from_errno(self.errno())
+        Situation::of(&self.source)
     }
 
     /// The kernel's own words (`NETLINK_EXT_ACK`), where it has any
@@ -291,7 +291,8 @@ pub enum Situation {
     Unsupported,
     /// `ENOENT`: the packet does not wait, or not any more
     NoSuchPacket,
-    /// `ENOBUFS` or `ENOMEM`
+    /// `ENOBUFS` or `ENOMEM`; from a receive call, that messages were lost
+    #[doc(alias = "ENOBUFS")]
     OutOfMemory,
     /// Any other number
     Other,
@@ -301,6 +302,13 @@ pub enum Situation {
 const ENOTSUPP: i32 = 524;
 
 impl Situation {
+    /// What an OS error means in this field, for callers who receive on the descriptor themselves: `ENOBUFS` there
+    /// means that packets were lost
+    #[must_use]
+    pub fn of(error: &io::Error) -> Self {
+        error.raw_os_error().map_or(Self::Other, Self::from_errno)
+    }
+
     fn from_errno(errno: i32) -> Self {
         match errno {
             libc::EPERM => Self::NotPermitted,

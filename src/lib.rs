@@ -1,4 +1,45 @@
 //! NFQUEUE in pure Rust: the kernel hands a program its packets and waits for the verdict
+//!
+//! A rule in iptables (`-j NFQUEUE --queue-num 1`) or nftables (`queue num 1`) puts packets in a queue. A program that
+//! has bound the queue sees each packet, and says what becomes of it. This crate speaks the kernel's netlink protocol
+//! itself; there is no C library under it.
+//!
+//! # Where to begin
+//! * [`Handle`] is the connection to the kernel, and explains the two styles: a **loop** over [`Event`]s, or
+//!   **callbacks** with [`QueueData`] as in libnetfilter_queue.
+//! * [`Queue`] is a bound queue: copy mode, flags, length, end.
+//! * [`Packet`] is a view of a waiting packet; [`PacketKey`] is what it is answered by, from anywhere.
+//! * [`Verdict`] and [`Decision`] are the answers.
+//! * [`Error`], [`Refusal`] and [`Situation`] say what went wrong; [`Stats`] and [`QueueStats`] count.
+//!
+//! ```no_run
+//! use nfqnl::{Handle, RecvBatch, Verdict};
+//!
+//! # fn main() -> nfqnl::Result<()> {
+//! let handle = Handle::open()?;
+//! let queue = handle.bind_queue(1)?;
+//! let mut batch = RecvBatch::default();
+//! loop {
+//!     for packet in handle.recv(&mut batch)?.packets() {
+//!         println!("{} bytes at {}", packet.payload().len(), packet.hook());
+//!         handle.verdict(packet.key(), Verdict::Accept)?;
+//!     }
+//! }
+//! # }
+//! ```
+//!
+//! # Privileges
+//! Every request, verdicts included, takes `CAP_NET_ADMIN` in the user namespace that owns the socket's network
+//! namespace. `unshare -Urn` gives an ordinary user one of each.
+//!
+//! # Losses
+//! The kernel drops packets that find the queue or the socket's receive buffer full (or accepts them, with
+//! [`ConfigFlags::FAIL_OPEN`]), and those that wait when their queue is unbound, their device goes down or a base
+//! chain is deleted. [`Event::Overrun`], [`Event::Refused`] and [`Stats::lost_packets`] tell of it; the library itself
+//! loses none.
+//!
+//! # Features
+//! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `nfqnl::proto::interop`. Off by default.
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
@@ -27,3 +68,7 @@ pub use nfqnl_proto::{
 };
 pub use queue::Queue;
 pub use stats::{QueueStats, Stats};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
