@@ -1,1 +1,32 @@
-//! Network namespaces, queue rules and traffic for nfqnl.
+//! What nfqnl's tests, benches and examples stand on: network namespaces, firewall rules and traffic, by system calls
+//! alone
+//!
+//! ```no_run
+//! use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
+//! use nfqnl_testkit::traffic::{self, Udp};
+//!
+//! # fn f() -> std::io::Result<()> {
+//! nfqnl_testkit::netns::enter().expect("namespaces"); // from here on, everything is in one of our own
+//! let table = Table::new(Family::Ip, "demo")?;
+//! table
+//!     .chain("in", Hook::Input, 0)?
+//!     .add(&Rule::new().udp().dport(5000).queue(1))?;
+//! let socket = Udp::bind(traffic::V4, 5000)?;
+//! socket.send(b"to be held in queue 1", socket.address())?;
+//! # Ok(())
+//! # }
+//! ```
+#![deny(unsafe_code)]
+#![allow(
+    clippy::exhaustive_enums,
+    reason = "not published: whoever adds a variant sees every match"
+)]
+
+pub mod link;
+mod netlink;
+pub mod netns;
+pub mod router;
+pub mod rules;
+mod sys;
+pub mod traffic;
+pub mod user;

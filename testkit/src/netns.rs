@@ -1,0 +1,269 @@
+//! Network namespaces: one for a test's or a program's whole process, and more for the far ends of its links
+//!
+//! A user namespace can only be made by a process that is single-threaded. So a test or a program that wants
+//! namespaces runs itself again, and the new process makes them before its program starts.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::{link, sys};
+
+/// Set in a process that runs in namespaces of its own; the value says for what
+const MARK: &str = "NFQNL_TESTKIT_ISOLATED";
+/// Leaves out what needs namespaces, and says so
+const SKIP: &str = "NFQNL_SKIP_LIVE";
+/// Longer than any test here takes on a slow machine
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Runs a test in a process and a network namespace of its own, with loopback up
+///
+/// Call it as the one statement of a `#[test]` function, with a closure written there: the closure's type names the
+/// test, and the test binary is run again for that test alone. An ordinary user gets a user namespace too, in which
+/// it is root. What the test prints and how it panics comes out here.
+///
+/// # Panics
+/// If the test fails, takes longer than a minute, or no namespace can be made and `NFQNL_SKIP_LIVE=1` does not say
+/// that this is known.
+#[track_caller]
+pub fn isolated<F: FnOnce()>(test: F) {
+    let name = test_name::<F>();
+    if std::env::var(MARK).is_ok_and(|mark| mark == name) {
+        link::up("lo").expect("loopback goes up in a new namespace");
+        return test();
+    }
+    if std::env::var_os(SKIP).is_some_and(|value| value == "1") {
+        // Past libtest's capture, so that it is seen.
+        let _ = io::Write::write_all(
+            &mut io::stderr(),
+            format!("SKIPPED by {SKIP}=1: {name}\n").as_bytes(),
+        );
+        return;
+    }
+    let arguments = [
+        name,
+        "--exact",
+        "--nocapture",
+        "--include-ignored",
+        "--test-threads=1",
+    ];
+    let child = match spawn(arguments.map(OsString::from), name, Stdio::piped) {
+        Ok(child) => child,
+        Err(error) => panic!("{error}; to leave out live tests on purpose, set {SKIP}=1"),
+    };
+    let (status, output) = wait(child, TEST_TIMEOUT);
+    print!("{output}");
+    match status {
+        None => panic!("{name} took longer than {TEST_TIMEOUT:?}"),
+        Some(status) if !status.success() => panic!("{name} failed: {status}"),
+        Some(_) => assert!(
+            output.contains("test result: ok. 1 passed"),
+            "{name} did not run: its closure is not in the test function"
+        ),
+    }
+}
+
+/// Runs the whole program again in a network namespace of its own, with loopback up
+///
+/// Returns in that new process; the old one waits for it and exits with its status. Call it first in `main`.
+///
+/// # Errors
+/// If no namespace can be made.
+pub fn enter() -> Result<(), NamespaceError> {
+    if std::env::var_os(MARK).is_some() {
+        return link::up("lo").map_err(NamespaceError::new);
+    }
+    let mut child = spawn(std::env::args_os().skip(1), "program", Stdio::inherit)?;
+    let status = child.wait().map_err(NamespaceError::new)?;
+    std::process::exit(status.code().unwrap_or(1))
+}
+
+/// Whether this is root of a user namespace only, and not of the machine
+#[must_use]
+pub fn is_rootless() -> bool {
+    const ALL: u32 = u32::MAX;
+    fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| {
+        let numbers: Vec<u32> = map
+            .split_ascii_whitespace()
+            .filter_map(|number| number.parse().ok())
+            .collect();
+        numbers != [0, 0, ALL]
+    })
+}
+
+/// Path of the test that a closure was written in: its type is called `binary::module::test::{{closure}}`
+fn test_name<F>() -> &'static str {
+    let path = std::any::type_name::<F>();
+    let (_, path) = path.split_once("::").unwrap_or(("", path));
+    path.trim_end_matches("::{{closure}}")
+}
+
+fn spawn(
+    arguments: impl IntoIterator<Item = OsString>,
+    mark: &str,
+    output: fn() -> Stdio,
+) -> Result<Child, NamespaceError> {
+    const ROOT: libc::uid_t = 0;
+    let maps = (sys::ids().0 != ROOT).then(sys::UserMaps::new);
+    let program = std::env::current_exe().map_err(NamespaceError::new)?;
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .env(MARK, mark)
+        .stdout(output())
+        .stderr(output());
+    sys::isolate(&mut command, maps)
+        .spawn()
+        .map_err(NamespaceError::new)
+}
+
+/// Waits for a child and collects its output; kills it when its time is up
+fn wait(mut child: Child, timeout: Duration) -> (Option<ExitStatus>, String) {
+    let (send, chunks) = mpsc::channel();
+    let pipes: [Option<Box<dyn Read + Send>>; 2] = [
+        child.stdout.take().map(|pipe| Box::new(pipe) as _),
+        child.stderr.take().map(|pipe| Box::new(pipe) as _),
+    ];
+    for mut pipe in pipes.into_iter().flatten() {
+        let send = send.clone();
+        thread::spawn(move || {
+            let mut text = Vec::new();
+            let _ = pipe.read_to_end(&mut text);
+            let _ = send.send(text);
+        });
+    }
+    drop(send);
+    let deadline = Instant::now() + timeout;
+    let mut output = String::new();
+    let mut late = false;
+    loop {
+        match chunks.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(text) => output.push_str(&String::from_utf8_lossy(&text)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Timeout) if late => break,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                late = true;
+                let _ = child.kill();
+            }
+        }
+    }
+    let status = child.wait().ok().filter(|_| !late);
+    (status, output)
+}
+
+/// Another network namespace, which lives as long as this or anything in it
+#[derive(Debug)]
+pub struct Namespace(File);
+
+impl Namespace {
+    /// Makes a new one, with loopback up
+    ///
+    /// # Errors
+    /// What the kernel says; EPERM outside [`isolated`] and [`enter`] for an ordinary user.
+    pub fn new() -> io::Result<Self> {
+        thread::scope(|scope| {
+            let made = scope.spawn(|| {
+                sys::unshare(libc::CLONE_NEWNET)?;
+                link::up("lo")?;
+                Self::current()
+            });
+            made.join().expect("no panics in there")
+        })
+    }
+
+    /// The calling thread's
+    ///
+    /// # Errors
+    /// Without /proc.
+    pub fn current() -> io::Result<Self> {
+        File::open("/proc/thread-self/ns/net").map(Self)
+    }
+
+    /// Runs something in there, in a thread of its own
+    ///
+    /// # Panics
+    /// When `f` panics.
+    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        let result = thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                sys::enter_netns(&self.0).expect("a namespace that this process has made");
+                f()
+            });
+            thread.join()
+        });
+        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.0
+    }
+}
+
+/// No namespace could be made; says which setting forbids it
+#[derive(Debug)]
+pub struct NamespaceError {
+    source: io::Error,
+    reason: String,
+}
+
+impl NamespaceError {
+    fn new(source: io::Error) -> Self {
+        let reason = forbidding_setting().unwrap_or_else(|| {
+            match source.raw_os_error() {
+                Some(libc::EINVAL | libc::ENOSYS) => {
+                    "the kernel was built without CONFIG_USER_NS or CONFIG_NET_NS"
+                }
+                Some(libc::EPERM) => {
+                    "no sysctl forbids it, so most likely a container's seccomp profile or a security module does \
+                     (docker: --privileged, or --security-opt seccomp=unconfined with --cap-add NET_ADMIN,SYS_ADMIN)"
+                }
+                _ => "no setting is known that forbids it",
+            }
+            .to_owned()
+        });
+        Self { source, reason }
+    }
+}
+
+/// The sysctl that keeps this user from making namespaces
+fn forbidding_setting() -> Option<String> {
+    const FORBIDDING: [(&str, &str, &str); 4] = [
+        ("user/max_user_namespaces", "0", "a number above 0"),
+        ("user/max_net_namespaces", "0", "a number above 0"),
+        ("kernel/unprivileged_userns_clone", "0", "1"),
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+    ];
+    let root = sys::ids().0 == 0;
+    FORBIDDING
+        .iter()
+        .filter(|(path, ..)| !root || path.ends_with("net_namespaces"))
+        .find(|(path, forbidding, _)| {
+            fs::read_to_string(format!("/proc/sys/{path}"))
+                .is_ok_and(|value| value.trim() == *forbidding)
+        })
+        .map(|(path, forbidding, allowing)| {
+            let name = path.replace('/', ".");
+            format!("sysctl {name} is {forbidding} here, and has to be {allowing}")
+        })
+}
+
+impl fmt::Display for NamespaceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "can't make a network namespace ({}): {}",
+            self.source, self.reason
+        )
+    }
+}
+
+impl std::error::Error for NamespaceError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.source)
+    }
+}

@@ -1,0 +1,168 @@
+//! System calls that std and netlink-sys have not: all of this crate's `unsafe`
+#![allow(unsafe_code, reason = "system calls; the rest of the crate denies it")]
+
+use std::ffi::CStr;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// Has the child make namespaces of its own before it runs its program, when it is still single-threaded
+///
+/// With `maps`, a user namespace too, in which the child is root.
+pub(crate) fn isolate(command: &mut Command, maps: Option<UserMaps>) -> &mut Command {
+    let before_exec = move || {
+        let user = if maps.is_some() {
+            libc::CLONE_NEWUSER
+        } else {
+            0
+        };
+        unshare(user | libc::CLONE_NEWNET)?;
+        if let Some(maps) = &maps {
+            maps.write()?;
+        }
+        // SAFETY: no memory is involved.
+        check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec, the closure makes async-signal-safe system calls alone and allocates nothing.
+    unsafe { command.pre_exec(before_exec) }
+}
+
+/// What a new user namespace's root is outside
+pub(crate) struct UserMaps {
+    uid_map: Vec<u8>,
+    gid_map: Vec<u8>,
+}
+
+impl UserMaps {
+    /// The present user
+    pub(crate) fn new() -> Self {
+        let (uid, gid) = ids();
+        Self {
+            uid_map: format!("0 {uid} 1").into_bytes(),
+            gid_map: format!("0 {gid} 1").into_bytes(),
+        }
+    }
+
+    fn write(&self) -> io::Result<()> {
+        write_file(c"/proc/self/setgroups", b"deny")?;
+        write_file(c"/proc/self/uid_map", &self.uid_map)?;
+        write_file(c"/proc/self/gid_map", &self.gid_map)
+    }
+}
+
+/// Writes a file of /proc with one call, and without allocating
+fn write_file(path: &CStr, content: &[u8]) -> io::Result<()> {
+    // SAFETY: the path is a C string that lives during the call.
+    let fd = check(unsafe { libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: the pointer is good for reading `content.len()` bytes.
+    let written = unsafe { libc::write(fd.as_raw_fd(), content.as_ptr().cast(), content.len()) };
+    if written < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Moves the calling thread into new namespaces
+pub(crate) fn unshare(flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::unshare(flags) })?;
+    Ok(())
+}
+
+/// Moves the calling thread into a network namespace
+pub(crate) fn enter_netns(netns: &impl AsFd) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::setns(netns.as_fd().as_raw_fd(), libc::CLONE_NEWNET) })?;
+    Ok(())
+}
+
+/// Effective user and group
+pub(crate) fn ids() -> (libc::uid_t, libc::gid_t) {
+    // SAFETY: these calls take nothing and never fail.
+    unsafe { (libc::geteuid(), libc::getegid()) }
+}
+
+/// Takes a capability out of the calling thread's effective set
+pub(crate) fn drop_capability(capability: u32) -> io::Result<()> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: libc::c_int,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Sets {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    /// `_LINUX_CAPABILITY_VERSION_3` (`linux/capability.h`): two words of each set
+    const VERSION: u32 = 0x2008_0522;
+    let mut header = Header {
+        version: VERSION,
+        pid: 0,
+    };
+    let mut words = [Sets::default(); 2];
+    // SAFETY: version 3 takes the header and two words of sets, all alive and exclusive during the call.
+    if unsafe { libc::syscall(libc::SYS_capget, &raw mut header, words.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let (word, bit) = (capability / u32::BITS, capability % u32::BITS);
+    if let Some(word) = words.get_mut(usize::try_from(word).unwrap_or(usize::MAX)) {
+        word.effective &= !(1 << bit);
+    }
+    // SAFETY: as above; the kernel only reads.
+    if unsafe { libc::syscall(libc::SYS_capset, &raw mut header, words.as_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Sets an integer socket option
+pub(crate) fn set_option(
+    socket: &impl AsFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: the value is an int that lives during the call, and its size is given.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            INT_LEN,
+        )
+    };
+    check(result)?;
+    Ok(())
+}
+
+const INT_LEN: libc::socklen_t = 4;
+const _: () = assert!(mem::size_of::<libc::c_int>() == 4);
+
+/// Opens a socket
+pub(crate) fn socket(
+    domain: libc::c_int,
+    kind: libc::c_int,
+    protocol: libc::c_int,
+) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is involved.
+    let fd = check(unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
