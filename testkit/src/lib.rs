@@ -27,6 +27,7 @@ mod netlink;
 pub mod netns;
 pub mod router;
 pub mod rules;
+pub mod socket;
 mod sys;
 pub mod traffic;
 pub mod user;

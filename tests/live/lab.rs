@@ -1,0 +1,102 @@
+//! What nearly every test begins with: a rule, a socket that sends to itself, and ways to receive
+
+use std::time::Instant;
+
+use nfqnl::{Event, Handle, Packet, RecvBatch};
+use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
+use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
+
+/// Where the packets to be queued go
+pub(crate) const PORT: u16 = 5000;
+/// The queue they are put in
+pub(crate) const QUEUE: u16 = 1;
+
+/// UDP to [`PORT`] goes to [`QUEUE`], and sockets that send there
+pub(crate) struct Lab {
+    pub(crate) v4: Udp,
+    pub(crate) v6: Udp,
+    tables: Vec<Table>,
+}
+
+impl Lab {
+    /// Packets are queued as they come in, which on loopback is within the sender's system call
+    pub(crate) fn new() -> Self {
+        Self::with(Hook::Input, &Rule::new().udp().dport(PORT).queue(QUEUE))
+    }
+
+    pub(crate) fn with(hook: Hook, rule: &Rule) -> Self {
+        let tables = Family::ALL.map(|family| {
+            let table = Table::new(family, "lab").unwrap();
+            let chain = table.chain("queue", hook, 0).unwrap();
+            chain.add(rule).unwrap();
+            table
+        });
+        Self {
+            v4: Udp::bind(V4, PORT).unwrap(),
+            v6: Udp::bind(V6, PORT).unwrap(),
+            tables: tables.into(),
+        }
+    }
+
+    /// Both sockets, which is both families
+    pub(crate) fn sockets(&self) -> [&Udp; 2] {
+        [&self.v4, &self.v6]
+    }
+
+    pub(crate) fn tables(&self) -> &[Table] {
+        &self.tables
+    }
+
+    /// Takes the rules away; the kernel drops what waits
+    pub(crate) fn delete_rules(self) {
+        for table in self.tables {
+            table.delete().unwrap();
+        }
+    }
+
+    /// Sends to the IPv4 socket itself
+    pub(crate) fn send(&self, payload: &[u8]) {
+        self.v4.send(payload, self.v4.address()).unwrap();
+    }
+
+    /// Sends many datagrams with their number in them
+    pub(crate) fn send_numbered(&self, numbers: std::ops::Range<u32>) {
+        for number in numbers {
+            self.send(&number.to_be_bytes());
+        }
+    }
+
+    pub(crate) fn recv(&self) -> Option<Vec<u8>> {
+        self.v4.recv()
+    }
+}
+
+/// The next event; fails if none comes in time
+pub(crate) fn next_event<'b>(handle: &Handle, batch: &'b mut RecvBatch) -> Event<'b> {
+    let mut events = handle
+        .recv_deadline(batch, Instant::now() + TIMEOUT)
+        .unwrap();
+    events.next().expect("an event in time")
+}
+
+/// The next packet; fails if anything else comes
+pub(crate) fn next_packet<'b>(handle: &Handle, batch: &'b mut RecvBatch) -> Packet<'b> {
+    match next_event(handle, batch) {
+        Event::Packet(packet) => packet,
+        other => panic!("no packet, but {other:?}"),
+    }
+}
+
+/// Whether nothing is there to be received
+pub(crate) fn is_silent(handle: &Handle, batch: &mut RecvBatch) -> bool {
+    handle.try_recv(batch).unwrap().next().is_none()
+}
+
+/// What follows the network and UDP headers
+pub(crate) fn udp_payload<'b>(packet: &Packet<'b>) -> &'b [u8] {
+    let sliced = etherparse::SlicedPacket::from_ip(packet.payload()).unwrap();
+    match sliced.transport {
+        Some(etherparse::TransportSlice::Udp(udp)) => udp.payload(),
+        other => panic!("no UDP, but {other:?}"),
+    }
+}

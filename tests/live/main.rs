@@ -1,0 +1,8 @@
+//! Everything against the running kernel, each test in a network namespace of its own
+//!
+//! The same tests run as root and as an ordinary user, who is root of a user namespace in them.
+#![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
+
+mod lab;
+mod packets;
+mod verdicts;
