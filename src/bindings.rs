@@ -5,12 +5,28 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use nfqnl_proto::PacketKey;
 
-/// One binding of a queue
-#[derive(Debug)]
-pub(crate) struct Binding {
+/// Names one binding of one queue
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BindingId {
     pub(crate) queue: u16,
     /// The number in the keys of its packets; unique in the process until 65535 bindings later
     pub(crate) number: u16,
+}
+
+impl From<PacketKey> for BindingId {
+    #[inline]
+    fn from(key: PacketKey) -> Self {
+        Self {
+            queue: key.queue,
+            number: key.binding,
+        }
+    }
+}
+
+/// One binding of a queue
+#[derive(Debug)]
+pub(crate) struct Binding {
+    pub(crate) id: BindingId,
     last_id: AtomicU32,
 }
 
@@ -23,16 +39,15 @@ impl Binding {
             number => number,
         };
         Self {
-            queue,
-            number,
+            id: BindingId { queue, number },
             last_id: AtomicU32::new(0),
         }
     }
 
     pub(crate) const fn key(&self, id: u32) -> PacketKey {
         PacketKey {
-            queue: self.queue,
-            binding: self.number,
+            queue: self.id.queue,
+            binding: self.id.number,
             id,
         }
     }
@@ -60,32 +75,31 @@ impl Bindings {
     pub(crate) fn get(&self, queue: u16) -> Option<&Binding> {
         let index = self
             .0
-            .binary_search_by_key(&queue, |binding| binding.queue)
+            .binary_search_by_key(&queue, |binding| binding.id.queue)
             .ok()?;
         self.0.get(index).map(|binding| &**binding)
     }
 
-    /// Whether the key's binding is the queue's present one
+    /// Whether the binding is its queue's present one
     #[inline]
-    pub(crate) fn is_current(&self, key: PacketKey) -> bool {
-        self.get(key.queue)
-            .is_some_and(|binding| binding.number == key.binding)
+    pub(crate) fn is_current(&self, id: BindingId) -> bool {
+        self.get(id.queue).is_some_and(|binding| binding.id == id)
     }
 
     pub(crate) fn insert(&mut self, binding: Binding) {
         let all = Arc::make_mut(&mut self.0);
-        match all.binary_search_by_key(&binding.queue, |b| b.queue) {
+        match all.binary_search_by_key(&binding.id.queue, |b| b.id.queue) {
             Ok(index) | Err(index) => all.insert(index, Arc::new(binding)),
         }
     }
 
-    /// Removes a binding by number; a later binding of the same queue stays
-    pub(crate) fn remove(&mut self, queue: u16, number: u16) {
-        Arc::make_mut(&mut self.0).retain(|b| (b.queue, b.number) != (queue, number));
+    /// Removes a binding; a later binding of the same queue stays
+    pub(crate) fn remove(&mut self, id: BindingId) {
+        Arc::make_mut(&mut self.0).retain(|binding| binding.id != id);
     }
 
-    pub(crate) fn queues(&self) -> impl Iterator<Item = (u16, u16)> + '_ {
-        self.0.iter().map(|b| (b.queue, b.number))
+    pub(crate) fn ids(&self) -> impl Iterator<Item = BindingId> + '_ {
+        self.0.iter().map(|binding| binding.id)
     }
 }
 
@@ -109,14 +123,14 @@ mod tests {
     fn every_binding_has_another_number() {
         let mut bindings = Bindings::default();
         let (first, second) = (Binding::new(7), Binding::new(7));
-        let (old, new) = (first.key(1), second.key(1));
+        let (old, new) = (first.id, second.id);
         assert_ne!(old, new);
         bindings.insert(first);
         assert!(bindings.is_current(old));
-        bindings.remove(7, old.binding);
+        bindings.remove(old);
         bindings.insert(second);
         assert!(!bindings.is_current(old) && bindings.is_current(new));
-        bindings.remove(7, old.binding);
+        bindings.remove(old);
         assert!(
             bindings.is_current(new),
             "removing the old binding leaves the new one"

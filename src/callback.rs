@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::bindings::BindingId;
 use crate::data::QueueData;
 
 pub(crate) type Callback = Box<dyn FnMut(&mut QueueData<'_>) + Send>;
@@ -14,8 +15,7 @@ pub(crate) type Callback = Box<dyn FnMut(&mut QueueData<'_>) + Send>;
 pub(crate) struct Callbacks(Mutex<Vec<Entry>>);
 
 struct Entry {
-    queue: u16,
-    number: u16,
+    id: BindingId,
     /// `None` while it runs
     callback: Option<Callback>,
 }
@@ -25,39 +25,31 @@ impl Callbacks {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn insert(&self, queue: u16, number: u16, callback: Callback) {
+    pub(crate) fn insert(&self, id: BindingId, callback: Callback) {
         self.entries().push(Entry {
-            queue,
-            number,
+            id,
             callback: Some(callback),
         });
     }
 
-    pub(crate) fn remove(&self, queue: u16, number: u16) {
+    pub(crate) fn remove(&self, id: BindingId) {
         let mut entries = self.entries();
-        let index = entries
-            .iter()
-            .position(|entry| (entry.queue, entry.number) == (queue, number));
+        let index = entries.iter().position(|entry| entry.id == id);
         let removed = index.map(|index| entries.swap_remove(index));
         drop(entries);
         drop(removed); // what the callback owns may come back here when it is dropped
     }
 
-    pub(crate) fn take(&self, queue: u16, number: u16) -> Option<Callback> {
+    pub(crate) fn take(&self, id: BindingId) -> Option<Callback> {
         let mut entries = self.entries();
-        let entry = entries
-            .iter_mut()
-            .find(|e| (e.queue, e.number) == (queue, number))?;
+        let entry = entries.iter_mut().find(|entry| entry.id == id)?;
         entry.callback.take()
     }
 
     /// Returns a callback that has run; it is dropped if its queue has gone meanwhile
-    pub(crate) fn put_back(&self, queue: u16, number: u16, callback: Callback) {
+    pub(crate) fn put_back(&self, id: BindingId, callback: Callback) {
         let mut entries = self.entries();
-        match entries
-            .iter_mut()
-            .find(|e| (e.queue, e.number) == (queue, number))
-        {
+        match entries.iter_mut().find(|entry| entry.id == id) {
             Some(entry) => entry.callback = Some(callback),
             None => {
                 drop(entries);
@@ -70,7 +62,7 @@ impl Callbacks {
 impl fmt::Debug for Callbacks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list()
-            .entries(self.entries().iter().map(|entry| entry.queue))
+            .entries(self.entries().iter().map(|entry| entry.id.queue))
             .finish()
     }
 }

@@ -52,9 +52,12 @@ pub enum Error {
         /// The key that was used
         key: PacketKey,
     },
-    /// The queue's handle is closed, and the queue with it
-    #[error("{op}: the handle is closed, and its queues with it")]
-    Closed {
+    /// This binding of the queue has ended: its handle is closed, or the queue was unbound through a copy of the
+    /// descriptor and has been bound anew
+    #[error(
+        "{op}: this binding of the queue has ended, with its handle or through another descriptor"
+    )]
+    Ended {
         /// What was asked for
         op: Operation,
     },

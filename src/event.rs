@@ -62,7 +62,7 @@ pub(crate) fn next_event<'b>(
         let event = match messages.next()? {
             Ok(Message::Packet(packet)) => bindings
                 .get(packet.queue())
-                .map(|binding| Event::Packet(packet.with_binding(binding.number))),
+                .map(|binding| Event::Packet(packet.with_binding(binding.id.number))),
             Ok(Message::Reply(reply)) => refusal(&reply).map(Event::Refused),
             Ok(Message::Overrun) => Some(Event::Overrun),
             Ok(_) => None,

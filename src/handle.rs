@@ -275,7 +275,7 @@ impl Handle {
             .shared
             .bound()
             .into_iter()
-            .map(|(num, n)| self.shared.unbind(num, n));
+            .map(|binding| self.shared.unbind(binding));
         unbound.fold(Ok(()), Result::and)
     }
 }
@@ -323,7 +323,7 @@ impl Handle {
     /// nothing is bound. [`Error::ZeroMaxlen`]; [`Error::UnknownCopyMode`]; [`Error::NoAck`].
     pub fn bind_queue_with(&self, num: u16, config: &QueueConfig) -> Result<Queue> {
         let binding = self.shared.bind(num, *config)?;
-        Ok(Queue::new(&self.shared, num, binding))
+        Ok(Queue::new(&self.shared, binding))
     }
 
     /// Receives what is there, and waits if nothing is
@@ -394,10 +394,8 @@ impl Handle {
         callback: impl FnMut(&mut QueueData<'_>) + Send + 'static,
     ) -> Result<Queue> {
         let binding = self.shared.bind(num, *config)?;
-        self.shared
-            .callbacks
-            .insert(num, binding, Box::new(callback));
-        Ok(Queue::new(&self.shared, num, binding))
+        self.shared.callbacks.insert(binding, Box::new(callback));
+        Ok(Queue::new(&self.shared, binding))
     }
 
     /// Calls `handler` for what [`handle_packet`](Self::handle_packet) meets and no callback takes: refused verdicts,
@@ -479,16 +477,14 @@ impl Handle {
 
     fn call_back(&mut self, packet: Packet<'_>) -> Result<()> {
         let key = packet.key();
-        let Some(mut callback) = self.shared.callbacks.take(key.queue, key.binding) else {
+        let Some(mut callback) = self.shared.callbacks.take(key.into()) else {
             self.pass_on(Event::Packet(packet));
             return Ok(());
         };
         let mut data = QueueData::new(packet, &mut self.reply);
         // The callback goes back to its place and its verdict is sent, however it ends.
         let ended = catch_unwind(AssertUnwindSafe(|| callback(&mut data)));
-        self.shared
-            .callbacks
-            .put_back(key.queue, key.binding, callback);
+        self.shared.callbacks.put_back(key.into(), callback);
         let sent = match &self.reply[..] {
             [] => Ok(()),
             verdict => self.shared.send_verdict(key, verdict),

@@ -2,10 +2,11 @@
 
 use std::sync::{Arc, Weak};
 
-use nfqnl_proto::{ConfigFlags, ConfigRequest, CopyMode, QueueConfig};
+use nfqnl_proto::{ConfigFlags, CopyMode, QueueConfig};
 
+use crate::bindings::BindingId;
 use crate::error::{Error, Operation, Result};
-use crate::socket::{Shared, check_config};
+use crate::socket::Shared;
 
 /// A queue that a [`Handle`](crate::Handle) has bound
 ///
@@ -17,15 +18,13 @@ use crate::socket::{Shared, check_config};
 #[doc(alias = "nfq_q_handle")]
 pub struct Queue {
     shared: Weak<Shared>,
-    num: u16,
-    binding: u16,
+    binding: BindingId,
 }
 
 impl Queue {
-    pub(crate) fn new(shared: &Arc<Shared>, num: u16, binding: u16) -> Self {
+    pub(crate) fn new(shared: &Arc<Shared>, binding: BindingId) -> Self {
         Self {
             shared: Arc::downgrade(shared),
-            num,
             binding,
         }
     }
@@ -33,7 +32,7 @@ impl Queue {
     /// The queue's number
     #[must_use]
     pub const fn num(&self) -> u16 {
-        self.num
+        self.binding.queue
     }
 
     /// Sets how much of each packet the kernel sends: nothing, its attributes, or also up to `range` bytes of it
@@ -44,11 +43,11 @@ impl Queue {
     /// [`CopyMode::NONE`] is set, the kernel drops the queue's packets.
     ///
     /// # Errors
-    /// [`Error::UnknownCopyMode`]; [`Error::Refused`]; [`Error::NoAck`]; [`Error::Closed`].
+    /// [`Error::UnknownCopyMode`]; [`Error::Refused`]; [`Error::NoAck`]; [`Error::Ended`].
     #[doc(alias = "nfq_set_mode")]
     pub fn set_mode(&self, mode: CopyMode, range: u32) -> Result<()> {
         self.update(
-            Operation::SetMode(self.num),
+            Operation::SetMode(self.num()),
             QueueConfig::new().copy_mode(mode, range),
         )
     }
@@ -58,11 +57,11 @@ impl Queue {
     /// # Errors
     /// [`Error::Refused`] with [`Situation::Unsupported`](crate::Situation::Unsupported) (or
     /// [`Invalid`](crate::Situation::Invalid) from Linux 7.2 on) if the kernel does not know a flag or was built
-    /// without what it needs; nothing is changed then. [`Error::NoAck`]; [`Error::Closed`].
+    /// without what it needs; nothing is changed then. [`Error::NoAck`]; [`Error::Ended`].
     #[doc(alias = "nfq_set_queue_flags")]
     pub fn set_flags(&self, mask: ConfigFlags, flags: ConfigFlags) -> Result<()> {
         self.update(
-            Operation::SetFlags(self.num),
+            Operation::SetFlags(self.num()),
             QueueConfig::new().flags(mask, flags),
         )
     }
@@ -71,11 +70,11 @@ impl Queue {
     ///
     /// # Errors
     /// [`Error::ZeroMaxlen`]: the kernel would accept 0, and drop everything. [`Error::Refused`]; [`Error::NoAck`];
-    /// [`Error::Closed`].
+    /// [`Error::Ended`].
     #[doc(alias = "nfq_set_queue_maxlen")]
     pub fn set_maxlen(&self, packets: u32) -> Result<()> {
         self.update(
-            Operation::SetMaxlen(self.num),
+            Operation::SetMaxlen(self.num()),
             QueueConfig::new().maxlen(packets),
         )
     }
@@ -87,22 +86,21 @@ impl Queue {
     #[doc(alias = "nfq_destroy_queue")]
     pub fn destroy(mut self) -> Result<()> {
         match std::mem::take(&mut self.shared).upgrade() {
-            Some(shared) => shared.unbind(self.num, self.binding),
+            Some(shared) => shared.unbind(self.binding),
             None => Ok(()),
         }
     }
 
     fn update(&self, op: Operation, config: QueueConfig) -> Result<()> {
-        check_config(self.num, &config)?;
-        let shared = self.shared.upgrade().ok_or(Error::Closed { op })?;
-        shared.configure(op, &ConfigRequest::update(self.num, config))
+        let shared = self.shared.upgrade().ok_or(Error::Ended { op })?;
+        shared.update(op, self.binding, config)
     }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.upgrade() {
-            shared.post_unbind(self.num, self.binding);
+            shared.post_unbind(self.binding);
         }
     }
 }

@@ -22,7 +22,7 @@ use nfqnl_proto::{
 };
 
 use crate::batch::{RecvBatch, Stashed};
-use crate::bindings::{Binding, Bindings};
+use crate::bindings::{Binding, BindingId, Bindings};
 use crate::callback::Callbacks;
 use crate::error::{Error, Operation, Refusal, Result};
 use crate::event::{Event, next_event, verdict_header};
@@ -186,13 +186,12 @@ impl Shared {
             if let Some(answer) = state.take_answer(seq) {
                 return Ok(answer?);
             }
-            let empty = self.read_to_stash(&mut state, &mut buf)?;
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() && state.take_answer(seq).is_none() {
-                return Err(Error::NoAck {
-                    op,
-                    waited: self.ack_timeout,
-                });
+            let empty = self.read_to_stash(&mut state, &mut buf)?;
+            if left.is_zero() {
+                let waited = self.ack_timeout;
+                let answer = state.take_answer(seq);
+                return Ok(answer.ok_or(Error::NoAck { op, waited })??);
             }
             if empty {
                 let wait = self.answered.wait_timeout(state, left.min(RECHECK));
@@ -270,8 +269,8 @@ impl State {
 // Queues.
 
 impl Shared {
-    /// Binds a queue with its settings, in one message; returns the binding's number
-    pub(crate) fn bind(&self, queue: u16, config: QueueConfig) -> Result<u16> {
+    /// Binds a queue with its settings, in one message
+    pub(crate) fn bind(&self, queue: u16, config: QueueConfig) -> Result<BindingId> {
         check_config(queue, &config)?;
         if self.state().unfenced {
             // Everything from before has been read when this returns, and was seen to belong to no queue.
@@ -279,23 +278,23 @@ impl Shared {
             self.state().unfenced = false;
         }
         let op = Operation::Bind(queue);
-        let number = match self.insert_binding(queue) {
-            Ok(number) => number,
+        let binding = match self.insert_binding(queue) {
+            Ok(binding) => binding,
             Err(present) => {
                 // Ours already: let the kernel say so. If it says otherwise, the queue was unbound through another
                 // descriptor of this socket, and the present binding is at its end.
                 self.configure(op, &ConfigRequest::bind(queue, QueueConfig::new()))?;
-                self.unbind(queue, present)?;
+                self.unbind(present)?;
                 return self.bind(queue, config);
             }
         };
         match self.configure(op, &ConfigRequest::bind(queue, config)) {
-            Ok(()) => Ok(number),
+            Ok(()) => Ok(binding),
             Err(error) => {
                 if matches!(error, Error::NoAck { .. }) {
-                    self.post_unbind(queue, number);
+                    self.post_unbind(binding);
                 } else {
-                    self.forget(queue, number);
+                    self.forget(binding);
                 }
                 Err(error)
             }
@@ -304,68 +303,86 @@ impl Shared {
 
     /// Begins a binding before the kernel knows: its first packet may come before the acknowledgement
     ///
-    /// Returns its number, or the number of the present binding.
-    fn insert_binding(&self, queue: u16) -> Result<u16, u16> {
+    /// Returns it, or the present binding.
+    fn insert_binding(&self, queue: u16) -> Result<BindingId, BindingId> {
         let _state = self.state(); // whoever receives sees all bindings or has nothing of this one yet
         if let Some(present) = self.bindings().get(queue) {
-            return Err(present.number);
+            return Err(present.id);
         }
         let binding = Binding::new(queue);
-        let number = binding.number;
+        let id = binding.id;
         self.change_bindings(|bindings| bindings.insert(binding));
-        Ok(number)
+        Ok(id)
     }
 
-    /// Unbinds a queue and waits for the acknowledgement
-    pub(crate) fn unbind(&self, queue: u16, number: u16) -> Result<()> {
-        let result = self.configure(Operation::Unbind(queue), &ConfigRequest::unbind(queue));
+    /// Changes a queue's settings
+    pub(crate) fn update(&self, op: Operation, id: BindingId, config: QueueConfig) -> Result<()> {
+        check_config(id.queue, &config)?;
+        if !self.bindings().is_current(id) {
+            return Err(Error::Ended { op });
+        }
+        self.configure(op, &ConfigRequest::update(id.queue, config))
+    }
+
+    /// Unbinds a queue and waits for the acknowledgement; does nothing if this binding has ended
+    pub(crate) fn unbind(&self, id: BindingId) -> Result<()> {
+        if !self.bindings().is_current(id) {
+            return Ok(());
+        }
+        let op = Operation::Unbind(id.queue);
+        let result = self.configure(op, &ConfigRequest::unbind(id.queue));
         if matches!(result, Err(Error::NoAck { .. })) {
             self.state().unfenced = true;
         }
-        self.forget(queue, number);
+        self.forget(id);
         result
     }
 
-    /// Unbinds a queue without waiting
-    pub(crate) fn post_unbind(&self, queue: u16, number: u16) {
-        let mut buf = [0; ConfigRequest::MAX_LEN];
-        if let Ok(len) = ConfigRequest::unbind(queue).encode(&mut buf, RequestHeader::default()) {
-            let _ = self.send(Operation::Unbind(queue), buf.get(..len).unwrap_or_default());
+    /// Unbinds a queue without waiting; does nothing if this binding has ended
+    pub(crate) fn post_unbind(&self, id: BindingId) {
+        let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
+        if !bindings.is_current(id) {
+            return;
         }
+        let mut buf = [0; ConfigRequest::MAX_LEN];
+        let request = ConfigRequest::unbind(id.queue);
+        if let Ok(len) = request.encode(&mut buf, RequestHeader::default()) {
+            let message = buf.get(..len).unwrap_or_default();
+            let _ = self.send(Operation::Unbind(id.queue), message);
+        }
+        drop(bindings); // held until here, so that no later binding can be hit
         self.state().unfenced = true;
-        self.forget(queue, number);
+        self.forget(id);
     }
 
     /// Ends a binding: its keys are stale from here on, and what waits of it in the stash is gone in the kernel too
-    fn forget(&self, queue: u16, number: u16) {
+    fn forget(&self, id: BindingId) {
         let mut state = self.state();
-        if !self.bindings().is_current(PacketKey {
-            queue,
-            binding: number,
-            id: 0,
-        }) {
+        if !self.bindings().is_current(id) {
             return;
         }
-        self.change_bindings(|bindings| bindings.remove(queue, number));
+        self.change_bindings(|bindings| bindings.remove(id));
         let before = state.stash.len();
         state.stash.retain(|stashed| match stashed {
-            Stashed::Datagram(bytes) => PacketKey::peek(bytes).is_none_or(|key| key.queue != queue),
+            Stashed::Datagram(bytes) => {
+                PacketKey::peek(bytes).is_none_or(|key| key.queue != id.queue)
+            }
             Stashed::Overrun => true,
         });
         let discarded = before - state.stash.len();
         state.stats.discarded += u64::try_from(discarded).unwrap_or(u64::MAX);
         drop(state);
-        self.callbacks.remove(queue, number);
+        self.callbacks.remove(id);
     }
 
-    /// Queue and number of every binding
-    pub(crate) fn bound(&self) -> Vec<(u16, u16)> {
-        self.bindings().queues().collect()
+    /// Every binding
+    pub(crate) fn bound(&self) -> Vec<BindingId> {
+        self.bindings().ids().collect()
     }
 }
 
 /// Refuses settings that the kernel would take in a way that nobody wants
-pub(crate) fn check_config(queue: u16, config: &QueueConfig) -> Result<()> {
+fn check_config(queue: u16, config: &QueueConfig) -> Result<()> {
     if config.get_maxlen() == Some(0) {
         return Err(Error::ZeroMaxlen { queue });
     }
@@ -632,7 +649,7 @@ impl Shared {
     /// Sends an encoded verdict if its packet's binding still stands
     pub(crate) fn send_verdict(&self, key: PacketKey, message: &[u8]) -> Result<()> {
         let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
-        if !bindings.is_current(key) {
+        if !bindings.is_current(key.into()) {
             return Err(Error::Stale { key });
         }
         self.send(Operation::Verdict(key), message)

@@ -235,13 +235,14 @@ impl<'a> Packet<'a> {
         Some(seconds.saturating_add(Duration::from_micros(BigEndian::read_u64(&value[8..]))))
     }
 
-    /// Index of the device that the packet came in by; absent for packets made here
+    /// Index of the device that the packet came in by; absent for packets made here, and at POSTROUTING before
+    /// Linux 5.7
     #[must_use]
     pub fn indev(&self) -> Option<u32> {
         self.be32(NFQA_IFINDEX_INDEV)
     }
 
-    /// Index of the device that the packet will leave by; absent before routing
+    /// Index of the device that the packet will leave by; absent at PREROUTING and INPUT
     #[must_use]
     pub fn outdev(&self) -> Option<u32> {
         self.be32(NFQA_IFINDEX_OUTDEV)
