@@ -555,11 +555,11 @@ impl Shared {
 impl State {
     #[inline]
     fn note_packet(&mut self, key: PacketKey, bindings: &Bindings) -> bool {
+        self.stats.packets += 1;
         let Some(binding) = bindings.get(key.queue) else {
             self.stats.discarded += 1;
             return false;
         };
-        self.stats.packets += 1;
         self.stats.lost_packets += u64::from(binding.note(key.id));
         true
     }

@@ -11,7 +11,7 @@ use crate::error::{Error, Operation, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Packets received
+    /// Packets received; all but the `discarded` ones are handed on
     pub packets: u64,
     /// Packets that the kernel numbered and could not send: gaps in the ids. Lost in overruns of the receive buffer
     pub lost_packets: u64,
@@ -23,7 +23,7 @@ pub struct Stats {
     pub truncated: u64,
     /// Messages that could not be decoded
     pub malformed: u64,
-    /// Packets of queues that were unbound before they were looked at; the kernel has dropped them
+    /// Packets of queues that were unbound before they could be handed on; the kernel has dropped them
     pub discarded: u64,
     /// Packets given to `handle_packet` whose queue has no callback; they go on waiting
     pub unclaimed: u64,

@@ -3,7 +3,10 @@
 //! The same tests run as root and as an ordinary user, who is root of a user namespace in them.
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
+mod callback;
 mod config;
 mod lab;
+mod lifetime;
 mod packets;
+mod stream;
 mod verdicts;

@@ -1,0 +1,259 @@
+//! Beginnings and ends: of queues, handles, descriptors, and the keys from before
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nfqnl::{Error, Handle, Operation, RecvBatch, Situation, Verdict};
+use nfqnl_testkit::link;
+use nfqnl_testkit::netns::isolated;
+
+use crate::lab::{Lab, QUEUE, is_silent, next_event, next_packet, udp_payload};
+
+/// Whether somebody else could bind the queue now
+fn is_free(num: u16) -> bool {
+    let other = Handle::open().unwrap();
+    match other.bind_queue(num) {
+        Ok(queue) => {
+            queue.destroy().unwrap();
+            true
+        }
+        Err(Error::Refused(refusal)) if refusal.situation() == Situation::NotPermitted => false,
+        Err(other) => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_key_from_before_the_queue_was_bound_again_is_refused() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let mut batch = RecvBatch::default();
+        let queue = handle.bind_queue(QUEUE).unwrap();
+        lab.send(b"before");
+        let old = next_packet(&handle, &mut batch).key();
+        queue.destroy().unwrap();
+        let error = handle.verdict(old, Verdict::Accept).unwrap_err();
+        assert!(
+            matches!(error, Error::Stale { key } if key == old),
+            "{error}"
+        );
+
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        lab.send(b"after");
+        let new = next_packet(&handle, &mut batch).key();
+        assert_eq!((old.id, new.id), (1, 1), "the kernel begins anew");
+        assert_ne!(old, new);
+        let error = handle.verdict(old, Verdict::Drop).unwrap_err();
+        assert!(matches!(error, Error::Stale { .. }), "{error}");
+        handle.verdict(new, Verdict::Accept).unwrap();
+        assert_eq!(lab.recv().as_deref(), Some(&b"after"[..]));
+        assert!(lab.v4.is_silent(), "the first was dropped with its queue");
+    });
+}
+
+#[test]
+fn a_key_of_another_handle_is_refused() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        lab.send(b"held");
+        let key = next_packet(&handle, &mut RecvBatch::default()).key();
+        let other = Handle::open().unwrap();
+        let _other = other.bind_queue(QUEUE + 1).unwrap();
+        let error = other.verdict(key, Verdict::Drop).unwrap_err();
+        assert!(matches!(error, Error::Stale { .. }), "{error}");
+        handle.verdict(key, Verdict::Accept).unwrap();
+        assert_eq!(lab.recv().as_deref(), Some(&b"held"[..]));
+    });
+}
+
+/// Packets of a queue that has ended are in the socket still, and must not look like the next binding's
+#[test]
+fn packets_from_before_do_not_come_out_of_a_new_binding() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let mut batch = RecvBatch::default();
+        for waiting in [false, true] {
+            let queue = handle.bind_queue(QUEUE).unwrap();
+            lab.send_numbered(0..5);
+            if waiting {
+                queue.destroy().unwrap();
+            } else {
+                drop(queue);
+            }
+            let queue = handle.bind_queue(QUEUE).unwrap();
+            lab.send(b"new");
+            let packet = next_packet(&handle, &mut batch);
+            assert_eq!((packet.id(), udp_payload(&packet)), (1, &b"new"[..]));
+            handle.verdict(packet.key(), Verdict::Accept).unwrap();
+            assert_eq!(lab.recv().as_deref(), Some(&b"new"[..]));
+            assert!(is_silent(&handle, &mut batch));
+            queue.destroy().unwrap();
+        }
+        assert_eq!(handle.stats().discarded, 10);
+        assert_eq!(
+            (handle.stats().packets, handle.stats().lost_packets),
+            (2, 0)
+        );
+    });
+}
+
+#[test]
+fn what_waits_is_dropped_when_its_queue_or_handle_ends() {
+    isolated(|| {
+        let lab = Lab::new();
+        for end in ["destroy", "drop queue", "close", "drop handle"] {
+            let handle = Handle::open().unwrap();
+            let queue = handle.bind_queue(QUEUE).unwrap();
+            assert!(!is_free(QUEUE));
+            lab.send(b"dropped");
+            match end {
+                "destroy" => queue.destroy().unwrap(),
+                "drop queue" => drop(queue),
+                "close" => {
+                    handle.close().unwrap();
+                    let error = queue.set_maxlen(5).unwrap_err();
+                    let op = Operation::SetMaxlen(QUEUE);
+                    assert!(
+                        matches!(error, Error::Ended { op: of } if of == op),
+                        "{error}"
+                    );
+                    queue.destroy().unwrap();
+                }
+                _ => {
+                    drop(handle);
+                    drop(queue);
+                }
+            }
+            assert!(is_free(QUEUE), "after {end}");
+            assert!(lab.v4.is_silent(), "after {end}");
+        }
+    });
+}
+
+#[test]
+fn a_duplicate_of_the_descriptor_keeps_the_queue() {
+    isolated(|| {
+        let handle = Handle::open().unwrap();
+        let queue = handle.bind_queue(QUEUE).unwrap();
+        let copy = handle.as_fd().try_clone_to_owned().unwrap();
+        drop(handle);
+        drop(queue);
+        assert!(!is_free(QUEUE), "the socket is open");
+
+        // It can be taken over, and answers.
+        let lab = Lab::new();
+        lab.send(b"held meanwhile");
+        let handle = Handle::builder().open_fd(copy).unwrap();
+        assert!(
+            is_silent(&handle, &mut RecvBatch::default()),
+            "of no queue of this handle"
+        );
+        assert_eq!(
+            handle.stats().discarded,
+            0,
+            "bound without a mode, the kernel dropped it"
+        );
+        drop(handle);
+        assert!(is_free(QUEUE));
+    });
+}
+
+#[test]
+fn a_child_process_that_inherits_the_descriptor_keeps_the_queue_and_only_then() {
+    isolated(|| {
+        let handle = Handle::open().unwrap();
+        let queue = handle.bind_queue(QUEUE).unwrap();
+        let fd = handle.as_raw_fd();
+        let sleep = || {
+            Command::new("sleep")
+                .arg("60")
+                .stdin(Stdio::null())
+                .spawn()
+                .unwrap()
+        };
+        let mut without = sleep();
+        assert!(!Path::new(&format!("/proc/{}/fd/{fd}", without.id())).exists());
+        let copy = handle.as_fd().try_clone_to_owned().unwrap();
+        let mut with = Command::new("sleep").arg("60").stdin(copy).spawn().unwrap();
+        drop(handle);
+        drop(queue);
+        assert!(!is_free(QUEUE), "the child has the socket");
+        with.kill().unwrap();
+        with.wait().unwrap();
+        assert!(is_free(QUEUE), "the other child has not");
+        without.kill().unwrap();
+        without.wait().unwrap();
+    });
+}
+
+#[test]
+fn a_packet_whose_device_goes_down_is_gone_and_its_verdict_refused() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let mut batch = RecvBatch::default();
+        lab.send(b"gone");
+        let key = next_packet(&handle, &mut batch).key();
+        link::down("lo").unwrap();
+        link::up("lo").unwrap();
+        handle.verdict(key, Verdict::Accept).unwrap();
+        match next_event(&handle, &mut batch) {
+            nfqnl::Event::Refused(refusal) => {
+                assert_eq!(refusal.packet(), Some(key));
+                assert_eq!(refusal.situation(), Situation::NoSuchPacket);
+                assert!(
+                    refusal.to_string().contains("device went down"),
+                    "{refusal}"
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+        lab.send(b"after");
+        assert_eq!(udp_payload(&next_packet(&handle, &mut batch)), b"after");
+    });
+}
+
+/// The queue ends in one thread while another answers its packets: every verdict hits its packet, or is stale
+#[test]
+fn verdicts_race_with_the_end_of_their_queue() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let mut batch = RecvBatch::default();
+        for _ in 0..50 {
+            let queue = handle.bind_queue(QUEUE).unwrap();
+            lab.send_numbered(0..20);
+            let keys = [(); 20].map(|()| next_packet(&handle, &mut batch).key());
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for key in keys {
+                        match handle.verdict(key, Verdict::Drop) {
+                            Ok(()) => {}
+                            Err(Error::Stale { key: stale }) => assert_eq!(stale, key),
+                            Err(other) => panic!("{other:?}"),
+                        }
+                    }
+                });
+                queue.destroy().unwrap();
+                let queue = handle.bind_queue(QUEUE).unwrap();
+                lab.send(b"must not be hit");
+                queue
+            })
+            .destroy()
+            .unwrap();
+            handle.sync().unwrap();
+            for event in handle.try_recv(&mut batch).unwrap() {
+                // The verdicts on the way when the queue ended: too late, and harmless.
+                let nfqnl::Event::Refused(refusal) = event else {
+                    panic!("{event:?}");
+                };
+                assert_eq!(refusal.situation(), Situation::NotBound);
+            }
+        }
+    });
+}
