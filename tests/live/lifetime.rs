@@ -96,7 +96,7 @@ fn packets_from_before_do_not_come_out_of_a_new_binding() {
         assert_eq!(handle.stats().discarded, 10);
         assert_eq!(
             (handle.stats().packets, handle.stats().lost_packets),
-            (2, 0)
+            (10 + 2, 0)
         );
     });
 }
@@ -148,14 +148,11 @@ fn a_duplicate_of_the_descriptor_keeps_the_queue() {
         let lab = Lab::new();
         lab.send(b"held meanwhile");
         let handle = Handle::builder().open_fd(copy).unwrap();
-        assert!(
-            is_silent(&handle, &mut RecvBatch::default()),
-            "of no queue of this handle"
-        );
+        assert!(is_silent(&handle, &mut RecvBatch::default()));
         assert_eq!(
             handle.stats().discarded,
-            0,
-            "bound without a mode, the kernel dropped it"
+            1,
+            "it is of no queue of this handle"
         );
         drop(handle);
         assert!(is_free(QUEUE));
