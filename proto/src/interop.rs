@@ -14,7 +14,10 @@ use crate::{
 };
 
 /// A message of the queue subsystem that owns its bytes
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+///
+/// Equal are messages of one type and body. Their flags, sequence number and port belong to the `NetlinkHeader` beside
+/// them.
+#[derive(Clone, Debug)]
 pub struct QueueMessage {
     /// The whole message, netlink header included: views begin there
     bytes: Vec<u8>,
@@ -82,6 +85,20 @@ impl QueueMessage {
     #[must_use]
     pub fn body(&self) -> &[u8] {
         self.bytes.get(MESSAGE_HEADER_LEN..).unwrap_or_default()
+    }
+}
+
+impl PartialEq for QueueMessage {
+    fn eq(&self, other: &Self) -> bool {
+        (self.message_type, self.body()) == (other.message_type, other.body())
+    }
+}
+
+impl Eq for QueueMessage {}
+
+impl core::hash::Hash for QueueMessage {
+    fn hash<H: core::hash::Hasher>(&self, state: &mut H) {
+        (self.message_type, self.body()).hash(state);
     }
 }
 

@@ -6,7 +6,8 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -52,7 +53,12 @@ pub fn isolated<F: FnOnce()>(test: F) {
         "--include-ignored",
         "--test-threads=1",
     ];
-    let child = match spawn(arguments.map(OsString::from), name, Stdio::piped) {
+    let mut command = again(arguments.map(OsString::from), name);
+    command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0);
+    let child = match spawn(command) {
         Ok(child) => child,
         Err(error) => panic!("{error}; to leave out live tests on purpose, set {SKIP}=1"),
     };
@@ -78,7 +84,7 @@ pub fn enter() -> Result<(), NamespaceError> {
     if std::env::var_os(MARK).is_some() {
         return link::up("lo").map_err(NamespaceError::new);
     }
-    let mut child = spawn(std::env::args_os().skip(1), "program", Stdio::inherit)?;
+    let mut child = spawn(again(std::env::args_os().skip(1), "program"))?;
     let status = child.wait().map_err(NamespaceError::new)?;
     std::process::exit(status.code().unwrap_or(1))
 }
@@ -103,57 +109,65 @@ fn test_name<F>() -> &'static str {
     path.trim_end_matches("::{{closure}}")
 }
 
-fn spawn(
-    arguments: impl IntoIterator<Item = OsString>,
-    mark: &str,
-    output: fn() -> Stdio,
-) -> Result<Child, NamespaceError> {
+/// This program again, marked
+fn again(arguments: impl IntoIterator<Item = OsString>, mark: &str) -> Command {
+    let program = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
+    let mut command = Command::new(program);
+    command.args(arguments).env(MARK, mark);
+    command
+}
+
+/// Starts a program in namespaces of its own
+fn spawn(mut command: Command) -> Result<Child, NamespaceError> {
     const ROOT: libc::uid_t = 0;
     let maps = (sys::ids().0 != ROOT).then(sys::UserMaps::new);
-    let program = std::env::current_exe().map_err(NamespaceError::new)?;
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env(MARK, mark)
-        .stdout(output())
-        .stderr(output());
     sys::isolate(&mut command, maps)
         .spawn()
         .map_err(NamespaceError::new)
 }
 
-/// Waits for a child and collects its output; kills it when its time is up
+/// Waits for a child and collects its output; ends it when its time is up, and in any case what it has started
 fn wait(mut child: Child, timeout: Duration) -> (Option<ExitStatus>, String) {
+    /// How often to look whether it has ended; its output ends earlier, unless a process that it started has it too
+    const LOOK: Duration = Duration::from_millis(100);
     let (send, chunks) = mpsc::channel();
     let pipes: [Option<Box<dyn Read + Send>>; 2] = [
         child.stdout.take().map(|pipe| Box::new(pipe) as _),
         child.stderr.take().map(|pipe| Box::new(pipe) as _),
     ];
-    for mut pipe in pipes.into_iter().flatten() {
+    for pipe in pipes.into_iter().flatten() {
         let send = send.clone();
         thread::spawn(move || {
-            let mut text = Vec::new();
-            let _ = pipe.read_to_end(&mut text);
-            let _ = send.send(text);
+            for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+                let _ = send.send(line);
+            }
         });
     }
     drop(send);
     let deadline = Instant::now() + timeout;
     let mut output = String::new();
-    let mut late = false;
+    let mut ended = None;
     loop {
-        match chunks.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(text) => output.push_str(&String::from_utf8_lossy(&text)),
-            Err(mpsc::RecvTimeoutError::Disconnected) => break,
-            Err(mpsc::RecvTimeoutError::Timeout) if late => break,
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                late = true;
-                let _ = child.kill();
+        match chunks.recv_timeout(LOOK) {
+            Ok(line) => {
+                output.push_str(&String::from_utf8_lossy(&line));
+                output.push('\n');
             }
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Timeout) if ended.is_some() => break,
+            Err(mpsc::RecvTimeoutError::Timeout) => ended = child.try_wait().ok().flatten(),
+        }
+        if Instant::now() >= deadline {
+            break;
         }
     }
-    let status = child.wait().ok().filter(|_| !late);
-    (status, output)
+    while ended.is_none() && Instant::now() < deadline {
+        ended = child.try_wait().ok().flatten();
+        thread::sleep(Duration::from_millis(1));
+    }
+    sys::kill_group(&child);
+    let _ = child.wait();
+    (ended, output)
 }
 
 /// Another network namespace, which lives as long as this or anything in it

@@ -6,7 +6,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Child, Command};
 
 /// Has the child make namespaces of its own before it runs its program, when it is still single-threaded
 ///
@@ -79,6 +79,13 @@ pub(crate) fn enter_netns(netns: &impl AsFd) -> io::Result<()> {
     // SAFETY: no memory is involved.
     check(unsafe { libc::setns(netns.as_fd().as_raw_fd(), libc::CLONE_NEWNET) })?;
     Ok(())
+}
+
+/// Kills a child that leads a process group, and the rest of the group
+pub(crate) fn kill_group(leader: &Child) {
+    let group = libc::pid_t::try_from(leader.id()).unwrap_or(libc::pid_t::MAX);
+    // SAFETY: no memory is involved.
+    unsafe { libc::kill(-group, libc::SIGKILL) };
 }
 
 /// Effective user and group
