@@ -12,8 +12,9 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsFd;
 
-use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use nfqnl::{CopyMode, Family, QueueData, Situation, Verdict};
+
+mod support;
 
 fn callback(data: &mut QueueData<'_>) {
     let mac = data
@@ -22,7 +23,7 @@ fn callback(data: &mut QueueData<'_>) {
     println!(
         "packet {}: {mac}, {}",
         data.get_packet_id(),
-        endpoints(data.get_payload())
+        support::endpoints(data.get_payload())
     );
     data.set_verdict(Verdict::Accept, None);
 }
@@ -61,41 +62,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     queue.destroy()?;
     handle.close()?;
     Ok(())
-}
-
-/// Source and destination of an IP packet, with ports if it has any
-fn endpoints(packet: &[u8]) -> String {
-    let Ok(packet) = SlicedPacket::from_ip(packet) else {
-        return "not IP".to_owned();
-    };
-    let (source, destination) = match &packet.net {
-        Some(NetSlice::Ipv4(ip)) => (
-            ip.header().source_addr().to_string(),
-            ip.header().destination_addr().to_string(),
-        ),
-        Some(NetSlice::Ipv6(ip)) => (
-            format!("[{}]", ip.header().source_addr()),
-            format!("[{}]", ip.header().destination_addr()),
-        ),
-        _ => return "not IP".to_owned(),
-    };
-    match &packet.transport {
-        Some(TransportSlice::Udp(udp)) => {
-            format!(
-                "{source}:{} -> {destination}:{}",
-                udp.source_port(),
-                udp.destination_port()
-            )
-        }
-        Some(TransportSlice::Tcp(tcp)) => {
-            format!(
-                "{source}:{} -> {destination}:{}",
-                tcp.source_port(),
-                tcp.destination_port()
-            )
-        }
-        _ => format!("{source} -> {destination}"),
-    }
 }
 
 fn count_argument() -> Result<usize, Box<dyn std::error::Error>> {

@@ -1,4 +1,5 @@
-//! The crate against netlink-packet-core, which reads and writes the same headers and attributes
+//! The crate against others: netlink-packet-core, which reads and writes the same headers and attributes ("the
+//! oracle" below), and libc, which has the same numbers
 
 mod common;
 
@@ -394,6 +395,74 @@ proptest! {
     }
 }
 
+/// Numbers of the kernel's headers, as libc has them (it lacks `NFQA_CGROUP_CLASSID` and `NLMSGERR_ATTR_*`)
+#[cfg(target_os = "linux")]
+mod numbers {
+    use nfqnl_proto::consts::*;
+    use nfqnl_proto::{ConfigFlags, Family, Hook, SkbInfo};
+
+    macro_rules! assert_equal {
+        ($($ours:expr, $name:ident;)*) => {
+            $(assert_eq!(i64::from($ours), i64::from(libc::$name), stringify!($name));)*
+        };
+    }
+
+    macro_rules! assert_same_name {
+        ($($name:ident)*) => { assert_equal!($($name, $name;)*) };
+    }
+
+    #[test]
+    fn constants() {
+        assert_same_name! {
+            NETLINK_NETFILTER NFNL_SUBSYS_QUEUE
+            NLMSG_NOOP NLMSG_ERROR NLMSG_DONE NLMSG_OVERRUN NLMSG_MIN_TYPE
+            NLM_F_REQUEST NLM_F_ACK NLM_F_CAPPED NLM_F_ACK_TLVS
+            NLA_F_NESTED NLA_F_NET_BYTEORDER
+            NFQNL_MSG_PACKET NFQNL_MSG_VERDICT NFQNL_MSG_CONFIG NFQNL_MSG_VERDICT_BATCH
+            NFQA_PACKET_HDR NFQA_VERDICT_HDR NFQA_MARK NFQA_TIMESTAMP NFQA_IFINDEX_INDEV
+            NFQA_IFINDEX_OUTDEV NFQA_IFINDEX_PHYSINDEV NFQA_IFINDEX_PHYSOUTDEV NFQA_HWADDR
+            NFQA_PAYLOAD NFQA_CT NFQA_CT_INFO NFQA_CAP_LEN NFQA_SKB_INFO NFQA_EXP NFQA_UID NFQA_GID
+            NFQA_SECCTX NFQA_VLAN NFQA_L2HDR NFQA_PRIORITY
+            NFQA_VLAN_PROTO NFQA_VLAN_TCI
+            NFQNL_CFG_CMD_BIND NFQNL_CFG_CMD_UNBIND NFQNL_CFG_CMD_PF_BIND NFQNL_CFG_CMD_PF_UNBIND
+            NFQNL_COPY_NONE NFQNL_COPY_META NFQNL_COPY_PACKET
+            NFQA_CFG_CMD NFQA_CFG_PARAMS NFQA_CFG_QUEUE_MAXLEN NFQA_CFG_MASK NFQA_CFG_FLAGS
+            NF_DROP NF_ACCEPT NF_STOLEN NF_QUEUE NF_REPEAT NF_STOP
+            NF_VERDICT_MASK NF_VERDICT_FLAG_QUEUE_BYPASS NF_VERDICT_QBITS
+        }
+        assert_eq!(NFQA_CGROUP_CLASSID, 22);
+        assert_eq!([NLMSGERR_ATTR_MSG, NLMSGERR_ATTR_OFFS], [1, 2]);
+    }
+
+    #[test]
+    fn types() {
+        assert_equal! {
+            Family::UNSPEC.0, NFPROTO_UNSPEC;
+            Family::INET.0, NFPROTO_IPV4;
+            Family::ARP.0, NFPROTO_ARP;
+            Family::BRIDGE.0, NFPROTO_BRIDGE;
+            Family::INET6.0, NFPROTO_IPV6;
+            Family::INET.0, AF_INET;
+            Family::INET6.0, AF_INET6;
+            Family::BRIDGE.0, AF_BRIDGE;
+            Hook::PREROUTING.0, NF_INET_PRE_ROUTING;
+            Hook::INPUT.0, NF_INET_LOCAL_IN;
+            Hook::FORWARD.0, NF_INET_FORWARD;
+            Hook::OUTPUT.0, NF_INET_LOCAL_OUT;
+            Hook::POSTROUTING.0, NF_INET_POST_ROUTING;
+            Hook::POSTROUTING.0, NF_BR_POST_ROUTING;
+            ConfigFlags::FAIL_OPEN.bits(), NFQA_CFG_F_FAIL_OPEN;
+            ConfigFlags::CONNTRACK.bits(), NFQA_CFG_F_CONNTRACK;
+            ConfigFlags::GSO.bits(), NFQA_CFG_F_GSO;
+            ConfigFlags::UID_GID.bits(), NFQA_CFG_F_UID_GID;
+            ConfigFlags::SECCTX.bits(), NFQA_CFG_F_SECCTX;
+            SkbInfo::CSUM_NOT_READY.bits(), NFQA_SKB_CSUMNOTREADY;
+            SkbInfo::GSO.bits(), NFQA_SKB_GSO;
+            SkbInfo::CSUM_NOT_VERIFIED.bits(), NFQA_SKB_CSUM_NOTVERIFIED;
+        }
+    }
+}
+
 /// Owned messages that travel through the oracle
 #[cfg(feature = "netlink-packet-core")]
 mod interop {
@@ -519,5 +588,11 @@ mod interop {
         };
         assert_eq!(arrived(1), arrived(2));
         assert_ne!(arrived(1), NetlinkPayload::InnerMessage(other));
+
+        // A batch verdict has the body of a verdict: only the type tells them apart.
+        let key = PacketKey { id: 1, ..KEY };
+        let batch = QueueMessage::batch_verdict(key, &BatchVerdict::new(Verdict::Drop)).unwrap();
+        assert_eq!(batch.body(), one.body());
+        assert_ne!(batch, one);
     }
 }

@@ -5,6 +5,8 @@
 
 mod callback;
 mod config;
+#[path = "../../examples/support/mod.rs"]
+mod examples;
 mod lab;
 mod lifetime;
 mod packets;

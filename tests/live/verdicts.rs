@@ -1,12 +1,12 @@
 //! What becomes of a packet: every verdict, mark, priority, and new payloads
 
-use etherparse::{NetHeaders, PacketHeaders};
 use nfqnl::{Decision, Event, Handle, QueueConfig, RecvBatch, Situation, Verdict};
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::router::Router;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::Udp;
 
+use crate::examples::with_udp_payload;
 use crate::lab::{Lab, PORT, QUEUE, is_silent, next_event, next_packet, udp_payload};
 
 #[test]
@@ -171,38 +171,6 @@ fn the_mark_and_priority_of_a_verdict_are_seen_by_later_hooks() {
     });
 }
 
-/// Another UDP payload under the headers of this packet, with right lengths and checksums
-fn with_udp_payload(packet: &[u8], payload: &[u8]) -> Vec<u8> {
-    let PacketHeaders {
-        net: Some(mut net),
-        transport: Some(mut transport),
-        ..
-    } = PacketHeaders::from_ip_slice(packet).unwrap()
-    else {
-        panic!("no IP with a transport header");
-    };
-    let len = transport.header_len() + payload.len();
-    let mut out = Vec::new();
-    transport.mut_udp().unwrap().length = len.try_into().unwrap();
-    match &mut net {
-        NetHeaders::Ipv4(ip, _) => {
-            ip.set_payload_len(len).unwrap();
-            ip.header_checksum = ip.calc_header_checksum();
-            ip.write(&mut out).unwrap();
-            transport.update_checksum_ipv4(ip, payload).unwrap();
-        }
-        NetHeaders::Ipv6(ip, _) => {
-            ip.set_payload_length(len).unwrap();
-            ip.write(&mut out).unwrap();
-            transport.update_checksum_ipv6(ip, payload).unwrap();
-        }
-        NetHeaders::Arp(_) => panic!("no IP"),
-    }
-    transport.write(&mut out).unwrap();
-    out.extend(payload);
-    out
-}
-
 #[test]
 fn a_new_payload_of_any_length_replaces_the_packet() {
     isolated(|| {
@@ -218,7 +186,7 @@ fn a_new_payload_of_any_length_replaces_the_packet() {
                     .send(b"twenty bytes of data", socket.address())
                     .unwrap();
                 let packet = next_packet(&handle, &mut batch);
-                let replaced = with_udp_payload(packet.payload(), &new);
+                let replaced = with_udp_payload(packet.payload(), &new).unwrap();
                 let decision = Verdict::Accept.with_payload(&replaced);
                 handle.verdict(packet.key(), decision).unwrap();
                 assert_eq!(socket.recv().as_deref(), Some(&new[..]), "{len} bytes");
@@ -248,7 +216,7 @@ fn a_rewritten_packet_leaves_by_a_real_link() {
             let sender = Udp::bind(any.parse().unwrap(), 0).unwrap();
             sender.send(b"original", receiver.address()).unwrap();
             let packet = next_packet(&handle, &mut batch);
-            let replaced = with_udp_payload(packet.payload(), b"rewritten, and longer");
+            let replaced = with_udp_payload(packet.payload(), b"rewritten, and longer").unwrap();
             let decision = Verdict::Accept.with_payload(&replaced);
             handle.verdict(packet.key(), decision).unwrap();
             assert_eq!(
@@ -424,7 +392,7 @@ fn a_decision_with_everything_in_it_is_taken() {
         let mut batch = RecvBatch::default();
         lab.send(b"laden");
         let packet = next_packet(&handle, &mut batch);
-        let replaced = with_udp_payload(packet.payload(), b"unladen");
+        let replaced = with_udp_payload(packet.payload(), b"unladen").unwrap();
         let decision: Decision<'_> = Verdict::Accept
             .with_payload(&replaced)
             .with_mark(1)
