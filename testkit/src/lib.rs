@@ -22,10 +22,10 @@
     reason = "not published: whoever adds a variant sees every match"
 )]
 
+pub mod hosts;
 pub mod link;
 mod netlink;
 pub mod netns;
-pub mod router;
 pub mod rules;
 pub mod socket;
 mod sys;

@@ -15,6 +15,7 @@ const RTM_NEWROUTE: u16 = 24;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_INFO_KIND: u16 = 1;
@@ -87,6 +88,34 @@ pub fn veth(name: &str, peer: &str, namespace: &Namespace) -> io::Result<()> {
                 });
             });
     });
+    route_request(message, name)
+}
+
+/// Makes a bridge
+///
+/// # Errors
+/// What the kernel says, with the link's name.
+pub fn bridge(name: &str) -> io::Result<()> {
+    let mut message = Message::new(
+        RTM_NEWLINK,
+        NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL,
+        &ifinfo(0, 0),
+    );
+    message.text(IFLA_IFNAME, name).nest(IFLA_LINKINFO, |info| {
+        info.text(IFLA_INFO_KIND, "bridge");
+    });
+    route_request(message, name)
+}
+
+/// Makes a link the port of a bridge
+///
+/// # Errors
+/// What the kernel says, with the link's name.
+pub fn set_master(name: &str, bridge: &str) -> io::Result<()> {
+    let mut message = Message::new(RTM_NEWLINK, NLM_F_ACK, &ifinfo(0, 0));
+    message
+        .text(IFLA_IFNAME, name)
+        .attr(IFLA_MASTER, &index(bridge)?.to_ne_bytes());
     route_request(message, name)
 }
 

@@ -5,8 +5,8 @@
 use std::net::{IpAddr, TcpListener};
 use std::thread;
 
+use nfqnl_testkit::hosts::Router;
 use nfqnl_testkit::netns::{Namespace, isolated};
-use nfqnl_testkit::router::Router;
 use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
 use nfqnl_testkit::traffic::{self, SILENCE, TIMEOUT, Udp, V4, V6};
 use nfqnl_testkit::{link, user};

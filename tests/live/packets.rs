@@ -9,8 +9,8 @@ use nfqnl::consts::NFQA_PACKET_HDR;
 use nfqnl::{
     ConfigFlags, CopyMode, Event, Family, Handle, QueueConfig, RecvBatch, SkbInfo, Verdict,
 };
+use nfqnl_testkit::hosts::{Bridge, Router};
 use nfqnl_testkit::netns::{is_rootless, isolated};
-use nfqnl_testkit::router::Router;
 use nfqnl_testkit::rules::{self, Hook, QueueOptions, Rule, Table};
 use nfqnl_testkit::traffic::{self, TIMEOUT, Udp, V4, V6};
 use nfqnl_testkit::{link, rules::Chain};
@@ -96,6 +96,54 @@ fn a_forwarded_packet_passes_three_hooks_with_both_devices_and_its_senders_mac()
                 handle.verdict(packet.key(), Verdict::Accept).unwrap();
             }
             assert_eq!(receiver.recv().as_deref(), Some(&b"forwarded"[..]));
+        }
+    });
+}
+
+/// Bridged packets pass the IP hooks where `br_netfilter` has them do so
+#[test]
+fn a_bridged_packet_tells_the_ports_of_the_bridge() {
+    const SKIP: &str = "NFQNL_SKIP_BRIDGE";
+    isolated(|| {
+        if std::env::var_os(SKIP).is_some_and(|value| value == "1") {
+            eprintln!("SKIPPED by {SKIP}=1: bridged packets");
+            return;
+        }
+        let bridge = Bridge::new().unwrap_or_else(|error| panic!("{error}, or set {SKIP}=1"));
+        let (left, right) = (&bridge.left, &bridge.right);
+        let indexes = [Bridge::LINK, left.link, right.link].map(|name| link::index(name).unwrap());
+        let [br0, from, to] = indexes.map(Some);
+        let mac = left.namespace.run(|| link::mac("eth0").unwrap());
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let mut batch = RecvBatch::default();
+        let families = [
+            (rules::Family::Ip, left.v4, right.v4),
+            (rules::Family::Ip6, left.v6, right.v6),
+        ];
+        for (family, source, destination) in families {
+            let table = Table::new(family, "t").unwrap();
+            let rule = Rule::new().udp().dport(PORT).queue(QUEUE);
+            for hook in [Hook::Prerouting, Hook::Forward] {
+                let chain = table.chain(&format!("{hook:?}"), hook, 0).unwrap();
+                chain.add(&rule).unwrap();
+            }
+            let receiver = right
+                .namespace
+                .run(|| Udp::bind(destination, PORT).unwrap());
+            let sender = left.namespace.run(|| Udp::bind(source, 0).unwrap());
+            sender.send(b"bridged", receiver.address()).unwrap();
+            for (outdev, physoutdev) in [(None, None), (br0, to)] {
+                let packet = next_packet(&handle, &mut batch);
+                assert_eq!((packet.indev(), packet.outdev()), (br0, outdev));
+                assert_eq!(
+                    (packet.physindev(), packet.physoutdev()),
+                    (from, physoutdev)
+                );
+                assert_eq!(packet.hw_addr().unwrap().as_bytes(), mac);
+                handle.verdict(packet.key(), Verdict::Accept).unwrap();
+            }
+            assert_eq!(receiver.recv().as_deref(), Some(&b"bridged"[..]));
         }
     });
 }

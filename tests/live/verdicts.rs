@@ -1,8 +1,8 @@
 //! What becomes of a packet: every verdict, mark, priority, and new payloads
 
 use nfqnl::{Decision, Event, Handle, QueueConfig, RecvBatch, Situation, Verdict};
+use nfqnl_testkit::hosts::Router;
 use nfqnl_testkit::netns::isolated;
-use nfqnl_testkit::router::Router;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::Udp;
 
