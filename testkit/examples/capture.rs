@@ -1,0 +1,190 @@
+//! Writes datagrams of the running kernel, byte for byte, for the golden tests of the wire crate
+//!
+//! ```text
+//! cargo run -p nfqnl-testkit --example capture -- proto/tests/data
+//! ```
+//!
+//! What is in them is fixed by this program, ports, marks and payloads; ids of users, times and MACs are the machine's.
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use netlink_sys::{Socket, SocketAddr};
+use nfqnl_proto::{
+    ConfigFlags, ConfigRequest, CopyMode, Decision, QueueConfig, RequestHeader, Verdict,
+    encode_noop,
+};
+use nfqnl_testkit::hosts::{Bridge, Router};
+use nfqnl_testkit::netns;
+use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
+use nfqnl_testkit::traffic::{Udp, V4, V6};
+
+const PORT: u16 = 5000;
+const QUEUE: u16 = 258; // two bytes that differ
+const MARK: u32 = 0x0102_0304;
+const PRIORITY: u8 = 5;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let directory = std::env::args_os()
+        .nth(1)
+        .ok_or("usage: capture DIRECTORY")?;
+    netns::enter()?;
+    let mut capture = Capture::new(directory.into())?;
+    replies(&mut capture)?;
+    local(&mut capture)?;
+    routed(&mut capture)?;
+    bridged(&mut capture)
+}
+
+/// The socket, and where its datagrams are written
+struct Capture {
+    socket: Socket,
+    directory: PathBuf,
+    seq: u32,
+}
+
+impl Capture {
+    fn new(directory: PathBuf) -> Result<Self, Box<dyn Error>> {
+        let mut socket = Socket::new(libc::NETLINK_NETFILTER.try_into()?)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        socket.set_cap_ack(true)?;
+        socket.set_ext_ack(true)?;
+        Ok(Self {
+            socket,
+            directory,
+            seq: 0,
+        })
+    }
+
+    /// Receives a datagram and writes it to a file
+    fn write(&self, name: &str) -> Result<(), Box<dyn Error>> {
+        let (datagram, _) = self.socket.recv_from_full()?;
+        let path = self.directory.join(Path::new(name).with_extension("bin"));
+        println!("{}: {} bytes", path.display(), datagram.len());
+        Ok(fs::write(path, datagram)?)
+    }
+
+    fn header(&mut self) -> RequestHeader {
+        self.seq += 1;
+        RequestHeader {
+            ack: true,
+            seq: self.seq,
+            pid: 0,
+        }
+    }
+
+    /// Sends a configuration request and throws its answer away
+    fn configure(&mut self, request: &ConfigRequest) -> Result<(), Box<dyn Error>> {
+        self.send(request)?;
+        self.socket.recv_from_full()?;
+        Ok(())
+    }
+
+    fn send(&mut self, request: &ConfigRequest) -> Result<(), Box<dyn Error>> {
+        let mut buf = [0; ConfigRequest::MAX_LEN];
+        let len = request.encode(&mut buf, self.header())?;
+        self.socket.send(&buf[..len], 0)?;
+        Ok(())
+    }
+}
+
+fn replies(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
+    capture.send(&ConfigRequest::bind(QUEUE, QueueConfig::new()))?;
+    capture.write("ack")?;
+    capture.send(&ConfigRequest::bind(QUEUE, QueueConfig::new()))?;
+    capture.write("busy")?;
+
+    let mut buf = [0; 64];
+    let len = encode_noop(&mut buf, capture.header())?;
+    capture.socket.send(&buf[..len], 0)?;
+    capture.write("noop_ack")?;
+
+    let mut header = capture.header();
+    header.ack = false; // errors come all the same
+    let len = Decision::new(Verdict::Accept).encode(&mut buf, QUEUE, 77, header)?;
+    capture.socket.send(&buf[..len], 0)?;
+    capture.write("no_such_packet")?;
+
+    // The attribute behind the headers, cut by two bytes: the kernel says in words what is wrong.
+    let config = QueueConfig::new().maxlen(1);
+    let header = capture.header();
+    let len = ConfigRequest::update(QUEUE, config).encode(&mut buf, header)?;
+    const ATTRIBUTE: usize = 20;
+    let attribute_len = u16::from_ne_bytes([buf[ATTRIBUTE], buf[ATTRIBUTE + 1]]) - 2;
+    buf[ATTRIBUTE..ATTRIBUTE + 2].copy_from_slice(&attribute_len.to_ne_bytes());
+    capture.socket.send(&buf[..len], 0)?;
+    capture.write("short_attribute")
+}
+
+fn local(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
+    let rule = Rule::new().udp().dport(PORT).queue(QUEUE);
+    let packet = QueueConfig::new().copy_mode(CopyMode::PACKET, 0);
+    capture.configure(&ConfigRequest::update(QUEUE, packet))?;
+    let cases = [
+        (Family::Ip, V4, Hook::Input, "ipv4_input"),
+        (Family::Ip6, V6, Hook::Output, "ipv6_output"),
+    ];
+    for (family, address, hook, name) in cases {
+        let table = Table::new(family, "capture")?;
+        table.chain("c", hook, 0)?.add(&rule)?;
+        let udp = Udp::bind(address, PORT)?;
+        udp.set_mark(MARK)?;
+        udp.set_priority(PRIORITY)?;
+        let flags = ConfigFlags::UID_GID;
+        let config = packet.flags(flags, flags);
+        capture.configure(&ConfigRequest::update(QUEUE, config))?;
+        udp.send(b"golden!", udp.address())?;
+        capture.write(name)?;
+
+        if hook == Hook::Output {
+            let cut = QueueConfig::new().copy_mode(CopyMode::PACKET, 50);
+            capture.configure(&ConfigRequest::update(QUEUE, cut))?;
+            udp.send(&[b'x'; 100], udp.address())?;
+            capture.write("cut")?;
+            let meta = QueueConfig::new().copy_mode(CopyMode::META, 0);
+            capture.configure(&ConfigRequest::update(QUEUE, meta))?;
+            udp.send(b"meta", udp.address())?;
+            capture.write("meta")?;
+        }
+    }
+    let no_flags = packet.flags(ConfigFlags::UID_GID, ConfigFlags::empty());
+    capture.configure(&ConfigRequest::update(QUEUE, no_flags))
+}
+
+fn routed(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
+    let router = Router::new()?;
+    let table = Table::new(Family::Ip, "routed")?;
+    let rule = Rule::new().udp().dport(PORT + 1).queue(QUEUE);
+    table.chain("c", Hook::Forward, 0)?.add(&rule)?;
+    let receiver = router
+        .server
+        .namespace
+        .run(|| Udp::bind(router.server.v4, PORT + 1))?;
+    receiver.want_timestamps()?;
+    let sender = router
+        .client
+        .namespace
+        .run(|| Udp::bind(router.client.v4, PORT))?;
+    std::thread::sleep(std::time::Duration::from_millis(100)); // until the kernel takes times
+    sender.send(b"through a router", receiver.address())?;
+    capture.write("forward")
+}
+
+fn bridged(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
+    let bridge = Bridge::new()?;
+    let table = Table::new(Family::Ip6, "bridged")?;
+    let rule = Rule::new().udp().dport(PORT + 2).queue(QUEUE);
+    table.chain("c", Hook::Forward, 0)?.add(&rule)?;
+    let receiver = bridge
+        .right
+        .namespace
+        .run(|| Udp::bind(bridge.right.v6, PORT + 2))?;
+    let sender = bridge
+        .left
+        .namespace
+        .run(|| Udp::bind(bridge.left.v6, PORT))?;
+    sender.send(b"over a bridge", receiver.address())?;
+    capture.write("bridge")
+}
