@@ -1,9 +1,12 @@
 //! Which queues the handle has bound, and the number that tells one binding of a queue from the next
 
-use std::sync::Arc;
+use std::fmt;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use nfqnl_proto::PacketKey;
+
+use crate::data::QueueData;
 
 /// Names one binding of one queue
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,17 +26,30 @@ impl From<PacketKey> for BindingId {
     }
 }
 
+pub(crate) type Callback = Box<dyn FnMut(&mut QueueData<'_>) + Send>;
+
 /// One binding of a queue
-#[derive(Debug)]
 pub(crate) struct Binding {
     pub(crate) id: BindingId,
     last_id: AtomicU32,
+    /// Locked while it runs; it may end its own binding, and is dropped when nothing refers to that any more
+    pub(crate) callback: Option<Mutex<Callback>>,
+}
+
+impl fmt::Debug for Binding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Binding")
+            .field("id", &self.id)
+            .field("last_id", &self.last_id)
+            .field("callback", &self.callback.is_some())
+            .finish()
+    }
 }
 
 static NEXT: AtomicU16 = AtomicU16::new(1);
 
 impl Binding {
-    pub(crate) fn new(queue: u16) -> Self {
+    pub(crate) fn new(queue: u16, callback: Option<Callback>) -> Self {
         let number = match NEXT.fetch_add(1, Ordering::Relaxed) {
             0 => NEXT.fetch_add(1, Ordering::Relaxed), // 0 is for keys that no handle has made
             number => number,
@@ -41,6 +57,7 @@ impl Binding {
         Self {
             id: BindingId { queue, number },
             last_id: AtomicU32::new(0),
+            callback: callback.map(Mutex::new),
         }
     }
 
@@ -109,12 +126,12 @@ mod tests {
 
     #[test]
     fn gaps_are_counted_across_the_wrap_and_never_backwards() {
-        let binding = Binding::new(0);
+        let binding = Binding::new(0, None);
         assert_eq!(
             [1, 2, 5, 4, 5, 6].map(|id| binding.note(id)),
             [0, 0, 2, 0, 0, 0]
         );
-        let binding = Binding::new(0);
+        let binding = Binding::new(0, None);
         binding.last_id.store(u32::MAX - 1, Ordering::Relaxed);
         assert_eq!([u32::MAX, 1, 2].map(|id| binding.note(id)), [0, 1, 0]);
     }
@@ -122,7 +139,7 @@ mod tests {
     #[test]
     fn every_binding_has_another_number() {
         let mut bindings = Bindings::default();
-        let (first, second) = (Binding::new(7), Binding::new(7));
+        let (first, second) = (Binding::new(7, None), Binding::new(7, None));
         let (old, new) = (first.id, second.id);
         assert_ne!(old, new);
         bindings.insert(first);

@@ -322,7 +322,7 @@ impl Handle {
     /// handle has it; with [`Unsupported`](crate::Situation::Unsupported) if the kernel does not know a flag, and then
     /// nothing is bound. [`Error::ZeroMaxlen`]; [`Error::UnknownCopyMode`]; [`Error::NoAck`].
     pub fn bind_queue_with(&self, num: u16, config: &QueueConfig) -> Result<Queue> {
-        let binding = self.shared.bind(num, *config)?;
+        let binding = self.shared.bind(num, *config, None)?;
         Ok(Queue::new(&self.shared, binding))
     }
 
@@ -393,8 +393,7 @@ impl Handle {
         config: &QueueConfig,
         callback: impl FnMut(&mut QueueData<'_>) + Send + 'static,
     ) -> Result<Queue> {
-        let binding = self.shared.bind(num, *config)?;
-        self.shared.callbacks.insert(binding, Box::new(callback));
+        let binding = self.shared.bind(num, *config, Some(Box::new(callback)))?;
         Ok(Queue::new(&self.shared, binding))
     }
 
@@ -424,52 +423,71 @@ impl Handle {
     /// datagram is dealt with before the first error is returned.
     #[doc(alias = "nfq_handle_packet")]
     pub fn handle_packet(&mut self, datagram: &[u8]) -> Result<usize> {
-        let shared = Arc::clone(&self.shared);
-        let (bindings, stashed) = shared.take_in(datagram);
-        let (first, rest) = match stashed {
-            None => (datagram, VecDeque::new()),
-            Some(all) => (&[][..], all),
+        let (bindings, stashed) = self.shared.take_in(datagram);
+        let mut turn = Turn {
+            shared: &self.shared,
+            bindings: &bindings,
+            reply: &mut self.reply,
+            on_event: self
+                .on_event
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
+            rest: VecDeque::new(),
+            packets: 0,
+            error: None,
         };
-        let mut rest = Rest {
-            shared: &shared,
-            datagrams: rest,
-        };
-        let mut outcome = Outcome::default();
-        self.handle_datagram(first, &bindings, &mut rest, &mut outcome);
-        while let Some(next) = rest.datagrams.pop_front() {
+        match stashed {
+            None => turn.handle_datagram(datagram),
+            Some(all) => turn.rest = all,
+        }
+        while let Some(next) = turn.rest.pop_front() {
             match next {
-                Stashed::Datagram(bytes) => {
-                    self.handle_datagram(&bytes, &bindings, &mut rest, &mut outcome);
-                }
-                Stashed::Overrun => self.pass_on(Event::Overrun),
+                Stashed::Datagram(bytes) => turn.handle_datagram(&bytes),
+                Stashed::Overrun => turn.pass_on(Event::Overrun),
             }
         }
-        outcome.error.map_or(Ok(outcome.packets), Err)
+        turn.error.take().map_or(Ok(turn.packets), Err)
     }
+}
 
+/// One call of `handle_packet`: it goes on after an error, and reports the first
+struct Turn<'h> {
+    shared: &'h Shared,
+    bindings: &'h Bindings,
+    /// The verdict that a callback has set, encoded
+    reply: &'h mut Vec<u8>,
+    on_event: &'h mut Option<EventHandler>,
+    /// What has not been looked at yet; goes back to the stash if a callback panics
+    rest: VecDeque<Stashed>,
+    packets: usize,
+    error: Option<Error>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.shared.put_back(std::mem::take(&mut self.rest));
+    }
+}
+
+impl Turn<'_> {
     /// Deals with the first event of a datagram, after laying by what follows it
-    fn handle_datagram(
-        &mut self,
-        datagram: &[u8],
-        bindings: &Bindings,
-        rest: &mut Rest<'_>,
-        outcome: &mut Outcome,
-    ) {
+    fn handle_datagram(&mut self, datagram: &[u8]) {
         let mut messages = Messages::new(datagram);
-        let event = next_event(&mut messages, bindings);
+        let event = next_event(&mut messages, self.bindings);
         if !messages.rest().is_empty() {
-            rest.datagrams
+            self.rest
                 .push_front(Stashed::Datagram(messages.rest().into()));
         }
         match event {
             Some(Event::Packet(packet)) => {
-                outcome.packets += 1;
-                outcome.note(self.call_back(packet));
+                self.packets += 1;
+                let answered = self.call_back(packet);
+                self.note(answered);
             }
             Some(Event::Truncated { key, needed, had }) => {
-                outcome.note(Err(Error::Truncated { key, needed, had }));
+                self.note(Err(Error::Truncated { key, needed, had }));
             }
-            Some(Event::Malformed(error)) => outcome.note(Err(error.into())),
+            Some(Event::Malformed(error)) => self.note(Err(error.into())),
             Some(event) => self.pass_on(event),
             None => {}
         }
@@ -477,14 +495,15 @@ impl Handle {
 
     fn call_back(&mut self, packet: Packet<'_>) -> Result<()> {
         let key = packet.key();
-        let Some(mut callback) = self.shared.callbacks.take(key.into()) else {
+        let binding = self.bindings.get(key.queue);
+        let Some(callback) = binding.and_then(|binding| binding.callback.as_ref()) else {
             self.pass_on(Event::Packet(packet));
             return Ok(());
         };
-        let mut data = QueueData::new(packet, &mut self.reply);
-        // The callback goes back to its place and its verdict is sent, however it ends.
+        let mut callback = callback.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut data = QueueData::new(packet, self.reply);
+        // The verdict is sent however the callback ends.
         let ended = catch_unwind(AssertUnwindSafe(|| callback(&mut data)));
-        self.shared.callbacks.put_back(key.into(), callback);
         let sent = match &self.reply[..] {
             [] => Ok(()),
             verdict => self.shared.send_verdict(key, verdict),
@@ -496,38 +515,13 @@ impl Handle {
     }
 
     fn pass_on(&mut self, event: Event<'_>) {
-        match self
-            .on_event
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-        {
+        match self.on_event {
             Some(handler) => handler(event),
             None if matches!(event, Event::Packet(_)) => self.shared.note_unclaimed(),
             None => {}
         }
     }
-}
 
-/// What `handle_packet` has not looked at yet; goes back to the stash if a callback panics
-struct Rest<'h> {
-    shared: &'h Shared,
-    datagrams: VecDeque<Stashed>,
-}
-
-impl Drop for Rest<'_> {
-    fn drop(&mut self) {
-        self.shared.put_back(std::mem::take(&mut self.datagrams));
-    }
-}
-
-/// How a `handle_packet` call went: it goes on after an error, and reports the first
-#[derive(Default)]
-struct Outcome {
-    packets: usize,
-    error: Option<Error>,
-}
-
-impl Outcome {
     fn note(&mut self, result: Result<()>) {
         if let Err(error) = result {
             self.error.get_or_insert(error);

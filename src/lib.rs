@@ -45,7 +45,6 @@
 
 mod batch;
 mod bindings;
-mod callback;
 mod data;
 mod error;
 mod event;

@@ -22,8 +22,7 @@ use nfqnl_proto::{
 };
 
 use crate::batch::{RecvBatch, Stashed};
-use crate::bindings::{Binding, BindingId, Bindings};
-use crate::callback::Callbacks;
+use crate::bindings::{Binding, BindingId, Bindings, Callback};
 use crate::error::{Error, Operation, Refusal, Result};
 use crate::event::{Event, next_event, verdict_header};
 use crate::stats::Stats;
@@ -39,7 +38,6 @@ pub(crate) struct Shared {
     answered: Condvar,
     /// Read by verdicts, across their send: once a writer has changed it, no verdict on an older binding is on its way
     bindings: RwLock<Bindings>,
-    pub(crate) callbacks: Callbacks,
 }
 
 #[derive(Debug, Default)]
@@ -68,7 +66,6 @@ impl Shared {
             state: Mutex::default(),
             answered: Condvar::new(),
             bindings: RwLock::default(),
-            callbacks: Callbacks::default(),
         }
     }
 
@@ -270,7 +267,12 @@ impl State {
 
 impl Shared {
     /// Binds a queue with its settings, in one message
-    pub(crate) fn bind(&self, queue: u16, config: QueueConfig) -> Result<BindingId> {
+    pub(crate) fn bind(
+        &self,
+        queue: u16,
+        config: QueueConfig,
+        callback: Option<Callback>,
+    ) -> Result<BindingId> {
         check_config(queue, &config)?;
         if self.state().unfenced {
             // Everything from before has been read when this returns, and was seen to belong to no queue.
@@ -278,23 +280,22 @@ impl Shared {
             self.state().unfenced = false;
         }
         let op = Operation::Bind(queue);
-        let binding = match self.insert_binding(queue) {
-            Ok(binding) => binding,
-            Err(present) => {
-                // Ours already: let the kernel say so. If it says otherwise, the queue was unbound through another
-                // descriptor of this socket, and the present binding is at its end.
-                self.configure(op, &ConfigRequest::bind(queue, QueueConfig::new()))?;
-                self.unbind(present)?;
-                return self.bind(queue, config);
-            }
-        };
+        let mut binding = Binding::new(queue, callback);
+        let id = binding.id;
+        while let Err((rejected, present)) = self.insert_binding(binding) {
+            // Ours already: let the kernel say so. If it says otherwise, the queue was unbound through another
+            // descriptor of this socket, and the present binding is at its end.
+            self.configure(op, &ConfigRequest::bind(queue, QueueConfig::new()))?;
+            self.unbind(present)?;
+            binding = rejected;
+        }
         match self.configure(op, &ConfigRequest::bind(queue, config)) {
-            Ok(()) => Ok(binding),
+            Ok(()) => Ok(id),
             Err(error) => {
                 if matches!(error, Error::NoAck { .. }) {
-                    self.post_unbind(binding);
+                    self.post_unbind(id);
                 } else {
-                    self.forget(binding);
+                    self.forget(id);
                 }
                 Err(error)
             }
@@ -303,16 +304,14 @@ impl Shared {
 
     /// Begins a binding before the kernel knows: its first packet may come before the acknowledgement
     ///
-    /// Returns it, or the present binding.
-    fn insert_binding(&self, queue: u16) -> Result<BindingId, BindingId> {
+    /// Returns it if its queue has a binding, with that.
+    fn insert_binding(&self, binding: Binding) -> Result<(), (Binding, BindingId)> {
         let _state = self.state(); // whoever receives sees all bindings or has nothing of this one yet
-        if let Some(present) = self.bindings().get(queue) {
-            return Err(present.id);
+        if let Some(present) = self.bindings().get(binding.id.queue) {
+            return Err((binding, present.id));
         }
-        let binding = Binding::new(queue);
-        let id = binding.id;
         self.change_bindings(|bindings| bindings.insert(binding));
-        Ok(id)
+        Ok(())
     }
 
     /// Changes a queue's settings
@@ -357,6 +356,8 @@ impl Shared {
 
     /// Ends a binding: its keys are stale from here on, and what waits of it in the stash is gone in the kernel too
     fn forget(&self, id: BindingId) {
+        // Its callback may own anything, other queues too, so it is dropped after the lock is given back.
+        let _keep = self.bindings();
         let mut state = self.state();
         if !self.bindings().is_current(id) {
             return;
@@ -371,8 +372,6 @@ impl Shared {
         });
         let discarded = before - state.stash.len();
         state.stats.discarded += u64::try_from(discarded).unwrap_or(u64::MAX);
-        drop(state);
-        self.callbacks.remove(id);
     }
 
     /// Every binding
@@ -406,7 +405,14 @@ impl Shared {
         }
         batch.clear();
         let mut state = self.state();
-        batch.content.bindings = self.bindings();
+        let previous = std::mem::replace(&mut batch.content.bindings, self.bindings());
+        let filled = self.fill_locked(&mut state, batch);
+        drop(state);
+        drop(previous); // perhaps the last to know of a callback, as in `forget`
+        filled
+    }
+
+    fn fill_locked(&self, state: &mut State, batch: &mut RecvBatch) -> Result<bool> {
         if !state.stash.is_empty() {
             std::mem::swap(&mut batch.content.stash, &mut state.stash);
             return Ok(true);
@@ -416,7 +422,7 @@ impl Shared {
             match sys::recv_many(self.as_fd(), slots, &mut batch.slots) {
                 Ok(n) => {
                     batch.content.filled = n;
-                    if self.note_slots(&mut state, batch) {
+                    if self.note_slots(state, batch) {
                         return Ok(true);
                     }
                 }
