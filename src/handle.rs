@@ -414,6 +414,9 @@ impl Handle {
     /// A receive buffer of [`RecvBatch::DEFAULT_SLOT_LEN`] bytes takes any packet. The caller's receive call may fail
     /// with `ENOBUFS` (packets were lost) and `EINTR`; both are no reason to stop.
     ///
+    /// Pass on everything that was received before you bind a queue number once more: afterwards, a packet of the old
+    /// binding can't be told from one of the new.
+    ///
     /// A callback that panics leaves the handle as it was: the panic goes on to the caller, and what was not yet
     /// looked at comes with the next call.
     ///

@@ -45,8 +45,10 @@ struct State {
     stash: VecDeque<Stashed>,
     requests: Vec<Request>,
     last_seq: u32,
-    /// A queue was unbound without waiting: packets from before may still come
-    unfenced: bool,
+    /// How many queues were unbound without waiting: packets from before may still come
+    posted: u64,
+    /// How many of these are known to be processed, and their packets read
+    fenced: u64,
     stats: Stats,
 }
 
@@ -274,11 +276,7 @@ impl Shared {
         callback: Option<Callback>,
     ) -> Result<BindingId> {
         check_config(queue, &config)?;
-        if self.state().unfenced {
-            // Everything from before has been read when this returns, and was seen to belong to no queue.
-            self.sync()?;
-            self.state().unfenced = false;
-        }
+        self.fence()?;
         let op = Operation::Bind(queue);
         let mut binding = Binding::new(queue, callback);
         let id = binding.id;
@@ -300,6 +298,17 @@ impl Shared {
                 Err(error)
             }
         }
+    }
+
+    /// Reads what may still come of queues that were unbound without waiting, and is seen to belong to no queue
+    fn fence(&self) -> Result<()> {
+        let State { posted, fenced, .. } = *self.state();
+        if fenced < posted {
+            self.sync()?;
+            let mut state = self.state();
+            state.fenced = state.fenced.max(posted);
+        }
+        Ok(())
     }
 
     /// Begins a binding before the kernel knows: its first packet may come before the acknowledgement
@@ -331,7 +340,7 @@ impl Shared {
         let op = Operation::Unbind(id.queue);
         let result = self.configure(op, &ConfigRequest::unbind(id.queue));
         if matches!(result, Err(Error::NoAck { .. })) {
-            self.state().unfenced = true;
+            self.state().posted += 1;
         }
         self.forget(id);
         result
@@ -350,7 +359,7 @@ impl Shared {
             let _ = self.send(Operation::Unbind(id.queue), message);
         }
         drop(bindings); // held until here, so that no later binding can be hit
-        self.state().unfenced = true;
+        self.state().posted += 1;
         self.forget(id);
     }
 

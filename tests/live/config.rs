@@ -6,6 +6,7 @@ use std::error::Error as _;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
 
+use nfqnl::consts::NFQA_SECCTX;
 use nfqnl::proto::{ConfigRequest, RequestHeader};
 use nfqnl::{
     ConfigFlags, CopyMode, Error, Family, Handle, Operation, QueueConfig, RecvBatch, Refusal,
@@ -266,6 +267,32 @@ fn conntrack_is_told_or_refused() {
                 libc::EOPNOTSUPP,
                 Situation::Unsupported,
                 "nf_conntrack_netlink",
+            ),
+        }
+    });
+}
+
+/// Told where a security module labels packets, absent where none does, refused where the kernel can't
+#[test]
+fn security_contexts_are_told_or_refused() {
+    isolated(|| {
+        let lab = Lab::with(Hook::Output, &Rule::new().udp().dport(PORT).queue(QUEUE));
+        let handle = Handle::open().unwrap();
+        let queue = handle.bind_queue(QUEUE).unwrap();
+        match queue.set_flags(ConfigFlags::SECCTX, ConfigFlags::SECCTX) {
+            Ok(()) => {
+                lab.send(b"labelled or not");
+                let mut batch = RecvBatch::default();
+                let packet = next_packet(&handle, &mut batch);
+                assert_eq!(packet.security_context(), packet.attr(NFQA_SECCTX));
+                assert_eq!(udp_payload(&packet), b"labelled or not");
+            }
+            refused => expect_refusal(
+                &refusal(refused),
+                Operation::SetFlags(QUEUE),
+                libc::EOPNOTSUPP,
+                Situation::Unsupported,
+                "NETWORK_SECMARK",
             ),
         }
     });

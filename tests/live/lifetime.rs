@@ -2,6 +2,8 @@
 
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use nfqnl::{Error, Handle, Operation, RecvBatch, Situation, Verdict};
 use nfqnl_testkit::link;
@@ -223,7 +225,7 @@ fn verdicts_race_with_the_end_of_their_queue() {
             let queue = handle.bind_queue(QUEUE).unwrap();
             lab.send_numbered(0..20);
             let keys = [(); 20].map(|()| next_packet(&handle, &mut batch).key());
-            std::thread::scope(|scope| {
+            thread::scope(|scope| {
                 scope.spawn(|| {
                     for key in keys {
                         match handle.verdict(key, Verdict::Drop) {
@@ -249,5 +251,38 @@ fn verdicts_race_with_the_end_of_their_queue() {
                 assert_eq!(refusal.situation(), Situation::NotBound);
             }
         }
+    });
+}
+
+/// Another thread's bindings come and go meanwhile, each of which must leave this one's fence alone
+#[test]
+fn packets_from_before_stay_out_whatever_other_threads_bind() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let mut batch = RecvBatch::default();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    drop(handle.bind_queue(QUEUE + 1).unwrap());
+                }
+            });
+            for _ in 0..2000 {
+                let queue = handle.bind_queue(QUEUE).unwrap();
+                lab.send(b"old");
+                drop(queue);
+                let queue = handle.bind_queue(QUEUE).unwrap();
+                lab.send(b"new");
+                let packet = next_packet(&handle, &mut batch);
+                let seen = udp_payload(&packet).to_vec();
+                if seen != b"new" {
+                    done.store(true, Ordering::Relaxed);
+                    panic!("{} came out of a new binding", seen.escape_ascii());
+                }
+                queue.destroy().unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+        });
     });
 }
