@@ -120,8 +120,9 @@ impl<'a> Packet<'a> {
         let mut at = [0; NFQA_MAX as usize + 1];
         for attr in Attrs::new(attrs) {
             let attr = attr.map_err(|error| error.at(ATTRS_OFFSET))?;
-            if let Some(slot) = at.get_mut(usize::from(attr.kind)) {
-                check(attr)?;
+            let kind = usize::from(attr.kind);
+            if let (Some(slot), Some(&needed)) = (at.get_mut(kind), MIN_LEN.get(kind)) {
+                check(attr, needed)?;
                 *slot = u16::try_from((attr.offset + ATTRS_OFFSET) / 4).unwrap_or_default();
             }
         }
@@ -144,6 +145,18 @@ impl<'a> Packet<'a> {
     pub const fn with_binding(mut self, binding: u16) -> Self {
         self.binding = binding;
         self
+    }
+
+    /// The same packet over another copy of its bytes ([`as_bytes`](Self::as_bytes)), for whoever keeps one
+    ///
+    /// Over any other bytes the getters return whatever stands there; they don't fail.
+    #[must_use]
+    pub const fn over<'b>(&self, copy: &'b [u8]) -> Packet<'b> {
+        Packet {
+            message: copy,
+            at: self.at,
+            binding: self.binding,
+        }
     }
 
     /// What a verdict on this packet is addressed to
@@ -411,8 +424,9 @@ impl core::fmt::Debug for Packet<'_> {
 }
 
 /// Checks the value of an attribute that has a getter
-fn check(attr: Attr<'_>) -> Result<(), DecodeError> {
-    let (needed, had) = (min_len(attr.kind), attr.value.len());
+#[inline]
+fn check(attr: Attr<'_>, needed: usize) -> Result<(), DecodeError> {
+    let had = attr.value.len();
     let offset = attr.offset + ATTRS_OFFSET;
     if had < needed {
         return Err(DecodeError::AttributeShort {
@@ -427,6 +441,17 @@ fn check(attr: Attr<'_>) -> Result<(), DecodeError> {
     }
     Ok(())
 }
+
+/// [`min_len`] of every attribute that has a getter
+const MIN_LEN: [usize; NFQA_MAX as usize + 1] = {
+    let mut table = [0; NFQA_MAX as usize + 1];
+    let mut kind = 0;
+    while kind <= NFQA_MAX {
+        table[kind as usize] = min_len(kind);
+        kind += 1;
+    }
+    table
+};
 
 /// The least size of an attribute's value; more is allowed, as later kernels may add to it
 const fn min_len(kind: u16) -> usize {

@@ -1,13 +1,12 @@
 //! Verdicts (`NFQNL_MSG_VERDICT`, `NFQNL_MSG_VERDICT_BATCH`)
 
-use byteorder::{BigEndian, ByteOrder};
 use thiserror::Error;
 
 use crate::consts::{
     MAX_PAYLOAD, NF_ACCEPT, NF_DROP, NF_QUEUE, NF_REPEAT, NF_STOLEN, NF_STOP,
     NF_VERDICT_FLAG_QUEUE_BYPASS, NF_VERDICT_QBITS, NFQA_CT, NFQA_EXP, NFQA_L2HDR, NFQA_MARK,
-    NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_VERDICT_HDR, NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI,
-    NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, VERDICT_HDR_LEN,
+    NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI, NFQNL_MSG_VERDICT,
+    NFQNL_MSG_VERDICT_BATCH,
 };
 use crate::error::EncodeError;
 use crate::types::Family;
@@ -121,9 +120,7 @@ impl TryFrom<u32> for Verdict {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 #[must_use]
 pub struct Decision<'p> {
-    verdict: Verdict,
-    mark: Option<u32>,
-    priority: Option<u32>,
+    common: BatchVerdict,
     vlan: Option<Vlan>,
     l2_header: Option<&'p [u8]>,
     conntrack: Option<&'p [u8]>,
@@ -135,9 +132,7 @@ impl<'p> Decision<'p> {
     /// A verdict that changes nothing
     pub const fn new(verdict: Verdict) -> Self {
         Self {
-            verdict,
-            mark: None,
-            priority: None,
+            common: BatchVerdict::new(verdict),
             vlan: None,
             l2_header: None,
             conntrack: None,
@@ -148,13 +143,13 @@ impl<'p> Decision<'p> {
 
     /// Sets the packet mark (`skb->mark`), which later rules, routing and sockets see
     pub const fn with_mark(mut self, mark: u32) -> Self {
-        self.mark = Some(mark);
+        self.common = self.common.with_mark(mark);
         self
     }
 
     /// Sets `skb->priority`. Linux 5.18; older kernels ignore it
     pub const fn with_priority(mut self, priority: u32) -> Self {
-        self.priority = Some(priority);
+        self.common = self.common.with_priority(priority);
         self
     }
 
@@ -197,7 +192,24 @@ impl<'p> Decision<'p> {
     /// The verdict
     #[must_use]
     pub const fn verdict(&self) -> Verdict {
-        self.verdict
+        self.common.verdict
+    }
+
+    /// The decision as one that many packets can share: verdict, mark and priority, if that is all there is to it
+    #[must_use]
+    #[inline]
+    pub const fn as_batch(&self) -> Option<BatchVerdict> {
+        match self {
+            Self {
+                common,
+                vlan: None,
+                l2_header: None,
+                conntrack: None,
+                expectation: None,
+                payload: None,
+            } => Some(*common),
+            _ => None,
+        }
     }
 
     /// The new packet, if there is one
@@ -239,6 +251,19 @@ impl<'p> Decision<'p> {
         id: u32,
         header: RequestHeader,
     ) -> Result<usize, EncodeError> {
+        if let Some(common) = self.as_batch() {
+            return common.encode_single(buf, queue, id, header);
+        }
+        self.encode_long(buf, queue, id, header)
+    }
+
+    fn encode_long(
+        &self,
+        buf: &mut [u8],
+        queue: u16,
+        id: u32,
+        header: RequestHeader,
+    ) -> Result<usize, EncodeError> {
         for (kind, value) in [
             (NFQA_L2HDR, self.l2_header),
             (NFQA_CT, self.conntrack),
@@ -257,9 +282,7 @@ impl<'p> Decision<'p> {
                 _ => {}
             }
         }
-        let mut message =
-            MessageWriter::new(buf, NFQNL_MSG_VERDICT, Family::UNSPEC.0, queue, header);
-        verdict_header(&mut message, self.verdict, id, self.mark, self.priority);
+        let mut message = self.common.begin(NFQNL_MSG_VERDICT, buf, queue, id, header);
         if let Some(Vlan { proto, tci }) = self.vlan {
             message.nested_be16(NFQA_VLAN, [(NFQA_VLAN_PROTO, proto), (NFQA_VLAN_TCI, tci)]);
         }
@@ -286,9 +309,9 @@ impl From<Verdict> for Decision<'_> {
 impl core::fmt::Debug for Decision<'_> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("Decision")
-            .field("verdict", &self.verdict)
-            .field("mark", &self.mark)
-            .field("priority", &self.priority)
+            .field("verdict", &self.common.verdict)
+            .field("mark", &self.common.mark)
+            .field("priority", &self.common.priority)
             .field("vlan", &self.vlan)
             .field("payload_len", &self.payload.map(<[u8]>::len))
             .finish_non_exhaustive()
@@ -328,10 +351,17 @@ impl BatchVerdict {
         self
     }
 
-    /// Writes the message to the front of `buf`, and says how long it is
+    /// The verdict
+    #[must_use]
+    pub const fn verdict(&self) -> Verdict {
+        self.verdict
+    }
+
+    /// Writes the message for all packets up to `last` to the front of `buf`, and says how long it is
     ///
     /// # Errors
     /// [`EncodeError::NoSpace`] if `buf` is too small.
+    #[inline]
     pub fn encode(
         &self,
         buf: &mut [u8],
@@ -339,33 +369,44 @@ impl BatchVerdict {
         last: u32,
         header: RequestHeader,
     ) -> Result<usize, EncodeError> {
-        let mut message = MessageWriter::new(
-            buf,
-            NFQNL_MSG_VERDICT_BATCH,
-            Family::UNSPEC.0,
-            queue,
-            header,
-        );
-        verdict_header(&mut message, self.verdict, last, self.mark, self.priority);
-        message.finish()
+        self.begin(NFQNL_MSG_VERDICT_BATCH, buf, queue, last, header)
+            .finish()
     }
-}
 
-fn verdict_header(
-    message: &mut MessageWriter<'_>,
-    verdict: Verdict,
-    id: u32,
-    mark: Option<u32>,
-    priority: Option<u32>,
-) {
-    let mut hdr = [0; VERDICT_HDR_LEN];
-    BigEndian::write_u32(&mut hdr[..4], verdict.to_raw());
-    BigEndian::write_u32(&mut hdr[4..], id);
-    message.attr(NFQA_VERDICT_HDR, &hdr);
-    if let Some(mark) = mark {
-        message.be32(NFQA_MARK, mark);
+    /// Writes the same verdict on packet `id` alone (`NFQNL_MSG_VERDICT`), and says how long it is
+    ///
+    /// # Errors
+    /// [`EncodeError::NoSpace`] if `buf` is too small.
+    #[inline]
+    pub fn encode_single(
+        &self,
+        buf: &mut [u8],
+        queue: u16,
+        id: u32,
+        header: RequestHeader,
+    ) -> Result<usize, EncodeError> {
+        self.begin(NFQNL_MSG_VERDICT, buf, queue, id, header)
+            .finish()
     }
-    if let Some(priority) = priority {
-        message.be32(NFQA_PRIORITY, priority);
+
+    /// What single and batch verdicts have in common, which is all of a batch verdict
+    #[inline]
+    fn begin<'b>(
+        &self,
+        message: u8,
+        buf: &'b mut [u8],
+        queue: u16,
+        id: u32,
+        header: RequestHeader,
+    ) -> MessageWriter<'b> {
+        let mut message = MessageWriter::new(buf, message, Family::UNSPEC.0, queue, header);
+        message.verdict_hdr(self.verdict.to_raw(), id);
+        if let Some(mark) = self.mark {
+            message.be32(NFQA_MARK, mark);
+        }
+        if let Some(priority) = self.priority {
+            message.be32(NFQA_PRIORITY, priority);
+        }
+        message
     }
 }

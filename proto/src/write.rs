@@ -3,8 +3,8 @@
 use byteorder::{BigEndian, ByteOrder, NativeEndian};
 
 use crate::consts::{
-    ATTR_HEADER_LEN, MAX_PAYLOAD, MESSAGE_HEADER_LEN, NLA_F_NESTED, NLM_F_ACK, NLM_F_REQUEST,
-    NLMSG_NOOP, align, message_type,
+    ATTR_HEADER_LEN, MAX_PAYLOAD, MESSAGE_HEADER_LEN, NFQA_VERDICT_HDR, NLA_F_NESTED, NLM_F_ACK,
+    NLM_F_REQUEST, NLMSG_NOOP, VERDICT_HDR_LEN, align, message_type,
 };
 use crate::error::EncodeError;
 
@@ -44,6 +44,7 @@ pub(crate) struct MessageWriter<'b> {
 
 impl<'b> MessageWriter<'b> {
     /// Begins a message of the queue subsystem
+    #[inline]
     pub(crate) fn new(
         buf: &'b mut [u8],
         message: u8,
@@ -53,10 +54,11 @@ impl<'b> MessageWriter<'b> {
     ) -> Self {
         let mut writer = Self::control(buf, message_type(message), header);
         let [high, low] = queue.to_be_bytes();
-        writer.bytes(&[family, 0, high, low]);
+        writer.array([family, 0, high, low]);
         writer
     }
 
+    #[inline]
     fn control(buf: &'b mut [u8], message_type: u16, header: RequestHeader) -> Self {
         let mut bytes = [0; MESSAGE_HEADER_LEN]; // its length is written by `finish`
         NativeEndian::write_u16(&mut bytes[4..6], message_type);
@@ -69,7 +71,7 @@ impl<'b> MessageWriter<'b> {
             len: 0,
             too_long: None,
         };
-        writer.bytes(&bytes);
+        writer.array(bytes);
         writer
     }
 
@@ -79,10 +81,29 @@ impl<'b> MessageWriter<'b> {
         self.bytes(value);
     }
 
+    #[inline]
     pub(crate) fn be32(&mut self, kind: u16, value: u32) {
-        let mut bytes = [0; 4];
-        BigEndian::write_u32(&mut bytes, value);
-        self.attr(kind, &bytes);
+        const LEN: u16 = 4 + 4;
+        let mut attr = [0; LEN as usize];
+        NativeEndian::write_u16(&mut attr[..2], LEN);
+        NativeEndian::write_u16(&mut attr[2..4], kind);
+        BigEndian::write_u32(&mut attr[4..], value);
+        self.pad();
+        self.array(attr);
+    }
+
+    /// Appends `NFQA_VERDICT_HDR`
+    #[inline]
+    pub(crate) fn verdict_hdr(&mut self, verdict: u32, id: u32) {
+        const LEN: u16 = 4 + 4 + 4;
+        const _: () = assert!(LEN as usize == ATTR_HEADER_LEN + VERDICT_HDR_LEN);
+        let mut attr = [0; LEN as usize];
+        NativeEndian::write_u16(&mut attr[..2], LEN);
+        NativeEndian::write_u16(&mut attr[2..4], NFQA_VERDICT_HDR);
+        BigEndian::write_u32(&mut attr[4..8], verdict);
+        BigEndian::write_u32(&mut attr[8..], id);
+        self.pad();
+        self.array(attr);
     }
 
     /// Appends an attribute that nests two of 16 bits
@@ -98,6 +119,7 @@ impl<'b> MessageWriter<'b> {
     }
 
     /// Writes the message's length, and returns it
+    #[inline]
     pub(crate) fn finish(self) -> Result<usize, EncodeError> {
         if let Some(error) = self.too_long {
             return Err(error);
@@ -133,9 +155,21 @@ impl<'b> MessageWriter<'b> {
         }
     }
 
+    #[inline]
     fn pad(&mut self) {
         let gap = align(self.len) - self.len;
-        self.bytes([0; 3].get(..gap).unwrap_or_default());
+        if gap > 0 {
+            self.bytes([0; 3].get(..gap).unwrap_or_default());
+        }
+    }
+
+    #[inline]
+    fn array<const N: usize>(&mut self, bytes: [u8; N]) {
+        let room = self.buf.get_mut(self.len..);
+        if let Some(room) = room.and_then(<[u8]>::first_chunk_mut) {
+            *room = bytes;
+        }
+        self.len = self.len.saturating_add(N);
     }
 
     fn bytes(&mut self, bytes: &[u8]) {
