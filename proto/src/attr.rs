@@ -71,6 +71,7 @@ impl<'a> Iterator for Attrs<'a> {
             self.rest = &[];
             return Some(Err(DecodeError::AttributeLength {
                 kind,
+                within: None,
                 offset,
                 len,
                 had,

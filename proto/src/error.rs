@@ -1,11 +1,14 @@
 //! What can be wrong with bytes: offsets and lengths, never a `String`
 
+use core::fmt;
+
 use thiserror::Error;
 
 /// Why a datagram or a message could not be decoded
 ///
 /// Offsets count from the start of the datagram when the error comes from [`Messages`](crate::Messages), and from the
-/// start of the message when it comes from [`Packet::parse`](crate::Packet::parse).
+/// start of the message when it comes from [`Packet::parse`](crate::Packet::parse). [`Vlan::parse`](crate::Vlan::parse)
+/// and [`Attrs`](crate::Attrs) see no more than the bytes they are given, and count from the first of those.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum DecodeError {
@@ -46,10 +49,16 @@ pub enum DecodeError {
         had: usize,
     },
     /// An attribute's `nla_len` is below 4 or beyond the end of what holds it
-    #[error("attribute {kind} at byte {offset} says it is {len} bytes long, {had} are left")]
+    #[error(
+        "attribute {kind}{} at byte {offset} says it is {len} bytes long, {had} are left",
+        Within(.within)
+    )]
     AttributeLength {
         /// Attribute number, without flags
         kind: u16,
+        /// The number of the attribute that nests it; `None` in the message itself, and from [`Attrs`](crate::Attrs),
+        /// which don't know what they stand in
+        within: Option<u16>,
         /// Where the attribute begins
         offset: usize,
         /// What `nla_len` says, header included
@@ -58,10 +67,15 @@ pub enum DecodeError {
         had: usize,
     },
     /// An attribute of fixed size is too short
-    #[error("attribute {kind} at byte {offset} needs {needed} bytes of value, has {had}")]
+    #[error(
+        "attribute {kind}{} at byte {offset} needs {needed} bytes of value, has {had}",
+        Within(.within)
+    )]
     AttributeShort {
         /// Attribute number, without flags
         kind: u16,
+        /// The number of the attribute that nests it; `None` in the message itself
+        within: Option<u16>,
         /// Where the attribute begins
         offset: usize,
         /// The size of its value
@@ -70,10 +84,14 @@ pub enum DecodeError {
         had: usize,
     },
     /// An attribute that is always there is missing
-    #[error("attribute {kind} is missing")]
+    #[error("attribute {kind} is missing from {} at byte {offset}", Holder(.within))]
     MissingAttribute {
         /// Attribute number
         kind: u16,
+        /// The number of the attribute that should nest it; `None` for the message itself
+        within: Option<u16>,
+        /// Where that attribute's value begins, or the message
+        offset: usize,
     },
     /// Not a packet message of the queue subsystem
     #[error("message type {message_type:#06x} is not NFQNL_MSG_PACKET")]
@@ -94,60 +112,54 @@ pub enum DecodeError {
 impl DecodeError {
     /// The same error with offsets that count from `base` bytes further back
     #[must_use]
-    pub(crate) const fn at(self, base: usize) -> Self {
-        match self {
-            Self::Short {
-                what,
-                offset,
-                needed,
-                had,
-            } => Self::Short {
-                what,
-                offset: offset + base,
-                needed,
-                had,
-            },
-            Self::AttributeLength {
-                kind,
-                offset,
-                len,
-                had,
-            } => Self::AttributeLength {
-                kind,
-                offset: offset + base,
-                len,
-                had,
-            },
-            Self::AttributeShort {
-                kind,
-                offset,
-                needed,
-                had,
-            } => Self::AttributeShort {
-                kind,
-                offset: offset + base,
-                needed,
-                had,
-            },
-            Self::Truncated {
-                offset,
-                needed,
-                had,
-            } => Self::Truncated {
-                offset: offset + base,
-                needed,
-                had,
-            },
-            Self::MessageLength {
-                offset,
-                len,
-                needed,
-            } => Self::MessageLength {
-                offset: offset + base,
-                len,
-                needed,
-            },
-            Self::MissingAttribute { .. } | Self::NotAPacket { .. } | Self::TooLong { .. } => self,
+    pub(crate) const fn at(mut self, base: usize) -> Self {
+        match &mut self {
+            Self::Short { offset, .. }
+            | Self::MessageLength { offset, .. }
+            | Self::Truncated { offset, .. }
+            | Self::AttributeLength { offset, .. }
+            | Self::AttributeShort { offset, .. }
+            | Self::MissingAttribute { offset, .. } => *offset += base,
+            Self::NotAPacket { .. } | Self::TooLong { .. } => {}
+        }
+        self
+    }
+
+    /// The same error about an attribute that attribute `kind` nests
+    #[must_use]
+    pub(crate) const fn within(mut self, kind: u16) -> Self {
+        if let Self::AttributeLength { within, .. }
+        | Self::AttributeShort { within, .. }
+        | Self::MissingAttribute { within, .. } = &mut self
+        {
+            *within = Some(kind);
+        }
+        self
+    }
+}
+
+const _: () = assert!(size_of::<DecodeError>() <= 32, "four words");
+
+/// What an attribute's number is followed by where another nests it
+struct Within<'a>(&'a Option<u16>);
+
+impl fmt::Display for Within<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(kind) => write!(f, " within attribute {kind}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What an attribute is missing from
+struct Holder<'a>(&'a Option<u16>);
+
+impl fmt::Display for Holder<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(kind) => write!(f, "the value of attribute {kind}"),
+            None => f.write_str("the message"),
         }
     }
 }

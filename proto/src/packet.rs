@@ -135,6 +135,8 @@ impl<'a> Packet<'a> {
             Some(_) => Ok(packet),
             None => Err(DecodeError::MissingAttribute {
                 kind: NFQA_PACKET_HDR,
+                within: None,
+                offset: 0,
             }),
         }
     }
@@ -431,6 +433,7 @@ fn check(attr: Attr<'_>, needed: usize) -> Result<(), DecodeError> {
     if had < needed {
         return Err(DecodeError::AttributeShort {
             kind: attr.kind,
+            within: None,
             offset,
             needed,
             had,

@@ -3,7 +3,7 @@
 use byteorder::{BigEndian, ByteOrder};
 
 use crate::attr::Attrs;
-use crate::consts::{NFQA_VLAN_PROTO, NFQA_VLAN_TCI};
+use crate::consts::{NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI};
 use crate::error::DecodeError;
 
 /// A VLAN tag that was taken off the link-layer header (`NFQA_VLAN`)
@@ -28,11 +28,11 @@ impl Vlan {
     /// Decodes the nested attribute, in either order, as the kernel sends TCI first
     ///
     /// # Errors
-    /// A broken, short or missing member.
+    /// A broken, short or missing member. Offsets count from the start of `nested`.
     pub fn parse(nested: &[u8]) -> Result<Self, DecodeError> {
         let (mut proto, mut tci) = (None, None);
         for attr in Attrs::new(nested) {
-            let attr = attr?;
+            let attr = attr.map_err(|error| error.within(NFQA_VLAN))?;
             let member = match attr.kind {
                 NFQA_VLAN_PROTO => &mut proto,
                 NFQA_VLAN_TCI => &mut tci,
@@ -43,19 +43,21 @@ impl Vlan {
                 .first_chunk::<2>()
                 .ok_or(DecodeError::AttributeShort {
                     kind: attr.kind,
+                    within: Some(NFQA_VLAN),
                     offset: attr.offset,
                     needed: 2,
                     had: attr.value.len(),
                 })?;
             *member = Some(BigEndian::read_u16(value));
         }
+        let missing = |kind| DecodeError::MissingAttribute {
+            kind,
+            within: Some(NFQA_VLAN),
+            offset: 0,
+        };
         Ok(Self {
-            proto: proto.ok_or(DecodeError::MissingAttribute {
-                kind: NFQA_VLAN_PROTO,
-            })?,
-            tci: tci.ok_or(DecodeError::MissingAttribute {
-                kind: NFQA_VLAN_TCI,
-            })?,
+            proto: proto.ok_or(missing(NFQA_VLAN_PROTO))?,
+            tci: tci.ok_or(missing(NFQA_VLAN_TCI))?,
         })
     }
 }

@@ -556,6 +556,8 @@ mod interop {
         let error = NetlinkMessage::<QueueMessage>::deserialize(&bytes).unwrap_err();
         let expected = DecodeError::MissingAttribute {
             kind: NFQA_PACKET_HDR,
+            within: None,
+            offset: 0,
         };
         assert!(error.to_string().contains(&expected.to_string()), "{error}");
     }

@@ -321,6 +321,7 @@ fn expected_of_cut(whole: &[(u16, &[u8])], had: usize) -> Result<usize, DecodeEr
         if left < len {
             return Err(DecodeError::AttributeLength {
                 kind,
+                within: None,
                 offset,
                 len,
                 had: left,
@@ -335,6 +336,8 @@ fn expected_of_cut(whole: &[(u16, &[u8])], had: usize) -> Result<usize, DecodeEr
     } else {
         Err(DecodeError::MissingAttribute {
             kind: NFQA_PACKET_HDR,
+            within: None,
+            offset: 0,
         })
     }
 }

@@ -334,19 +334,26 @@ fn broken_messages(base: usize) -> Vec<(Vec<u8>, DecodeError)> {
         needed,
         had,
     };
-    let attr_length = |offset, len, had| DecodeError::AttributeLength {
+    let attr_length = |within, offset, len, had| DecodeError::AttributeLength {
         kind: NFQA_MARK,
+        within,
         offset: base + offset,
         len,
         had,
     };
-    let attr_short = |kind, offset, needed, had| DecodeError::AttributeShort {
+    let attr_short = |kind, within, offset, needed, had| DecodeError::AttributeShort {
         kind,
+        within,
         offset: base + offset,
         needed,
         had,
     };
-    let missing = |kind| DecodeError::MissingAttribute { kind };
+    let missing = |kind, within, offset| DecodeError::MissingAttribute {
+        kind,
+        within,
+        offset: base + offset,
+    };
+    let in_vlan = behind_header + ATTR_HEADER_LEN;
     let packet_type = message_type(NFQNL_MSG_PACKET);
     let error_len = size_of::<i32>() + MESSAGE_HEADER_LEN;
     vec![
@@ -360,10 +367,10 @@ fn broken_messages(base: usize) -> Vec<(Vec<u8>, DecodeError)> {
             MessageBuilder::new(NLMSG_ERROR, 0).build(),
             short(Header::Error, MESSAGE_HEADER_LEN, error_len, 0),
         ),
-        (header_only().build(), missing(NFQA_PACKET_HDR)),
+        (header_only().build(), missing(NFQA_PACKET_HDR, None, 0)),
         (
             header_only().attr(NFQA_MARK, [0; 4]).build(),
-            missing(NFQA_PACKET_HDR),
+            missing(NFQA_PACKET_HDR, None, 0),
         ),
         (
             header_only()
@@ -371,6 +378,7 @@ fn broken_messages(base: usize) -> Vec<(Vec<u8>, DecodeError)> {
                 .build(),
             attr_short(
                 NFQA_PACKET_HDR,
+                None,
                 ATTRS_OFFSET,
                 PACKET_HDR_LEN,
                 PACKET_HDR_LEN - 1,
@@ -381,38 +389,63 @@ fn broken_messages(base: usize) -> Vec<(Vec<u8>, DecodeError)> {
                 .field([0])
                 .field(wire![3u16, NFQA_MARK, [0; 4]])
                 .build(),
-            attr_length(behind_header, 3, 8),
+            attr_length(None, behind_header, 3, 8),
         ),
         (
             packet()
                 .field([0])
                 .field(wire![9u16, NFQA_MARK, [0; 4]])
                 .build(),
-            attr_length(behind_header, 9, 8),
+            attr_length(None, behind_header, 9, 8),
         ),
         (
             packet()
                 .attr(NFQA_VLAN, attr(NFQA_VLAN_TCI, &[1, 2]))
                 .build(),
-            missing(NFQA_VLAN_PROTO),
+            missing(NFQA_VLAN_PROTO, Some(NFQA_VLAN), in_vlan),
         ),
         (
             packet()
                 .attr(NFQA_VLAN, attr(NFQA_VLAN_PROTO, &[0x81, 0]))
                 .build(),
-            missing(NFQA_VLAN_TCI),
+            missing(NFQA_VLAN_TCI, Some(NFQA_VLAN), in_vlan),
         ),
         (
             packet().attr(NFQA_VLAN, attr(NFQA_VLAN_TCI, &[1])).build(),
-            attr_short(NFQA_VLAN_TCI, behind_header + ATTR_HEADER_LEN, 2, 1),
+            attr_short(NFQA_VLAN_TCI, Some(NFQA_VLAN), in_vlan, 2, 1),
         ),
         (
             packet()
                 .attr(NFQA_VLAN, wire![7u16, NFQA_MARK, [1, 2]])
                 .build(),
-            attr_length(behind_header + ATTR_HEADER_LEN, 7, 6),
+            attr_length(Some(NFQA_VLAN), in_vlan, 7, 6),
         ),
     ]
+}
+
+/// Number 1 is `NFQA_PACKET_HDR` in a message and `NFQA_VLAN_PROTO` in a VLAN: the text must tell them apart
+#[test]
+fn attribute_errors_say_where() {
+    let texts = broken_messages(100)
+        .into_iter()
+        .filter_map(|(_, error)| match error {
+            DecodeError::Short { .. } => None,
+            error => Some(error.to_string()),
+        });
+    assert_eq!(
+        texts.collect::<Vec<_>>(),
+        [
+            "attribute 1 is missing from the message at byte 100",
+            "attribute 1 is missing from the message at byte 100",
+            "attribute 1 at byte 120 needs 7 bytes of value, has 6",
+            "attribute 3 at byte 132 says it is 3 bytes long, 8 are left",
+            "attribute 3 at byte 132 says it is 9 bytes long, 8 are left",
+            "attribute 1 is missing from the value of attribute 19 at byte 136",
+            "attribute 2 is missing from the value of attribute 19 at byte 136",
+            "attribute 2 within attribute 19 at byte 136 needs 2 bytes of value, has 1",
+            "attribute 3 within attribute 19 at byte 136 says it is 7 bytes long, 6 are left",
+        ]
+    );
 }
 
 #[test]
@@ -597,6 +630,7 @@ fn every_one_of_equal_attributes_is_checked() {
         .build();
     let error = DecodeError::AttributeShort {
         kind: NFQA_MARK,
+        within: None,
         offset,
         needed: 4,
         had: 1,
@@ -742,6 +776,7 @@ fn attributes_of_fixed_size() {
             let offset = packet().offset();
             let error = DecodeError::AttributeShort {
                 kind,
+                within: None,
                 offset,
                 needed,
                 had,
