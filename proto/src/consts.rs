@@ -1,167 +1,243 @@
 //! Raw numbers of the protocol, under the names of the kernel's headers
 //!
 //! The types of this crate cover them; they are here for code that is being ported and for attributes that have no
-//! getter yet. Each group names the header it comes from, as of Linux 6.18.
+//! getter yet. Each names the header it comes from, as of Linux 6.18; `be32` and `be16` say how a value stands on the
+//! wire.
 
-/// `NETLINK_NETFILTER`, the netlink family of the socket (`linux/netlink.h`)
-pub const NETLINK_NETFILTER: u8 = 12;
+/// Constants of one place in the kernel's headers, which the documentation of each one names
+macro_rules! from_header {
+    ($place:literal: $($(#[$doc:meta])* pub const $name:ident: $type:ty = $value:expr;)*) => {
+        $(
+            $(#[$doc])*
+            #[doc = concat!("\n\nFrom ", $place)]
+            pub const $name: $type = $value;
+        )*
+    };
+}
 
-/// `NFNL_SUBSYS_QUEUE`, the high byte of every message type here (`linux/netfilter/nfnetlink.h`)
-pub const NFNL_SUBSYS_QUEUE: u8 = 3;
+from_header! {"`linux/netlink.h`":
+    /// The netlink family of the socket
+    pub const NETLINK_NETFILTER: u8 = 12;
+}
 
-// linux/netlink.h: control message types
-/// Does nothing; with [`NLM_F_ACK`] the kernel acknowledges it
-pub const NLMSG_NOOP: u16 = 1;
-/// An error, or with code 0 an acknowledgement
-pub const NLMSG_ERROR: u16 = 2;
-/// The end of a dump
-pub const NLMSG_DONE: u16 = 3;
-/// Data was lost
-pub const NLMSG_OVERRUN: u16 = 4;
-/// Types below this one are control messages
-pub const NLMSG_MIN_TYPE: u16 = 0x10;
+from_header! {"`linux/netfilter/nfnetlink.h`":
+    /// The queue's subsystem of netfilter: the high byte of every message type here
+    pub const NFNL_SUBSYS_QUEUE: u8 = 3;
+}
 
-// linux/netlink.h: flags
-/// A request to the kernel; without it a message is not carried out
-pub const NLM_F_REQUEST: u16 = 0x01;
-/// Asks for an acknowledgement; errors come without it too
-pub const NLM_F_ACK: u16 = 0x04;
-/// On an error: the request is echoed by its header alone
-pub const NLM_F_CAPPED: u16 = 0x100;
-/// On an error: extended-ack attributes follow
-pub const NLM_F_ACK_TLVS: u16 = 0x200;
+from_header! {"`linux/netlink.h`":
+    /// Does nothing; with [`NLM_F_ACK`] the kernel acknowledges it
+    pub const NLMSG_NOOP: u16 = 1;
+    /// An error, or with code 0 an acknowledgement
+    pub const NLMSG_ERROR: u16 = 2;
+    /// The end of a dump
+    pub const NLMSG_DONE: u16 = 3;
+    /// Data was lost
+    pub const NLMSG_OVERRUN: u16 = 4;
+    /// Types below this one are control messages
+    pub const NLMSG_MIN_TYPE: u16 = 0x10;
+}
 
-// linux/netlink.h: attributes
-/// Flag on an attribute's type: it nests others
-pub const NLA_F_NESTED: u16 = 1 << 15;
-/// Flag on an attribute's type: its value is big-endian
-pub const NLA_F_NET_BYTEORDER: u16 = 1 << 14;
-/// What remains of a type without its flags
-pub const NLA_TYPE_MASK: u16 = !(NLA_F_NESTED | NLA_F_NET_BYTEORDER);
-/// Extended ack: the kernel's error text, NUL-terminated
-pub const NLMSGERR_ATTR_MSG: u16 = 1;
-/// Extended ack: offset of the offending attribute in the request
-pub const NLMSGERR_ATTR_OFFS: u16 = 2;
+from_header! {"`linux/netlink.h`":
+    /// A request to the kernel; without it a message is not carried out
+    pub const NLM_F_REQUEST: u16 = 0x01;
+    /// Asks for an acknowledgement; errors come without it too
+    pub const NLM_F_ACK: u16 = 0x04;
+    /// On an error: the request is echoed by its header alone
+    pub const NLM_F_CAPPED: u16 = 0x100;
+    /// On an error: extended-ack attributes follow
+    pub const NLM_F_ACK_TLVS: u16 = 0x200;
+}
 
-// linux/netfilter/nfnetlink_queue.h: enum nfqnl_msg_types
-/// Kernel to user: a packet waits for a verdict
-pub const NFQNL_MSG_PACKET: u8 = 0;
-/// User to kernel: the verdict on one packet
-pub const NFQNL_MSG_VERDICT: u8 = 1;
-/// User to kernel: configuration of a queue
-pub const NFQNL_MSG_CONFIG: u8 = 2;
-/// User to kernel: one verdict on all packets up to an id
-pub const NFQNL_MSG_VERDICT_BATCH: u8 = 3;
+from_header! {"`linux/netlink.h`":
+    /// Flag on an attribute's type: it nests others
+    pub const NLA_F_NESTED: u16 = 1 << 15;
+    /// Flag on an attribute's type: its value is big-endian
+    pub const NLA_F_NET_BYTEORDER: u16 = 1 << 14;
+    /// What remains of a type without its flags
+    pub const NLA_TYPE_MASK: u16 = !(NLA_F_NESTED | NLA_F_NET_BYTEORDER);
+    /// Extended ack: the kernel's error text, NUL-terminated
+    pub const NLMSGERR_ATTR_MSG: u16 = 1;
+    /// Extended ack: offset of the offending attribute in the request
+    pub const NLMSGERR_ATTR_OFFS: u16 = 2;
+}
 
-/// The netlink message type of one of the queue subsystem's messages
+from_header! {"`enum nfqnl_msg_types` in `linux/netfilter/nfnetlink_queue.h`":
+    /// Kernel to user: a packet waits for a verdict
+    pub const NFQNL_MSG_PACKET: u8 = 0;
+    /// User to kernel: the verdict on one packet
+    pub const NFQNL_MSG_VERDICT: u8 = 1;
+    /// User to kernel: configuration of a queue
+    pub const NFQNL_MSG_CONFIG: u8 = 2;
+    /// User to kernel: one verdict on all packets up to an id
+    pub const NFQNL_MSG_VERDICT_BATCH: u8 = 3;
+}
+
+/// The netlink message type of one of the queue subsystem's messages, as `NFNL_SUBSYS_ID` and `NFNL_MSG_TYPE` of
+/// `linux/netfilter/nfnetlink.h` take it apart
 #[must_use]
 pub const fn message_type(message: u8) -> u16 {
     u16::from_be_bytes([NFNL_SUBSYS_QUEUE, message])
 }
 
-// linux/netfilter/nfnetlink_queue.h: enum nfqnl_attr_type
-/// `struct nfqnl_msg_packet_hdr`
-pub const NFQA_PACKET_HDR: u16 = 1;
-/// `struct nfqnl_msg_verdict_hdr`
-pub const NFQA_VERDICT_HDR: u16 = 2;
-/// Packet mark, be32
-pub const NFQA_MARK: u16 = 3;
-/// `struct nfqnl_msg_packet_timestamp`
-pub const NFQA_TIMESTAMP: u16 = 4;
-/// Input device, be32
-pub const NFQA_IFINDEX_INDEV: u16 = 5;
-/// Output device, be32
-pub const NFQA_IFINDEX_OUTDEV: u16 = 6;
-/// Bridge port the packet came in by, be32
-pub const NFQA_IFINDEX_PHYSINDEV: u16 = 7;
-/// Bridge port the packet leaves by, be32
-pub const NFQA_IFINDEX_PHYSOUTDEV: u16 = 8;
-/// `struct nfqnl_msg_packet_hw`
-pub const NFQA_HWADDR: u16 = 9;
-/// The packet from its network header on
-pub const NFQA_PAYLOAD: u16 = 10;
-/// Conntrack entry, nested `CTA_*`
-pub const NFQA_CT: u16 = 11;
-/// `enum ip_conntrack_info`, be32
-pub const NFQA_CT_INFO: u16 = 12;
-/// Length of the whole packet, be32, only when cut
-pub const NFQA_CAP_LEN: u16 = 13;
-/// `NFQA_SKB_*` bits, be32
-pub const NFQA_SKB_INFO: u16 = 14;
-/// Conntrack expectation, nested `CTA_EXPECT_*`
-pub const NFQA_EXP: u16 = 15;
-/// User id of the sending socket, be32
-pub const NFQA_UID: u16 = 16;
-/// Group id of the sending socket, be32
-pub const NFQA_GID: u16 = 17;
-/// Security context, bytes
-pub const NFQA_SECCTX: u16 = 18;
-/// VLAN tag, nested `NFQA_VLAN_*`
-pub const NFQA_VLAN: u16 = 19;
-/// The whole link-layer header
-pub const NFQA_L2HDR: u16 = 20;
-/// `skb->priority`, be32
-pub const NFQA_PRIORITY: u16 = 21;
-/// net_cls cgroup class id, be32
-pub const NFQA_CGROUP_CLASSID: u16 = 22;
-/// The highest attribute that this crate has a getter for
+from_header! {"`enum nfqnl_attr_type` in `linux/netfilter/nfnetlink_queue.h`":
+    /// `struct nfqnl_msg_packet_hdr`
+    pub const NFQA_PACKET_HDR: u16 = 1;
+    /// `struct nfqnl_msg_verdict_hdr`
+    pub const NFQA_VERDICT_HDR: u16 = 2;
+    /// Packet mark, be32
+    pub const NFQA_MARK: u16 = 3;
+    /// `struct nfqnl_msg_packet_timestamp`
+    pub const NFQA_TIMESTAMP: u16 = 4;
+    /// Input device, be32
+    pub const NFQA_IFINDEX_INDEV: u16 = 5;
+    /// Output device, be32
+    pub const NFQA_IFINDEX_OUTDEV: u16 = 6;
+    /// Bridge port the packet came in by, be32
+    pub const NFQA_IFINDEX_PHYSINDEV: u16 = 7;
+    /// Bridge port the packet leaves by, be32
+    pub const NFQA_IFINDEX_PHYSOUTDEV: u16 = 8;
+    /// `struct nfqnl_msg_packet_hw`
+    pub const NFQA_HWADDR: u16 = 9;
+    /// The packet from its network header on
+    pub const NFQA_PAYLOAD: u16 = 10;
+    /// Conntrack entry, nested `CTA_*`
+    pub const NFQA_CT: u16 = 11;
+    /// `enum ip_conntrack_info`, be32
+    pub const NFQA_CT_INFO: u16 = 12;
+    /// Length of the whole packet, be32, only when cut
+    pub const NFQA_CAP_LEN: u16 = 13;
+    /// `NFQA_SKB_*` bits, be32
+    pub const NFQA_SKB_INFO: u16 = 14;
+    /// Conntrack expectation, nested `CTA_EXPECT_*`
+    pub const NFQA_EXP: u16 = 15;
+    /// User id of the sending socket, be32
+    pub const NFQA_UID: u16 = 16;
+    /// Group id of the sending socket, be32
+    pub const NFQA_GID: u16 = 17;
+    /// Security context, bytes
+    pub const NFQA_SECCTX: u16 = 18;
+    /// VLAN tag, nested `NFQA_VLAN_*`
+    pub const NFQA_VLAN: u16 = 19;
+    /// The whole link-layer header
+    pub const NFQA_L2HDR: u16 = 20;
+    /// `skb->priority`, be32
+    pub const NFQA_PRIORITY: u16 = 21;
+    /// net_cls cgroup class id, be32
+    pub const NFQA_CGROUP_CLASSID: u16 = 22;
+}
+
+/// The highest attribute that this crate has a getter for; `linux/netfilter/nfnetlink_queue.h` has its own `NFQA_MAX`
 pub const NFQA_MAX: u16 = NFQA_CGROUP_CLASSID;
 
-// linux/netfilter/nfnetlink_queue.h: enum nfqnl_vlan_attr
-/// Tag protocol (EtherType), be16
-pub const NFQA_VLAN_PROTO: u16 = 1;
-/// Tag control information, be16
-pub const NFQA_VLAN_TCI: u16 = 2;
+from_header! {"`linux/netfilter/nfnetlink_queue.h`, bits of `NFQA_SKB_INFO`":
+    /// The checksums in the payload are unfinished
+    pub const NFQA_SKB_CSUMNOTREADY: u32 = 1 << 0;
+    /// A large packet that will be segmented later
+    pub const NFQA_SKB_GSO: u32 = 1 << 1;
+    /// Nobody has verified the checksums yet
+    pub const NFQA_SKB_CSUM_NOTVERIFIED: u32 = 1 << 2;
+}
 
-// linux/netfilter/nfnetlink_queue.h: enum nfqnl_msg_config_cmds
-/// Bind a queue to this socket
-pub const NFQNL_CFG_CMD_BIND: u8 = 1;
-/// Give a queue up; what waits in it is dropped
-pub const NFQNL_CFG_CMD_UNBIND: u8 = 2;
-/// Bind a protocol family; does nothing since Linux 3.8
-pub const NFQNL_CFG_CMD_PF_BIND: u8 = 3;
-/// Unbind a protocol family; does nothing since Linux 3.8
-pub const NFQNL_CFG_CMD_PF_UNBIND: u8 = 4;
+from_header! {"`enum nfqnl_vlan_attr` in `linux/netfilter/nfnetlink_queue.h`":
+    /// Tag protocol (EtherType), be16
+    pub const NFQA_VLAN_PROTO: u16 = 1;
+    /// Tag control information, be16
+    pub const NFQA_VLAN_TCI: u16 = 2;
+}
 
-// linux/netfilter/nfnetlink_queue.h: enum nfqnl_config_mode
-/// Send nothing: every packet is dropped
-pub const NFQNL_COPY_NONE: u8 = 0;
-/// Send attributes without the payload
-pub const NFQNL_COPY_META: u8 = 1;
-/// Send attributes and payload
-pub const NFQNL_COPY_PACKET: u8 = 2;
+from_header! {"`enum nfqnl_msg_config_cmds` in `linux/netfilter/nfnetlink_queue.h`":
+    /// Bind a queue to this socket
+    pub const NFQNL_CFG_CMD_BIND: u8 = 1;
+    /// Give a queue up; what waits in it is dropped
+    pub const NFQNL_CFG_CMD_UNBIND: u8 = 2;
+    /// Bind a protocol family; does nothing since Linux 3.8
+    pub const NFQNL_CFG_CMD_PF_BIND: u8 = 3;
+    /// Unbind a protocol family; does nothing since Linux 3.8
+    pub const NFQNL_CFG_CMD_PF_UNBIND: u8 = 4;
+}
 
-// linux/netfilter/nfnetlink_queue.h: enum nfqnl_attr_config
-/// `struct nfqnl_msg_config_cmd`
-pub const NFQA_CFG_CMD: u16 = 1;
-/// `struct nfqnl_msg_config_params`
-pub const NFQA_CFG_PARAMS: u16 = 2;
-/// Length limit of the queue, be32
-pub const NFQA_CFG_QUEUE_MAXLEN: u16 = 3;
-/// Which flags [`NFQA_CFG_FLAGS`] changes, be32
-pub const NFQA_CFG_MASK: u16 = 4;
-/// Flags, be32
-pub const NFQA_CFG_FLAGS: u16 = 5;
+from_header! {"`enum nfqnl_config_mode` in `linux/netfilter/nfnetlink_queue.h`":
+    /// Send nothing: every packet is dropped
+    pub const NFQNL_COPY_NONE: u8 = 0;
+    /// Send attributes without the payload
+    pub const NFQNL_COPY_META: u8 = 1;
+    /// Send attributes and payload
+    pub const NFQNL_COPY_PACKET: u8 = 2;
+}
 
-// linux/netfilter.h
-/// Drop
-pub const NF_DROP: u32 = 0;
-/// Accept
-pub const NF_ACCEPT: u32 = 1;
-/// Forget the packet; refused from user space
-pub const NF_STOLEN: u32 = 2;
-/// Queue it again
-pub const NF_QUEUE: u32 = 3;
-/// Run the same chain again
-pub const NF_REPEAT: u32 = 4;
-/// Accept and skip the later chains of this hook
-pub const NF_STOP: u32 = 5;
-/// The verdict proper
-pub const NF_VERDICT_MASK: u32 = 0x0000_00ff;
-/// With [`NF_QUEUE`]: go on if nobody listens to that queue
-pub const NF_VERDICT_FLAG_QUEUE_BYPASS: u32 = 0x0000_8000;
-/// With [`NF_QUEUE`]: the queue number's place
-pub const NF_VERDICT_QBITS: u32 = 16;
+from_header! {"`enum nfqnl_attr_config` in `linux/netfilter/nfnetlink_queue.h`":
+    /// `struct nfqnl_msg_config_cmd`
+    pub const NFQA_CFG_CMD: u16 = 1;
+    /// `struct nfqnl_msg_config_params`
+    pub const NFQA_CFG_PARAMS: u16 = 2;
+    /// Length limit of the queue, be32
+    pub const NFQA_CFG_QUEUE_MAXLEN: u16 = 3;
+    /// Which flags [`NFQA_CFG_FLAGS`] changes, be32
+    pub const NFQA_CFG_MASK: u16 = 4;
+    /// `NFQA_CFG_F_*` bits, be32
+    pub const NFQA_CFG_FLAGS: u16 = 5;
+}
+
+from_header! {"`linux/netfilter/nfnetlink_queue.h`, bits of `NFQA_CFG_FLAGS`":
+    /// Accept instead of drop when the queue or the socket's buffer is full
+    pub const NFQA_CFG_F_FAIL_OPEN: u32 = 1 << 0;
+    /// Send the conntrack entry
+    pub const NFQA_CFG_F_CONNTRACK: u32 = 1 << 1;
+    /// Send large packets unsegmented
+    pub const NFQA_CFG_F_GSO: u32 = 1 << 2;
+    /// Send user and group of the sending socket
+    pub const NFQA_CFG_F_UID_GID: u32 = 1 << 3;
+    /// Send the security context
+    pub const NFQA_CFG_F_SECCTX: u32 = 1 << 4;
+}
+
+from_header! {"`linux/netfilter.h`":
+    /// Drop
+    pub const NF_DROP: u32 = 0;
+    /// Accept
+    pub const NF_ACCEPT: u32 = 1;
+    /// Forget the packet; refused from user space
+    pub const NF_STOLEN: u32 = 2;
+    /// Queue it again
+    pub const NF_QUEUE: u32 = 3;
+    /// Run the same chain again
+    pub const NF_REPEAT: u32 = 4;
+    /// Accept and skip the later chains of this hook
+    pub const NF_STOP: u32 = 5;
+    /// The verdict proper
+    pub const NF_VERDICT_MASK: u32 = 0x0000_00ff;
+    /// With [`NF_QUEUE`]: go on if nobody listens to that queue
+    pub const NF_VERDICT_FLAG_QUEUE_BYPASS: u32 = 0x0000_8000;
+    /// With [`NF_QUEUE`]: the queue number's place
+    pub const NF_VERDICT_QBITS: u32 = 16;
+}
+
+from_header! {"`enum nf_inet_hooks` in `linux/netfilter.h`":
+    /// Came in, not yet routed
+    pub const NF_INET_PRE_ROUTING: u8 = 0;
+    /// For this host
+    pub const NF_INET_LOCAL_IN: u8 = 1;
+    /// Through this host
+    pub const NF_INET_FORWARD: u8 = 2;
+    /// Made here
+    pub const NF_INET_LOCAL_OUT: u8 = 3;
+    /// About to leave
+    pub const NF_INET_POST_ROUTING: u8 = 4;
+}
+
+from_header! {"`linux/netfilter.h`":
+    /// No family in particular
+    pub const NFPROTO_UNSPEC: u8 = 0;
+    /// IPv4
+    pub const NFPROTO_IPV4: u8 = 2;
+    /// ARP
+    pub const NFPROTO_ARP: u8 = 3;
+    /// Bridged frames
+    pub const NFPROTO_BRIDGE: u8 = 7;
+    /// IPv6
+    pub const NFPROTO_IPV6: u8 = 10;
+}
 
 /// The most payload that fits in one message: an attribute's length is 16 bits and counts its own 4-byte header
 ///
@@ -169,30 +245,39 @@ pub const NF_VERDICT_QBITS: u32 = 16;
 /// (`nfqnl_set_mode` in `net/netfilter/nfnetlink_queue.c`).
 pub const MAX_PAYLOAD: usize = u16::MAX as usize - ATTR_HEADER_LEN;
 
-// Layouts.
+from_header! {"`linux/netlink.h`":
+    /// `sizeof(struct nlmsghdr)`
+    pub const MESSAGE_HEADER_LEN: usize = 4 + 2 + 2 + 4 + 4;
+    /// `sizeof(struct nlmsgerr)`: the error, and the header of the request it answers
+    pub const ERROR_LEN: usize = 4 + MESSAGE_HEADER_LEN;
+    /// `sizeof(struct nlattr)`
+    pub const ATTR_HEADER_LEN: usize = 2 + 2;
+}
 
-/// `sizeof(struct nlmsghdr)`
-pub const MESSAGE_HEADER_LEN: usize = 4 + 2 + 2 + 4 + 4;
-/// `sizeof(struct nfgenmsg)`
-pub const FAMILY_HEADER_LEN: usize = 1 + 1 + 2;
-/// `sizeof(struct nlattr)`
-pub const ATTR_HEADER_LEN: usize = 2 + 2;
-/// Where the attributes of a message begin
+from_header! {"`linux/netfilter/nfnetlink.h`":
+    /// `sizeof(struct nfgenmsg)`
+    pub const FAMILY_HEADER_LEN: usize = 1 + 1 + 2;
+}
+
+/// Where the attributes of a message begin: behind its two headers
 pub const ATTRS_OFFSET: usize = MESSAGE_HEADER_LEN + FAMILY_HEADER_LEN;
-/// `sizeof(struct nfqnl_msg_packet_hdr)`, which is packed
-pub const PACKET_HDR_LEN: usize = 4 + 2 + 1;
-/// `sizeof(struct nfqnl_msg_packet_hw)`
-pub const PACKET_HW_LEN: usize = 2 + 2 + 8;
-/// `sizeof(struct nfqnl_msg_packet_timestamp)`
-pub const TIMESTAMP_LEN: usize = 8 + 8;
-/// `sizeof(struct nfqnl_msg_verdict_hdr)`
-pub const VERDICT_HDR_LEN: usize = 4 + 4;
-/// `sizeof(struct nfqnl_msg_config_cmd)`
-pub const CONFIG_CMD_LEN: usize = 1 + 1 + 2;
-/// `sizeof(struct nfqnl_msg_config_params)`, which is packed
-pub const CONFIG_PARAMS_LEN: usize = 4 + 1;
 
-/// `NLMSG_ALIGN` and `NLA_ALIGN`: the next multiple of 4
+from_header! {"`linux/netfilter/nfnetlink_queue.h`":
+    /// `sizeof(struct nfqnl_msg_packet_hdr)`, which is packed
+    pub const PACKET_HDR_LEN: usize = 4 + 2 + 1;
+    /// `sizeof(struct nfqnl_msg_packet_hw)`
+    pub const PACKET_HW_LEN: usize = 2 + 2 + 8;
+    /// `sizeof(struct nfqnl_msg_packet_timestamp)`
+    pub const TIMESTAMP_LEN: usize = 8 + 8;
+    /// `sizeof(struct nfqnl_msg_verdict_hdr)`
+    pub const VERDICT_HDR_LEN: usize = 4 + 4;
+    /// `sizeof(struct nfqnl_msg_config_cmd)`
+    pub const CONFIG_CMD_LEN: usize = 1 + 1 + 2;
+    /// `sizeof(struct nfqnl_msg_config_params)`, which is packed
+    pub const CONFIG_PARAMS_LEN: usize = 4 + 1;
+}
+
+/// The next multiple of 4: `NLMSG_ALIGN` of `linux/netlink.h`, and `NLA_ALIGN`
 #[must_use]
 pub const fn align(len: usize) -> usize {
     len.saturating_add(3) & !3

@@ -4,9 +4,9 @@ use byteorder::{ByteOrder, NativeEndian};
 
 use crate::attr::Attrs;
 use crate::consts::{
-    MESSAGE_HEADER_LEN, NFNL_SUBSYS_QUEUE, NFQNL_MSG_PACKET, NLM_F_ACK_TLVS, NLM_F_CAPPED,
-    NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, NLMSGERR_ATTR_MSG, NLMSGERR_ATTR_OFFS,
-    align, message_type,
+    ERROR_LEN, MESSAGE_HEADER_LEN, NFNL_SUBSYS_QUEUE, NFQNL_MSG_PACKET, NLM_F_ACK_TLVS,
+    NLM_F_CAPPED, NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, NLMSGERR_ATTR_MSG,
+    NLMSGERR_ATTR_OFFS, align, message_type,
 };
 use crate::error::{DecodeError, Header};
 use crate::packet::Packet;
@@ -69,12 +69,11 @@ impl<'a> Reply<'a> {
 
     /// Decodes what follows the netlink header of a `NLMSG_ERROR` that has these flags
     fn parse(body: &'a [u8], flags: u16) -> Result<Self, DecodeError> {
-        const NLMSGERR_LEN: usize = 4 + MESSAGE_HEADER_LEN;
-        let Some((fixed, rest)) = body.split_first_chunk::<NLMSGERR_LEN>() else {
+        let Some((fixed, rest)) = body.split_first_chunk::<ERROR_LEN>() else {
             return Err(DecodeError::Short {
                 what: Header::Error,
                 offset: MESSAGE_HEADER_LEN,
-                needed: NLMSGERR_LEN,
+                needed: ERROR_LEN,
                 had: body.len(),
             });
         };

@@ -16,9 +16,9 @@ use crate::consts::{
     ATTR_HEADER_LEN, ATTRS_OFFSET, MESSAGE_HEADER_LEN, NFQA_CAP_LEN, NFQA_CGROUP_CLASSID, NFQA_CT,
     NFQA_CT_INFO, NFQA_EXP, NFQA_GID, NFQA_HWADDR, NFQA_IFINDEX_INDEV, NFQA_IFINDEX_OUTDEV,
     NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV, NFQA_L2HDR, NFQA_MARK, NFQA_MAX,
-    NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_SECCTX, NFQA_SKB_INFO, NFQA_TIMESTAMP,
-    NFQA_UID, NFQA_VLAN, NFQNL_MSG_PACKET, PACKET_HDR_LEN, PACKET_HW_LEN, TIMESTAMP_LEN,
-    message_type,
+    NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_SECCTX, NFQA_SKB_CSUM_NOTVERIFIED,
+    NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO, NFQA_SKB_INFO, NFQA_TIMESTAMP, NFQA_UID, NFQA_VLAN,
+    NFQNL_MSG_PACKET, PACKET_HDR_LEN, PACKET_HW_LEN, TIMESTAMP_LEN, message_type,
 };
 use crate::error::{DecodeError, Header};
 use crate::types::{Family, Hook};
@@ -519,11 +519,11 @@ bitflags! {
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct SkbInfo: u32 {
         /// The checksums in the payload are unfinished: complete them before sending the payload back
-        const CSUM_NOT_READY = 0x1;
+        const CSUM_NOT_READY = NFQA_SKB_CSUMNOTREADY;
         /// A large packet that will be segmented later
-        const GSO = 0x2;
+        const GSO = NFQA_SKB_GSO;
         /// Nobody has verified the checksums yet. Linux 3.11
-        const CSUM_NOT_VERIFIED = 0x4;
+        const CSUM_NOT_VERIFIED = NFQA_SKB_CSUM_NOTVERIFIED;
         const _ = !0;
     }
 }

@@ -4,7 +4,12 @@ use core::fmt;
 
 use bitflags::bitflags;
 
-use crate::consts::{NFQNL_COPY_META, NFQNL_COPY_NONE, NFQNL_COPY_PACKET};
+use crate::consts::{
+    NF_INET_FORWARD, NF_INET_LOCAL_IN, NF_INET_LOCAL_OUT, NF_INET_POST_ROUTING,
+    NF_INET_PRE_ROUTING, NFPROTO_ARP, NFPROTO_BRIDGE, NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_UNSPEC,
+    NFQA_CFG_F_CONNTRACK, NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO, NFQA_CFG_F_SECCTX,
+    NFQA_CFG_F_UID_GID, NFQNL_COPY_META, NFQNL_COPY_NONE, NFQNL_COPY_PACKET,
+};
 
 /// A protocol family: `AF_*` / `NFPROTO_*`
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -13,21 +18,21 @@ pub struct Family(pub u8);
 
 impl Family {
     /// No family in particular
-    pub const UNSPEC: Self = Self(0);
+    pub const UNSPEC: Self = Self(NFPROTO_UNSPEC);
     /// IPv4
     #[doc(alias = "AF_INET")]
     #[doc(alias = "NFPROTO_IPV4")]
-    pub const INET: Self = Self(2);
+    pub const INET: Self = Self(NFPROTO_IPV4);
     /// ARP; also `NFPROTO_ARP`
-    pub const ARP: Self = Self(3);
+    pub const ARP: Self = Self(NFPROTO_ARP);
     /// Bridged frames
     #[doc(alias = "AF_BRIDGE")]
     #[doc(alias = "NFPROTO_BRIDGE")]
-    pub const BRIDGE: Self = Self(7);
+    pub const BRIDGE: Self = Self(NFPROTO_BRIDGE);
     /// IPv6
     #[doc(alias = "AF_INET6")]
     #[doc(alias = "NFPROTO_IPV6")]
-    pub const INET6: Self = Self(10);
+    pub const INET6: Self = Self(NFPROTO_IPV6);
 }
 
 impl fmt::Display for Family {
@@ -56,15 +61,15 @@ pub struct Hook(pub u8);
 
 impl Hook {
     /// Came in, not yet routed
-    pub const PREROUTING: Self = Self(0);
+    pub const PREROUTING: Self = Self(NF_INET_PRE_ROUTING);
     /// For this host
-    pub const INPUT: Self = Self(1);
+    pub const INPUT: Self = Self(NF_INET_LOCAL_IN);
     /// Through this host
-    pub const FORWARD: Self = Self(2);
+    pub const FORWARD: Self = Self(NF_INET_FORWARD);
     /// Made here
-    pub const OUTPUT: Self = Self(3);
+    pub const OUTPUT: Self = Self(NF_INET_LOCAL_OUT);
     /// About to leave
-    pub const POSTROUTING: Self = Self(4);
+    pub const POSTROUTING: Self = Self(NF_INET_POST_ROUTING);
 }
 
 impl fmt::Display for Hook {
@@ -128,19 +133,19 @@ bitflags! {
     pub struct ConfigFlags: u32 {
         /// Accept instead of drop when the queue or the socket's buffer is full. Linux 3.6
         #[doc(alias = "NFQA_CFG_F_FAIL_OPEN")]
-        const FAIL_OPEN = 0x01;
+        const FAIL_OPEN = NFQA_CFG_F_FAIL_OPEN;
         /// Send the conntrack entry; needs the kernel's nf_conntrack_netlink glue. Linux 3.6
         #[doc(alias = "NFQA_CFG_F_CONNTRACK")]
-        const CONNTRACK = 0x02;
+        const CONNTRACK = NFQA_CFG_F_CONNTRACK;
         /// Send large packets unsegmented, with unfinished checksums: the big gain for TCP. Linux 3.10
         #[doc(alias = "NFQA_CFG_F_GSO")]
-        const GSO = 0x04;
+        const GSO = NFQA_CFG_F_GSO;
         /// Send user and group of the sending socket. Linux 3.14
         #[doc(alias = "NFQA_CFG_F_UID_GID")]
-        const UID_GID = 0x08;
+        const UID_GID = NFQA_CFG_F_UID_GID;
         /// Send the security context. Linux 4.3
         #[doc(alias = "NFQA_CFG_F_SECCTX")]
-        const SECCTX = 0x10;
+        const SECCTX = NFQA_CFG_F_SECCTX;
         const _ = !0;
     }
 }

@@ -395,7 +395,8 @@ proptest! {
     }
 }
 
-/// Numbers of the kernel's headers, as libc has them (it lacks `NFQA_CGROUP_CLASSID` and `NLMSGERR_ATTR_*`)
+/// Numbers and sizes of the kernel's headers, as libc has them. It lacks `NFQA_CGROUP_CLASSID`, `NLMSGERR_ATTR_*`, and
+/// the structs of netfilter.
 #[cfg(target_os = "linux")]
 mod numbers {
     use nfqnl_proto::consts::*;
@@ -427,11 +428,28 @@ mod numbers {
             NFQNL_CFG_CMD_BIND NFQNL_CFG_CMD_UNBIND NFQNL_CFG_CMD_PF_BIND NFQNL_CFG_CMD_PF_UNBIND
             NFQNL_COPY_NONE NFQNL_COPY_META NFQNL_COPY_PACKET
             NFQA_CFG_CMD NFQA_CFG_PARAMS NFQA_CFG_QUEUE_MAXLEN NFQA_CFG_MASK NFQA_CFG_FLAGS
+            NFQA_CFG_F_FAIL_OPEN NFQA_CFG_F_CONNTRACK NFQA_CFG_F_GSO NFQA_CFG_F_UID_GID
+            NFQA_CFG_F_SECCTX
+            NFQA_SKB_CSUMNOTREADY NFQA_SKB_GSO NFQA_SKB_CSUM_NOTVERIFIED
             NF_DROP NF_ACCEPT NF_STOLEN NF_QUEUE NF_REPEAT NF_STOP
             NF_VERDICT_MASK NF_VERDICT_FLAG_QUEUE_BYPASS NF_VERDICT_QBITS
+            NF_INET_PRE_ROUTING NF_INET_LOCAL_IN NF_INET_FORWARD NF_INET_LOCAL_OUT
+            NF_INET_POST_ROUTING
+            NFPROTO_UNSPEC NFPROTO_IPV4 NFPROTO_ARP NFPROTO_BRIDGE NFPROTO_IPV6
         }
         assert_eq!(NFQA_CGROUP_CLASSID, 22);
         assert_eq!([NLMSGERR_ATTR_MSG, NLMSGERR_ATTR_OFFS], [1, 2]);
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(MESSAGE_HEADER_LEN, size_of::<libc::nlmsghdr>());
+        assert_eq!(ERROR_LEN, size_of::<libc::nlmsgerr>());
+        assert_eq!(ATTR_HEADER_LEN, size_of::<libc::nlattr>());
+        let step = usize::try_from(libc::NLA_ALIGNTO).unwrap();
+        for len in 0..=2 * step {
+            assert_eq!(align(len), len.next_multiple_of(step));
+        }
     }
 
     #[test]
