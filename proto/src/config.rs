@@ -38,20 +38,27 @@ impl QueueConfig {
     /// ([`MAX_PAYLOAD`](crate::consts::MAX_PAYLOAD)) mean 65531, so a longer packet is always cut. The other modes
     /// have no range. The kernel acknowledges an unknown mode and ignores it.
     #[must_use]
+    #[doc(alias = "NFQA_CFG_PARAMS")]
+    #[doc(alias = "nfq_set_mode")]
     pub const fn copy_mode(mut self, mode: CopyMode, range: u32) -> Self {
         self.copy = Some((mode, range));
         self
     }
 
-    /// How many packets may wait at once; 0 makes the kernel drop everything
+    /// How many packets may wait at once; 0 makes the kernel drop everything. Linux 2.6.20
     #[must_use]
+    #[doc(alias = "NFQA_CFG_QUEUE_MAXLEN")]
+    #[doc(alias = "nfq_set_queue_maxlen")]
     pub const fn maxlen(mut self, packets: u32) -> Self {
         self.maxlen = Some(packets);
         self
     }
 
-    /// Sets the switches named in `mask` as they stand in `flags`
+    /// Sets the switches named in `mask` as they stand in `flags`. Linux 3.6, and see each of [`ConfigFlags`]
     #[must_use]
+    #[doc(alias = "NFQA_CFG_FLAGS")]
+    #[doc(alias = "NFQA_CFG_MASK")]
+    #[doc(alias = "nfq_set_queue_flags")]
     pub const fn flags(mut self, mask: ConfigFlags, flags: ConfigFlags) -> Self {
         self.flags = Some((mask, flags));
         self

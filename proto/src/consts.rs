@@ -69,7 +69,7 @@ from_header! {"`enum nfqnl_msg_types` in `linux/netfilter/nfnetlink_queue.h`":
     pub const NFQNL_MSG_VERDICT: u8 = 1;
     /// User to kernel: configuration of a queue
     pub const NFQNL_MSG_CONFIG: u8 = 2;
-    /// User to kernel: one verdict on all packets up to an id
+    /// User to kernel: one verdict on all packets up to an id. Linux 3.1
     pub const NFQNL_MSG_VERDICT_BATCH: u8 = 3;
 }
 

@@ -10,6 +10,9 @@
 //! whatsoever make this crate panic or loop. Slices that a view hands out borrow the *buffer*, not the view.
 //! Values that this crate does not know are data, not errors.
 //!
+//! **Byte order**: every number that this crate hands out or takes is in host byte order; bytes (payloads, link-layer
+//! headers, nested attributes) stay as they are on the wire.
+//!
 //! # Sending
 //! [`Decision`] and [`BatchVerdict`] carry verdicts, [`ConfigRequest`] configures queues. Each encodes into a buffer
 //! of the caller's, and an [`EncodeError`] says how much room it wanted.
@@ -36,6 +39,11 @@
 //! # ].concat();
 //! # answer(&packet).unwrap();
 //! ```
+//!
+//! # Kernels
+//! What names no version is there since Linux 2.6.14, the first with NFQUEUE. A kernel leaves out attributes that it
+//! does not know, and ignores them in requests. Message types that it does not know it refuses, and flags from Linux
+//! 3.6 on.
 //!
 //! # Features
 //! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `interop`. Needs std; off by default.

@@ -54,9 +54,10 @@ pub struct Reply<'a> {
     pub seq: u32,
     /// `nlmsg_pid` that the sender wrote into the request
     pub pid: u32,
-    /// The kernel's words for the error, without the NUL, if the socket has `NETLINK_EXT_ACK` and the kernel has any
+    /// The kernel's words for the error, without the NUL, if the socket has `NETLINK_EXT_ACK` and the kernel has any.
+    /// Linux 4.12
     pub text: Option<&'a [u8]>,
-    /// Where in the request the kernel found the fault, if it says so
+    /// Where in the request the kernel found the fault, in bytes from its netlink header, if it says so. Linux 4.12
     pub offset: Option<u32>,
 }
 

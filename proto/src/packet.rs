@@ -178,8 +178,11 @@ impl<'a> Packet<'a> {
         self.message
     }
 
-    /// The protocol family of the hook that queued the packet (`nfgen_family`): IPv4, IPv6, bridge, or any number
+    /// The protocol family of the hook that queued the packet: IPv4, IPv6, bridge, or any number
+    ///
+    /// Always there (`nfgen_family` of `struct nfgenmsg`).
     #[must_use]
+    #[doc(alias = "nfgen_family")]
     #[inline]
     pub fn family(&self) -> Family {
         Family(
@@ -190,8 +193,11 @@ impl<'a> Packet<'a> {
         )
     }
 
-    /// The number of the queue (`res_id`)
+    /// The number of the queue
+    ///
+    /// Always there (`res_id` of `struct nfgenmsg`).
     #[must_use]
+    #[doc(alias = "res_id")]
     #[inline]
     pub fn queue(&self) -> u16 {
         self.message
@@ -200,21 +206,34 @@ impl<'a> Packet<'a> {
             .map_or(0, |b| BigEndian::read_u16(b))
     }
 
-    /// The packet's id in its queue, from 1
+    /// The packet's id: the kernel counts from 1 for each binding of a queue, and wraps at 32 bits
+    ///
+    /// Always there (`packet_id` of `struct nfqnl_msg_packet_hdr`).
     #[must_use]
+    #[doc(alias = "NFQA_PACKET_HDR")]
+    #[doc(alias = "packet_id")]
+    #[doc(alias = "nfq_get_msg_packet_hdr")]
     #[inline]
     pub fn id(&self) -> u32 {
         BigEndian::read_u32(&self.header()[..4])
     }
 
-    /// The EtherType of the packet (`hw_protocol`): `0x0800` IPv4, `0x86dd` IPv6, `0x0806` ARP on a bridge
+    /// The EtherType of the packet in host byte order: `0x0800` IPv4, `0x86dd` IPv6, `0x0806` ARP on a bridge
+    ///
+    /// Always there (`hw_protocol` of `struct nfqnl_msg_packet_hdr`, which C programs have to convert).
     #[must_use]
+    #[doc(alias = "NFQA_PACKET_HDR")]
+    #[doc(alias = "nfq_get_msg_packet_hdr")]
     pub fn hw_protocol(&self) -> u16 {
         BigEndian::read_u16(&self.header()[4..6])
     }
 
     /// The netfilter hook that queued the packet
+    ///
+    /// Always there (`hook` of `struct nfqnl_msg_packet_hdr`).
     #[must_use]
+    #[doc(alias = "NFQA_PACKET_HDR")]
+    #[doc(alias = "nfq_get_msg_packet_hdr")]
     pub fn hook(&self) -> Hook {
         Hook(self.header()[6])
     }
@@ -227,14 +246,18 @@ impl<'a> Packet<'a> {
 
     /// The packet mark (`skb->mark`); 0 if none, which the kernel does not tell from a mark of 0
     #[must_use]
+    #[doc(alias = "NFQA_MARK")]
     #[doc(alias = "nfmark")]
+    #[doc(alias = "nfq_get_nfmark")]
     #[inline]
     pub fn mark(&self) -> u32 {
         self.be32(NFQA_MARK).unwrap_or(0)
     }
 
-    /// `skb->priority`; 0 if none. Linux 5.18
+    /// The packet's priority (`skb->priority`); 0 if none, which the kernel does not tell from a priority of 0.
+    /// Linux 5.18
     #[must_use]
+    #[doc(alias = "NFQA_PRIORITY")]
     pub fn priority(&self) -> u32 {
         self.be32(NFQA_PRIORITY).unwrap_or(0)
     }
@@ -242,8 +265,10 @@ impl<'a> Packet<'a> {
     /// When the packet was received, since the Unix epoch, in steps of a microsecond
     ///
     /// Only for packets that came in (up to the FORWARD hook) while some socket on the machine asked for timestamps
-    /// (`SO_TIMESTAMP`, a running capture).
+    /// (`SO_TIMESTAMP`, a running capture); `None` otherwise.
     #[must_use]
+    #[doc(alias = "NFQA_TIMESTAMP")]
+    #[doc(alias = "nfq_get_timestamp")]
     pub fn timestamp(&self) -> Option<Duration> {
         let value: [u8; TIMESTAMP_LEN] = self.fixed(NFQA_TIMESTAMP)?;
         let seconds = Duration::from_secs(BigEndian::read_u64(&value[..8]));
@@ -251,32 +276,46 @@ impl<'a> Packet<'a> {
     }
 
     /// Index of the device that the packet came in by; absent for packets made here, and at POSTROUTING before
-    /// Linux 5.7
+    /// Linux 5.7. For bridged packets, the bridge
     #[must_use]
+    #[doc(alias = "NFQA_IFINDEX_INDEV")]
+    #[doc(alias = "nfq_get_indev")]
     pub fn indev(&self) -> Option<u32> {
         self.be32(NFQA_IFINDEX_INDEV)
     }
 
-    /// Index of the device that the packet will leave by; absent at PREROUTING and INPUT
+    /// Index of the device that the packet will leave by; absent at PREROUTING and INPUT. For bridged packets, the
+    /// bridge
     #[must_use]
+    #[doc(alias = "NFQA_IFINDEX_OUTDEV")]
+    #[doc(alias = "nfq_get_outdev")]
     pub fn outdev(&self) -> Option<u32> {
         self.be32(NFQA_IFINDEX_OUTDEV)
     }
 
-    /// Index of the bridge port that the packet came in by; only on a bridge
+    /// Index of the bridge port that the packet came in by; absent for packets that came by no bridge, and from kernels
+    /// without `CONFIG_BRIDGE_NETFILTER`
     #[must_use]
+    #[doc(alias = "NFQA_IFINDEX_PHYSINDEV")]
+    #[doc(alias = "nfq_get_physindev")]
     pub fn physindev(&self) -> Option<u32> {
         self.be32(NFQA_IFINDEX_PHYSINDEV)
     }
 
-    /// Index of the bridge port that the packet will leave by; only on a bridge
+    /// Index of the bridge port that the packet will leave by; absent as [`physindev`](Self::physindev) is, and until
+    /// the port is known
     #[must_use]
+    #[doc(alias = "NFQA_IFINDEX_PHYSOUTDEV")]
+    #[doc(alias = "nfq_get_physoutdev")]
     pub fn physoutdev(&self) -> Option<u32> {
         self.be32(NFQA_IFINDEX_PHYSOUTDEV)
     }
 
-    /// The link-layer address of the packet's *source*; absent for packets made here
+    /// The link-layer address of the packet's *source*; absent for packets made here, and where the link layer has no
+    /// addresses
     #[must_use]
+    #[doc(alias = "NFQA_HWADDR")]
+    #[doc(alias = "nfq_get_packet_hw")]
     #[doc(alias = "hwaddr")]
     pub fn hw_addr(&self) -> Option<HwAddr> {
         let value: [u8; PACKET_HW_LEN] = self.fixed(NFQA_HWADDR)?;
@@ -291,82 +330,105 @@ impl<'a> Packet<'a> {
 
     /// User id of the socket that sent the packet, as the initial user namespace numbers it
     ///
-    /// Only with [`ConfigFlags::UID_GID`](crate::ConfigFlags::UID_GID), and only for packets of a local socket.
-    /// Linux 3.14
+    /// Only with [`ConfigFlags::UID_GID`](crate::ConfigFlags::UID_GID), and only for packets of a local socket; `None`
+    /// otherwise. Linux 3.14
     #[must_use]
+    #[doc(alias = "NFQA_UID")]
+    #[doc(alias = "nfq_get_uid")]
     pub fn uid(&self) -> Option<u32> {
         self.be32(NFQA_UID)
     }
 
-    /// Group id of the socket that sent the packet; see [`uid`](Self::uid)
+    /// Group id of the socket that sent the packet, numbered and absent as [`uid`](Self::uid) is. Linux 3.14
     #[must_use]
+    #[doc(alias = "NFQA_GID")]
+    #[doc(alias = "nfq_get_gid")]
     pub fn gid(&self) -> Option<u32> {
         self.be32(NFQA_GID)
     }
 
     /// Security context of the packet, as bytes: nothing promises a NUL at its end, and often there is one
     ///
-    /// Only with [`ConfigFlags::SECCTX`](crate::ConfigFlags::SECCTX). Linux 4.3
+    /// Only with [`ConfigFlags::SECCTX`](crate::ConfigFlags::SECCTX), and only for packets with a security mark
+    /// (`skb->secmark`); `None` otherwise. Linux 4.3
     #[must_use]
+    #[doc(alias = "NFQA_SECCTX")]
+    #[doc(alias = "nfq_get_secctx")]
     pub fn security_context(&self) -> Option<&'a [u8]> {
         self.attr(NFQA_SECCTX)
     }
 
-    /// The VLAN tag; only in the bridge family, and only for tagged frames. Linux 4.7
+    /// The VLAN tag, its halves in host byte order; only in the bridge family, and only for tagged frames. Linux 4.7
     #[must_use]
+    #[doc(alias = "NFQA_VLAN")]
     pub fn vlan(&self) -> Option<Vlan> {
         self.attr(NFQA_VLAN)
             .and_then(|nested| Vlan::parse(nested).ok())
     }
 
-    /// The link-layer header, without a VLAN tag; only in the bridge family. Linux 4.7
+    /// The link-layer header as it is on the wire, without a VLAN tag; only in the bridge family. Linux 4.7
     #[must_use]
+    #[doc(alias = "NFQA_L2HDR")]
     pub fn l2_header(&self) -> Option<&'a [u8]> {
         self.attr(NFQA_L2HDR)
     }
 
     /// The conntrack entry: nested `CTA_*` attributes, for [`Attrs`]
     ///
-    /// Only with [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK), and only for tracked packets. Linux 3.6
+    /// Only with [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK), and only for tracked packets; `None`
+    /// otherwise. Numbers in it are big-endian. Linux 3.6
     #[must_use]
+    #[doc(alias = "NFQA_CT")]
     pub fn conntrack(&self) -> Option<&'a [u8]> {
         self.attr(NFQA_CT)
     }
 
-    /// How the packet relates to its conntrack entry (`enum ip_conntrack_info`); comes with
-    /// [`conntrack`](Self::conntrack)
+    /// How the packet relates to its conntrack entry: a number of `enum ip_conntrack_info` in
+    /// `linux/netfilter/nf_conntrack_common.h`; absent where [`conntrack`](Self::conntrack) is. Linux 3.6
     #[must_use]
+    #[doc(alias = "NFQA_CT_INFO")]
+    #[doc(alias = "ip_conntrack_info")]
     pub fn conntrack_info(&self) -> Option<u32> {
         self.be32(NFQA_CT_INFO)
     }
 
-    /// A conntrack expectation: nested `CTA_EXPECT_*` attributes. No kernel sends one today
+    /// A conntrack expectation: nested `CTA_EXPECT_*` attributes
+    ///
+    /// The number exists since Linux 3.12 for verdicts; no kernel sends one as of Linux 6.18, so this is `None`.
     #[must_use]
+    #[doc(alias = "NFQA_EXP")]
     pub fn expectation(&self) -> Option<&'a [u8]> {
         self.attr(NFQA_EXP)
     }
 
-    /// net_cls class id of the sending socket's cgroup; absent if 0. Linux 6.4
+    /// net_cls class id of the sending socket's cgroup (version 1); absent if 0. Linux 6.4
     #[must_use]
+    #[doc(alias = "NFQA_CGROUP_CLASSID")]
     pub fn cgroup_classid(&self) -> Option<u32> {
         self.be32(NFQA_CGROUP_CLASSID)
     }
 
-    /// Length of the whole packet in bytes, if the kernel sent only its beginning
+    /// Length of the whole packet in bytes, from its network header on, if the kernel sent only its beginning; `None`
+    /// if it sent all of it, or no payload at all. Linux 3.7; older kernels cut without saying so
     #[must_use]
+    #[doc(alias = "NFQA_CAP_LEN")]
     #[doc(alias = "cap_len")]
     pub fn capture_len(&self) -> Option<u32> {
         self.be32(NFQA_CAP_LEN)
     }
 
-    /// Whether the payload is only the packet's beginning. Replacing it would shorten the packet.
+    /// Whether the payload is only the packet's beginning, as far as the kernel says it:
+    /// [`capture_len`](Self::capture_len). Replacing it would shorten the packet.
     #[must_use]
+    #[doc(alias = "NFQA_CAP_LEN")]
     pub fn is_cut(&self) -> bool {
         self.capture_len().is_some()
     }
 
     /// State of checksums and segmentation; empty if the kernel sent none. Linux 3.10
     #[must_use]
+    #[doc(alias = "NFQA_SKB_INFO")]
+    #[doc(alias = "nfq_get_skbinfo")]
     #[doc(alias = "skbinfo")]
     pub fn skb_info(&self) -> SkbInfo {
         SkbInfo::from_bits_retain(self.be32(NFQA_SKB_INFO).unwrap_or(0))
@@ -374,7 +436,11 @@ impl<'a> Packet<'a> {
 
     /// The packet from its network header on; empty in copy modes other than
     /// [`CopyMode::PACKET`](crate::CopyMode::PACKET)
+    ///
+    /// At most [`MAX_PAYLOAD`](crate::consts::MAX_PAYLOAD) bytes, and no more than the queue's copy range.
     #[must_use]
+    #[doc(alias = "NFQA_PAYLOAD")]
+    #[doc(alias = "nfq_get_payload")]
     #[inline]
     pub fn payload(&self) -> &'a [u8] {
         self.attr(NFQA_PAYLOAD).unwrap_or_default()
@@ -515,14 +581,19 @@ impl core::fmt::Debug for HwAddr {
 }
 
 bitflags! {
-    /// What the kernel says of a packet's checksums and segmentation (`NFQA_SKB_INFO`); unknown bits are kept
+    /// What the kernel says of a packet's checksums and segmentation; unknown bits are kept
+    ///
+    /// The bits of `NFQA_SKB_INFO`, `NFQA_SKB_*` in `linux/netfilter/nfnetlink_queue.h`. Linux 3.10.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct SkbInfo: u32 {
         /// The checksums in the payload are unfinished: complete them before sending the payload back
+        #[doc(alias = "NFQA_SKB_CSUMNOTREADY")]
         const CSUM_NOT_READY = NFQA_SKB_CSUMNOTREADY;
-        /// A large packet that will be segmented later
+        /// A large packet that will be segmented later; only with [`ConfigFlags::GSO`](crate::ConfigFlags::GSO)
+        #[doc(alias = "NFQA_SKB_GSO")]
         const GSO = NFQA_SKB_GSO;
         /// Nobody has verified the checksums yet. Linux 3.11
+        #[doc(alias = "NFQA_SKB_CSUM_NOTVERIFIED")]
         const CSUM_NOT_VERIFIED = NFQA_SKB_CSUM_NOTVERIFIED;
         const _ = !0;
     }

@@ -11,19 +11,22 @@ use crate::consts::{
     NFQA_CFG_F_UID_GID, NFQNL_COPY_META, NFQNL_COPY_NONE, NFQNL_COPY_PACKET,
 };
 
-/// A protocol family: `AF_*` / `NFPROTO_*`
+/// A protocol family: `NFPROTO_*` in `linux/netfilter.h`, the same numbers as `AF_*` in `sys/socket.h`
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
 pub struct Family(pub u8);
 
 impl Family {
     /// No family in particular
+    #[doc(alias = "AF_UNSPEC")]
+    #[doc(alias = "NFPROTO_UNSPEC")]
     pub const UNSPEC: Self = Self(NFPROTO_UNSPEC);
     /// IPv4
     #[doc(alias = "AF_INET")]
     #[doc(alias = "NFPROTO_IPV4")]
     pub const INET: Self = Self(NFPROTO_IPV4);
-    /// ARP; also `NFPROTO_ARP`
+    /// ARP (among `AF_*` this number means AX.25)
+    #[doc(alias = "NFPROTO_ARP")]
     pub const ARP: Self = Self(NFPROTO_ARP);
     /// Bridged frames
     #[doc(alias = "AF_BRIDGE")]
@@ -54,21 +57,32 @@ impl fmt::Debug for Family {
     }
 }
 
-/// The netfilter hook that a packet was queued at (`enum nf_inet_hooks`, the same numbers in `NF_BR_*`)
+/// The netfilter hook that a packet was queued at: `enum nf_inet_hooks` in `linux/netfilter.h`, the same numbers as
+/// `NF_BR_*` in `linux/netfilter_bridge.h`
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
 pub struct Hook(pub u8);
 
 impl Hook {
     /// Came in, not yet routed
+    #[doc(alias = "NF_INET_PRE_ROUTING")]
+    #[doc(alias = "NF_BR_PRE_ROUTING")]
     pub const PREROUTING: Self = Self(NF_INET_PRE_ROUTING);
     /// For this host
+    #[doc(alias = "NF_INET_LOCAL_IN")]
+    #[doc(alias = "NF_BR_LOCAL_IN")]
     pub const INPUT: Self = Self(NF_INET_LOCAL_IN);
     /// Through this host
+    #[doc(alias = "NF_INET_FORWARD")]
+    #[doc(alias = "NF_BR_FORWARD")]
     pub const FORWARD: Self = Self(NF_INET_FORWARD);
     /// Made here
+    #[doc(alias = "NF_INET_LOCAL_OUT")]
+    #[doc(alias = "NF_BR_LOCAL_OUT")]
     pub const OUTPUT: Self = Self(NF_INET_LOCAL_OUT);
     /// About to leave
+    #[doc(alias = "NF_INET_POST_ROUTING")]
+    #[doc(alias = "NF_BR_POST_ROUTING")]
     pub const POSTROUTING: Self = Self(NF_INET_POST_ROUTING);
 }
 
@@ -91,7 +105,7 @@ impl fmt::Debug for Hook {
     }
 }
 
-/// How much of each packet the kernel sends
+/// How much of each packet the kernel sends: `enum nfqnl_config_mode` in `linux/netfilter/nfnetlink_queue.h`
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
 pub struct CopyMode(pub u8);
@@ -126,7 +140,7 @@ impl fmt::Debug for CopyMode {
 }
 
 bitflags! {
-    /// Switches of a queue (`NFQA_CFG_F_*`); unknown bits are kept
+    /// Switches of a queue: `NFQA_CFG_F_*` in `linux/netfilter/nfnetlink_queue.h`; unknown bits are kept
     ///
     /// A kernel that does not know a bit refuses it: `EOPNOTSUPP`, or `EINVAL` from Linux 7.2 on.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

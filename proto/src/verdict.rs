@@ -32,7 +32,8 @@ pub enum Verdict {
     Queue {
         /// The queue's number
         num: u16,
-        /// If nobody listens to that queue, let the packet go on; without this it is silently dropped
+        /// If nobody listens to that queue, let the packet go on; without this it is silently dropped. Linux 2.6.39
+        #[doc(alias = "NF_VERDICT_FLAG_QUEUE_BYPASS")]
         bypass: bool,
     },
     /// Run it through the same chain again; unless a mark tells the rule to pass it by, it comes back with a new id
@@ -116,7 +117,10 @@ impl TryFrom<u32> for Verdict {
     }
 }
 
-/// A verdict and what is to change about the packet
+/// A verdict and what is to change about the packet (`NFQNL_MSG_VERDICT`)
+#[doc(alias = "NFQNL_MSG_VERDICT")]
+#[doc(alias = "nfq_set_verdict")]
+#[doc(alias = "nfq_set_verdict2")]
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 #[must_use]
 pub struct Decision<'p> {
@@ -130,6 +134,7 @@ pub struct Decision<'p> {
 
 impl<'p> Decision<'p> {
     /// A verdict that changes nothing
+    #[doc(alias = "NFQA_VERDICT_HDR")]
     pub const fn new(verdict: Verdict) -> Self {
         Self {
             common: BatchVerdict::new(verdict),
@@ -142,12 +147,14 @@ impl<'p> Decision<'p> {
     }
 
     /// Sets the packet mark (`skb->mark`), which later rules, routing and sockets see
+    #[doc(alias = "NFQA_MARK")]
     pub const fn with_mark(mut self, mark: u32) -> Self {
         self.common = self.common.with_mark(mark);
         self
     }
 
     /// Sets `skb->priority`. Linux 5.18; older kernels ignore it
+    #[doc(alias = "NFQA_PRIORITY")]
     pub const fn with_priority(mut self, priority: u32) -> Self {
         self.common = self.common.with_priority(priority);
         self
@@ -159,24 +166,28 @@ impl<'p> Decision<'p> {
     /// without a word if it can't make the change: out of memory, shorter than the headers, and from Linux 7.2 on
     /// whatever alters addresses' surroundings (version, options, fragment bits), any bridge packet, and everything in
     /// a network namespace of an ordinary user.
+    #[doc(alias = "NFQA_PAYLOAD")]
     pub const fn with_payload(mut self, payload: &'p [u8]) -> Self {
         self.payload = Some(payload);
         self
     }
 
-    /// Sets or changes the VLAN tag; only in the bridge family. Linux 4.7
+    /// Sets or changes the VLAN tag, given in host byte order; only in the bridge family. Linux 4.7
+    #[doc(alias = "NFQA_VLAN")]
     pub const fn with_vlan(mut self, vlan: Vlan) -> Self {
         self.vlan = Some(vlan);
         self
     }
 
     /// Replaces the link-layer header by one of the same length; only in the bridge family. Linux 4.7
+    #[doc(alias = "NFQA_L2HDR")]
     pub const fn with_l2_header(mut self, header: &'p [u8]) -> Self {
         self.l2_header = Some(header);
         self
     }
 
     /// Changes the conntrack entry by nested `CTA_*` attributes (mark, labels, timeout, …). Linux 3.6
+    #[doc(alias = "NFQA_CT")]
     pub const fn with_conntrack(mut self, nested: &'p [u8]) -> Self {
         self.conntrack = Some(nested);
         self
@@ -184,6 +195,7 @@ impl<'p> Decision<'p> {
 
     /// Adds an expectation by nested `CTA_EXPECT_*` attributes; the kernel looks at it only together with
     /// [`with_conntrack`](Self::with_conntrack). Linux 3.12
+    #[doc(alias = "NFQA_EXP")]
     pub const fn with_expectation(mut self, nested: &'p [u8]) -> Self {
         self.expectation = Some(nested);
         self
@@ -318,9 +330,15 @@ impl core::fmt::Debug for Decision<'_> {
     }
 }
 
-/// One verdict on **every** waiting packet of a queue whose id is not after `last`
+/// One verdict on **every** waiting packet of a queue whose id is not after `last` (`NFQNL_MSG_VERDICT_BATCH`)
 ///
 /// That includes packets which another thread still looks at. Ids compare as a wrapping sequence.
+///
+/// As a message of its own ([`encode`](Self::encode)) it needs Linux 3.1, on one packet
+/// ([`encode_single`](Self::encode_single)) any.
+#[doc(alias = "NFQNL_MSG_VERDICT_BATCH")]
+#[doc(alias = "nfq_set_verdict_batch")]
+#[doc(alias = "nfq_set_verdict_batch2")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[must_use]
 pub struct BatchVerdict {
@@ -340,12 +358,14 @@ impl BatchVerdict {
     }
 
     /// Sets the mark of every packet
+    #[doc(alias = "NFQA_MARK")]
     pub const fn with_mark(mut self, mark: u32) -> Self {
         self.mark = Some(mark);
         self
     }
 
     /// Sets the priority of every packet. Linux 5.18; older kernels ignore it
+    #[doc(alias = "NFQA_PRIORITY")]
     pub const fn with_priority(mut self, priority: u32) -> Self {
         self.priority = Some(priority);
         self
@@ -357,7 +377,7 @@ impl BatchVerdict {
         self.verdict
     }
 
-    /// Writes the message for all packets up to `last` to the front of `buf`, and says how long it is
+    /// Writes the message for all packets up to `last` to the front of `buf`, and says how long it is. Linux 3.1
     ///
     /// # Errors
     /// [`EncodeError::NoSpace`] if `buf` is too small.

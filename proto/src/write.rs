@@ -28,8 +28,12 @@ pub struct RequestHeader {
 /// With `ack` the kernel answers at once, behind everything it has to say to earlier requests: a barrier, and a way to
 /// make one's own socket readable. It needs `CAP_NET_ADMIN`, like every message to netfilter.
 ///
+/// Linux 2.6.22: from there on netlink takes care of control messages itself (`netlink_rcv_skb` in
+/// `net/netlink/af_netlink.c`). Tried on Linux 6.18.
+///
 /// # Errors
 /// [`EncodeError::NoSpace`] below 16 bytes of buffer.
+#[doc(alias = "NLMSG_NOOP")]
 pub fn encode_noop(buf: &mut [u8], header: RequestHeader) -> Result<usize, EncodeError> {
     MessageWriter::control(buf, NLMSG_NOOP, header).finish()
 }
