@@ -124,14 +124,24 @@ impl Udp {
     }
 }
 
-/// Listens for one TCP connection, sends back what it gets, and returns when the peer is done
+/// Waits for one TCP connection, sends back what it gets, and returns when the peer is done
 ///
 /// # Errors
-/// What the system says.
+/// What the system says; `WouldBlock` if nobody connects in [`TIMEOUT`], or the peer stands still for as long.
 pub fn tcp_echo(listener: &TcpListener) -> io::Result<usize> {
+    tcp_echo_within(listener, TIMEOUT)
+}
+
+/// The same, with another timeout
+///
+/// # Errors
+/// As [`tcp_echo`].
+pub fn tcp_echo_within(listener: &TcpListener, timeout: Duration) -> io::Result<usize> {
+    // On Linux a receive timeout is for `accept` too; only std does not offer it on listeners.
+    UdpSocket::from(listener.as_fd().try_clone_to_owned()?).set_read_timeout(Some(timeout))?;
     let (mut stream, _) = listener.accept()?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
     let mut buf = [0; 4096];
     let mut total = 0;
     loop {

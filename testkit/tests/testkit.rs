@@ -2,7 +2,8 @@
 //!
 //! No queue is bound here, so what the kernel does with a packet says whether the rules work.
 
-use std::net::{IpAddr, TcpListener};
+use std::io::ErrorKind;
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::thread;
 
 use nfqnl_testkit::hosts::Router;
@@ -58,6 +59,18 @@ fn traffic_of_all_protocols_flows() {
 
             assert!(traffic::ping(address, b"ping", TIMEOUT).unwrap());
         }
+    });
+}
+
+#[test]
+fn an_echo_ends_when_nobody_connects_or_the_peer_is_silent() {
+    isolated(|| {
+        let listener = TcpListener::bind((V4, 0)).unwrap();
+        let alone = traffic::tcp_echo_within(&listener, SILENCE).unwrap_err();
+        assert_eq!(alone.kind(), ErrorKind::WouldBlock);
+        let _silent = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let silent = traffic::tcp_echo_within(&listener, SILENCE).unwrap_err();
+        assert_eq!(silent.kind(), ErrorKind::WouldBlock);
     });
 }
 
@@ -148,7 +161,7 @@ fn without_net_admin_there_are_no_rules() {
     isolated(|| {
         user::without_net_admin(|| {
             let error = Table::new(Family::Ip, "t").unwrap_err();
-            assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+            assert_eq!(error.kind(), ErrorKind::PermissionDenied);
         });
         Table::new(Family::Ip, "t").expect("the other threads keep it");
         let other = Namespace::new().unwrap();
