@@ -142,6 +142,20 @@ fn a_router_forwards_between_its_hosts() {
                 .send(b"through the router", receiver.address())
                 .unwrap();
             assert_eq!(receiver.recv().as_deref(), Some(&b"through the router"[..]));
+
+            let listener = server.namespace.run(|| TcpListener::bind((to, 0)).unwrap());
+            let listening = listener.local_addr().unwrap();
+            let sent = vec![7; 100_000];
+            let echo = thread::spawn(move || traffic::tcp_echo(&listener).unwrap());
+            let back = client
+                .namespace
+                .run(|| traffic::tcp_exchange(listening, &sent).unwrap());
+            assert_eq!(back.len(), sent.len());
+            assert!(back == sent, "what comes back is what was sent");
+            assert_eq!(echo.join().unwrap(), sent.len());
+
+            let ping = || traffic::ping(to, b"there", TIMEOUT).unwrap();
+            assert!(client.namespace.run(ping), "{to}");
         }
         let mac = client.namespace.run(|| link::mac("eth0").unwrap());
         assert_ne!(mac, link::mac(client.link).unwrap());
