@@ -212,6 +212,42 @@ fn everything_in_one_config() {
     assert_eq!(expected.len(), ConfigRequest::MAX_LEN);
 }
 
+/// The getters tell what is named, and only that: 0 and "off" are settings too
+#[test]
+fn a_config_tells_what_it_names() {
+    let none = QueueConfig::new();
+    assert_eq!(
+        (none.get_copy_mode(), none.get_maxlen(), none.get_flags()),
+        (None, None, None)
+    );
+    let copy = none.copy_mode(CopyMode::META, 0x0001_0203);
+    assert_eq!(
+        (copy.get_copy_mode(), copy.get_maxlen(), copy.get_flags()),
+        (Some((CopyMode::META, 0x0001_0203)), None, None)
+    );
+    let maxlen = none.maxlen(0);
+    assert_eq!(
+        (
+            maxlen.get_copy_mode(),
+            maxlen.get_maxlen(),
+            maxlen.get_flags()
+        ),
+        (None, Some(0), None)
+    );
+    let (mask, off) = (ConfigFlags::GSO | ConfigFlags::SECCTX, ConfigFlags::empty());
+    let flags = none.flags(mask, off);
+    assert_eq!(
+        (flags.get_copy_mode(), flags.get_maxlen(), flags.get_flags()),
+        (None, None, Some((mask, off)))
+    );
+    let later = copy.copy_mode(CopyMode::NONE, 5).maxlen(6).maxlen(7);
+    assert_eq!(
+        (later.get_copy_mode(), later.get_maxlen()),
+        (Some((CopyMode::NONE, 5)), Some(7)),
+        "the last one counts"
+    );
+}
+
 #[test]
 fn every_verdict() {
     let cases = [
