@@ -3,7 +3,6 @@
 //! Errors of verdicts are in `verdicts.rs`, ENOBUFS is in `stream.rs`.
 
 use std::error::Error as _;
-use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
 
 use nfqnl::consts::NFQA_SECCTX;
@@ -17,7 +16,9 @@ use nfqnl_testkit::rules::{Hook, Rule};
 use nfqnl_testkit::traffic::V4;
 use nfqnl_testkit::{socket, user};
 
-use crate::lab::{Lab, PORT, QUEUE, is_silent, next_event, next_packet, udp_payload};
+use crate::lab::{
+    Lab, PORT, QUEUE, is_silent, next_event, next_packet, send_past_the_library, udp_payload,
+};
 
 /// The kernel's refusal; fails if there is none
 #[track_caller]
@@ -219,8 +220,7 @@ fn unbind_behind_its_back(handle: &Handle) {
     let mut buf = [0; ConfigRequest::MAX_LEN];
     let request = ConfigRequest::unbind(QUEUE);
     let len = request.encode(&mut buf, RequestHeader::default()).unwrap();
-    let mut copy = std::fs::File::from(handle.as_fd().try_clone_to_owned().unwrap());
-    assert_eq!(copy.write(&buf[..len]).unwrap(), len);
+    send_past_the_library(handle, &buf[..len]);
 }
 
 /// EOPNOTSUPP, 524 or EINVAL, depending on the kernel

@@ -1,5 +1,8 @@
 //! What nearly every test begins with: a rule, a socket that sends to itself, and ways to receive
 
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 use nfqnl::{Event, Handle, Packet, RecvBatch};
@@ -90,6 +93,22 @@ pub(crate) fn next_packet<'b>(handle: &Handle, batch: &'b mut RecvBatch) -> Pack
 /// Whether nothing is there to be received
 pub(crate) fn is_silent(handle: &Handle, batch: &mut RecvBatch) -> bool {
     handle.try_recv(batch).unwrap().next().is_none()
+}
+
+/// Sends on a copy of the descriptor, as other code that has one can
+pub(crate) fn send_past_the_library(handle: &Handle, messages: &[u8]) {
+    let mut copy = File::from(handle.as_fd().try_clone_to_owned().unwrap());
+    assert_eq!(copy.write(messages).unwrap(), messages.len());
+}
+
+/// Receives a datagram on a copy of the descriptor; fails if none is there, for the kernel answers within the send
+pub(crate) fn recv_past_the_library(handle: &Handle) -> Vec<u8> {
+    handle.set_nonblocking(true).unwrap();
+    let mut copy = File::from(handle.as_fd().try_clone_to_owned().unwrap());
+    let mut datagram = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
+    let len = copy.read(&mut datagram).unwrap();
+    datagram.truncate(len);
+    datagram
 }
 
 /// What follows the network and UDP headers

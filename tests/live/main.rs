@@ -10,5 +10,6 @@ mod examples;
 mod lab;
 mod lifetime;
 mod packets;
+mod raw;
 mod stream;
 mod verdicts;
