@@ -5,17 +5,19 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nfqnl::{
     ConfigFlags, CopyMode, Error, Event, Family, Handle, PacketKey, Queue, QueueConfig, QueueData,
     RecvBatch, SkbInfo, Verdict,
 };
+use nfqnl_testkit::hosts::{Bridge, Router};
 use nfqnl_testkit::link;
 use nfqnl_testkit::netns::isolated;
-use nfqnl_testkit::rules::{Hook, Rule};
+use nfqnl_testkit::rules::{self, Hook, Rule, Table};
+use nfqnl_testkit::traffic::{TIMEOUT, Udp};
 
-use crate::lab::{Lab, PORT, QUEUE};
+use crate::lab::{Lab, PORT, QUEUE, bridge};
 
 /// The caller's own receive loop
 struct Loop {
@@ -122,6 +124,81 @@ fn the_getters_mirror_the_packet() {
         lab.send(b"look at me");
         while looping.turn().unwrap() == 0 {}
         assert_eq!(lab.recv().as_deref(), Some(&b"look at me"[..]));
+    });
+}
+
+/// The bridge itself both ways, and another port each way
+#[test]
+fn the_getters_tell_the_ports_of_a_bridge() {
+    isolated(|| {
+        let Some(bridge) = bridge() else { return };
+        let (left, right) = (&bridge.left, &bridge.right);
+        let devices = [Bridge::LINK, left.link, right.link].map(|name| link::index(name).unwrap());
+        let [br0, from, to] = devices;
+        let table = Table::new(rules::Family::Ip, "t").unwrap();
+        let chain = table.chain("c", Hook::Forward, 0).unwrap();
+        chain
+            .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
+            .unwrap();
+        let mut looping = Loop::new();
+        let (send, seen) = mpsc::channel();
+        let _queue = looping.create_queue(QUEUE, move |data| {
+            let logical = [data.get_indev(), data.get_outdev()];
+            let physical = [data.get_physindev(), data.get_physoutdev()];
+            send.send((logical, physical)).unwrap();
+            data.set_verdict(Verdict::Accept, None);
+        });
+        let receiver = right.namespace.run(|| Udp::bind(right.v4, PORT).unwrap());
+        let sender = left.namespace.run(|| Udp::bind(left.v4, 0).unwrap());
+        sender.send(b"bridged", receiver.address()).unwrap();
+        assert_eq!(looping.turn().unwrap(), 1);
+        assert_eq!(seen.recv().unwrap(), ([br0, br0], [from, to]));
+        assert_eq!(receiver.recv().as_deref(), Some(&b"bridged"[..]));
+    });
+}
+
+/// Of a packet that only passes through, they tell more than of a local one
+#[test]
+fn the_getters_tell_devices_mac_time_and_checksums_of_a_forwarded_packet() {
+    isolated(|| {
+        let router = Router::new().unwrap();
+        let (client, server) = (&router.client, &router.server);
+        let mac = client.namespace.run(|| link::mac("eth0").unwrap());
+        let devices = [client.link, server.link].map(|name| link::index(name).unwrap());
+        let table = Table::new(rules::Family::Ip, "t").unwrap();
+        let chain = table.chain("c", Hook::Forward, 0).unwrap();
+        chain
+            .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
+            .unwrap();
+        let mut looping = Loop::new();
+        let (send, seen) = mpsc::channel();
+        let queue = looping.create_queue(QUEUE, move |data| {
+            assert_eq!([data.get_indev(), data.get_outdev()], devices);
+            assert_eq!(data.get_packet_hw().unwrap().as_bytes(), mac);
+            // Without GSO the kernel would have completed the checksum that the client has left to its device.
+            assert_eq!(data.get_skbinfo(), SkbInfo::CSUM_NOT_READY);
+            send.send(data.get_timestamp()).unwrap();
+            data.set_verdict(Verdict::Accept, None);
+        });
+        queue.set_flags(ConfigFlags::GSO, ConfigFlags::GSO).unwrap();
+        let receiver = server.namespace.run(|| Udp::bind(server.v4, PORT).unwrap());
+        receiver.want_timestamps().unwrap();
+        let sender = client.namespace.run(|| Udp::bind(client.v4, 0).unwrap());
+        // The kernel begins to take times a moment later.
+        let deadline = Instant::now() + TIMEOUT;
+        let timestamp = loop {
+            sender.send(b"forwarded", receiver.address()).unwrap();
+            assert_eq!(looping.turn().unwrap(), 1);
+            assert_eq!(receiver.recv().as_deref(), Some(&b"forwarded"[..]));
+            match seen.recv().unwrap() {
+                Some(timestamp) => break timestamp,
+                None => assert!(Instant::now() < deadline, "no timestamp"),
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let age = now.checked_sub(timestamp).expect("not in the future");
+        assert!(age < TIMEOUT, "{age:?} old");
     });
 }
 

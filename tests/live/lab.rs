@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use nfqnl::{Event, Handle, Packet, RecvBatch};
+use nfqnl_testkit::hosts::Bridge;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
 
@@ -72,6 +73,16 @@ impl Lab {
     pub(crate) fn recv(&self) -> Option<Vec<u8>> {
         self.v4.recv()
     }
+}
+
+/// A bridge whose packets pass the IP hooks; `None` where `NFQNL_SKIP_BRIDGE=1` says that there can be none
+pub(crate) fn bridge() -> Option<Bridge> {
+    const SKIP: &str = "NFQNL_SKIP_BRIDGE";
+    if std::env::var_os(SKIP).is_some_and(|value| value == "1") {
+        eprintln!("SKIPPED by {SKIP}=1: bridged packets");
+        return None;
+    }
+    Some(Bridge::new().unwrap_or_else(|error| panic!("{error}, or set {SKIP}=1")))
 }
 
 /// The next event; fails if none comes in time
