@@ -17,6 +17,7 @@ use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{self, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp};
 
+use crate::examples::with_udp_payload;
 use crate::lab::{Lab, PORT, QUEUE, bridge};
 
 /// The caller's own receive loop
@@ -289,6 +290,70 @@ fn a_callback_rewrites_a_packet() {
             other => panic!("{other:?}"),
         }
         assert!(lab.v4.is_silent(), "nothing was sent, and it waits");
+    });
+}
+
+/// All at once, seen by the callback of a later queue and by the receiver
+#[test]
+fn a_decision_of_a_callback_carries_mark_priority_and_payload() {
+    isolated(|| {
+        const MARK: u32 = 0xdead_beef;
+        const PRIORITY: u32 = 6;
+        const LATER: u16 = 2;
+        let lab = Lab::with(Hook::Output, &Rule::new().udp().dport(PORT).queue(QUEUE));
+        for table in lab.tables() {
+            let chain = table.chain("later", Hook::Postrouting, 0).unwrap();
+            chain
+                .add(&Rule::new().udp().dport(PORT).queue(LATER))
+                .unwrap();
+        }
+        let mut looping = Loop::new();
+        let _first = looping.create_queue(QUEUE, |data| {
+            let new = with_udp_payload(data.get_payload(), b"decided").unwrap();
+            let decision = Verdict::Accept.with_payload(&new).with_mark(MARK);
+            data.set_decision(&decision.with_priority(PRIORITY))
+                .unwrap();
+        });
+        let (send, seen) = mpsc::channel();
+        let _later = looping.create_queue(LATER, move |data| {
+            send.send((data.get_nfmark(), data.packet().priority()))
+                .unwrap();
+            data.set_verdict(Verdict::Accept, None);
+        });
+        for socket in lab.sockets() {
+            socket.send(b"not decided yet", socket.address()).unwrap();
+            let mut handled = 0;
+            while handled < 2 {
+                handled += looping.turn().unwrap();
+            }
+            assert_eq!(seen.recv().unwrap(), (MARK, PRIORITY));
+            assert_eq!(socket.recv().as_deref(), Some(&b"decided"[..]));
+        }
+    });
+}
+
+#[test]
+fn a_decision_that_fails_takes_back_what_was_set_before() {
+    isolated(|| {
+        let lab = Lab::new();
+        let mut looping = Loop::new();
+        let (send, results) = mpsc::channel();
+        let _queue = looping.create_queue(QUEUE, move |data| {
+            data.set_verdict(Verdict::Drop, 9);
+            let too_short = Verdict::Accept.with_payload(&[0x45; 19]);
+            send.send((data.key(), data.set_decision(&too_short)))
+                .unwrap();
+        });
+        lab.send(b"waits");
+        assert_eq!(looping.turn().unwrap(), 1);
+        let (key, result) = results.recv().unwrap();
+        match result.unwrap_err() {
+            Error::PayloadTooShort { needed, had } => assert_eq!((needed, had), (20, 19)),
+            other => panic!("{other:?}"),
+        }
+        assert!(lab.v4.is_silent(), "nothing was sent");
+        looping.handle.verdict(key, Verdict::Accept).unwrap();
+        assert_eq!(lab.recv().as_deref(), Some(&b"waits"[..]), "not dropped");
     });
 }
 
