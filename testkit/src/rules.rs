@@ -45,6 +45,8 @@ const NFTA_PAYLOAD_DREG: u16 = 1;
 const NFTA_PAYLOAD_BASE: u16 = 2;
 const NFTA_PAYLOAD_OFFSET: u16 = 3;
 const NFTA_PAYLOAD_LEN: u16 = 4;
+const NFTA_CT_DREG: u16 = 1;
+const NFTA_CT_KEY: u16 = 2;
 const NFTA_IMMEDIATE_DREG: u16 = 1;
 const NFTA_IMMEDIATE_DATA: u16 = 2;
 const NFTA_COUNTER_PACKETS: u16 = 2;
@@ -58,6 +60,9 @@ const NFT_REG_VERDICT: u32 = 0;
 const NFT_REG_1: u32 = 1;
 const NFT_META_MARK: u32 = 3;
 const NFT_META_L4PROTO: u32 = 16;
+const NFT_CT_STATE: u32 = 0;
+/// `NF_CT_STATE_BIT(IP_CT_NEW)` (`linux/netfilter/nf_conntrack_common.h`)
+const CT_STATE_NEW: u32 = 1 << 3;
 const NFT_CMP_EQ: u32 = 0;
 const NFT_CMP_NEQ: u32 = 1;
 const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
@@ -313,6 +318,7 @@ enum Match {
     /// A port at this offset of the transport header
     Port(u32, u16),
     Mark(u32, u32),
+    NewConnection,
 }
 
 impl Rule {
@@ -367,6 +373,11 @@ impl Rule {
         self.matching(Match::Mark(NFT_CMP_NEQ, mark))
     }
 
+    /// Only what begins a connection; where a rule asks for that, the kernel tracks the namespace's connections
+    pub fn new_connection(self) -> Self {
+        self.matching(Match::NewConnection)
+    }
+
     fn matching(mut self, condition: Match) -> Self {
         self.matches.push(condition);
         self
@@ -415,6 +426,13 @@ impl Rule {
                 Match::Mark(op, mark) => {
                     load_meta(list, NFT_META_MARK);
                     compare(list, op, &mark.to_ne_bytes());
+                }
+                Match::NewConnection => {
+                    expression(list, "ct", |data| {
+                        data.attr(NFTA_CT_KEY, &NFT_CT_STATE.to_be_bytes())
+                            .attr(NFTA_CT_DREG, &NFT_REG_1.to_be_bytes());
+                    });
+                    compare(list, NFT_CMP_EQ, &CT_STATE_NEW.to_ne_bytes());
                 }
             }
         }

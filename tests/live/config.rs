@@ -5,8 +5,7 @@
 use std::error::Error as _;
 use std::os::fd::{AsFd, AsRawFd};
 
-use nfqnl::consts::NFQA_SECCTX;
-use nfqnl::proto::{ConfigRequest, RequestHeader};
+use nfqnl::proto::{Attrs, ConfigRequest, RequestHeader};
 use nfqnl::{
     ConfigFlags, CopyMode, Error, Family, Handle, Operation, QueueConfig, RecvBatch, Refusal,
     Situation, Verdict,
@@ -248,44 +247,67 @@ fn flags_that_the_kernel_does_not_know_are_refused_and_nothing_is_bound() {
 #[test]
 fn conntrack_is_told_or_refused() {
     isolated(|| {
-        let lab = Lab::new();
+        /// `CTA_TUPLE_ORIG` (`linux/netfilter/nfnetlink_conntrack.h`)
+        const TUPLE_ORIG: u16 = 1;
+        /// `IP_CT_NEW` (`linux/netfilter/nf_conntrack_common.h`)
+        const NEW: u32 = 2;
+        // Whatever comes through this rule is tracked.
+        let rule = Rule::new().udp().dport(PORT).new_connection().queue(QUEUE);
+        let lab = Lab::with(Hook::Input, &rule);
         let handle = Handle::open().unwrap();
         let queue = handle.bind_queue(QUEUE).unwrap();
-        match queue.set_flags(ConfigFlags::CONNTRACK, ConfigFlags::CONNTRACK) {
+        let mut batch = RecvBatch::default();
+        lab.send(b"nobody asked");
+        let packet = next_packet(&handle, &mut batch);
+        assert_eq!((packet.conntrack(), packet.conntrack_info()), (None, None));
+
+        let told = match queue.set_flags(ConfigFlags::CONNTRACK, ConfigFlags::CONNTRACK) {
             Ok(()) => {
-                lab.send(b"tracked or not");
-                let mut batch = RecvBatch::default();
+                lab.send(b"tracked");
                 let packet = next_packet(&handle, &mut batch);
-                assert_eq!(
-                    packet.conntrack().is_some(),
-                    packet.conntrack_info().is_some()
-                );
+                assert_eq!(packet.conntrack_info(), Some(NEW));
+                let mut entry = Attrs::new(packet.conntrack().unwrap());
+                let original = entry.next().unwrap().unwrap();
+                assert_eq!(original.kind, TUPLE_ORIG);
+                let (port, localhost) = (PORT.to_be_bytes(), [127, 0, 0, 1]);
+                assert!(original.value.windows(2).any(|bytes| bytes == port));
+                assert!(original.value.windows(4).any(|bytes| bytes == localhost));
+                true
             }
-            refused => expect_refusal(
-                &refusal(refused),
-                Operation::SetFlags(QUEUE),
-                libc::EOPNOTSUPP,
-                Situation::Unsupported,
-                "nf_conntrack_netlink",
-            ),
+            refused => {
+                expect_refusal(
+                    &refusal(refused),
+                    Operation::SetFlags(QUEUE),
+                    libc::EOPNOTSUPP,
+                    Situation::Unsupported,
+                    "nf_conntrack_netlink",
+                );
+                false
+            }
+        };
+        // What the kernel has been built with, if it says so.
+        let symbols = std::fs::read_to_string("/proc/kallsyms").unwrap_or_default();
+        if symbols.contains(" nfqnl_recv_verdict") {
+            assert_eq!(told, symbols.contains(" ctnetlink_glue_build"));
         }
     });
 }
 
-/// Told where a security module labels packets, absent where none does, refused where the kernel can't
+/// Told of packets that a SECMARK rule has labelled, which there is none of in a new namespace; refused where the
+/// kernel has no such labels
 #[test]
-fn security_contexts_are_told_or_refused() {
+fn security_contexts_are_absent_without_a_label_or_refused() {
     isolated(|| {
         let lab = Lab::with(Hook::Output, &Rule::new().udp().dport(PORT).queue(QUEUE));
         let handle = Handle::open().unwrap();
         let queue = handle.bind_queue(QUEUE).unwrap();
         match queue.set_flags(ConfigFlags::SECCTX, ConfigFlags::SECCTX) {
             Ok(()) => {
-                lab.send(b"labelled or not");
+                lab.send(b"not labelled");
                 let mut batch = RecvBatch::default();
                 let packet = next_packet(&handle, &mut batch);
-                assert_eq!(packet.security_context(), packet.attr(NFQA_SECCTX));
-                assert_eq!(udp_payload(&packet), b"labelled or not");
+                assert_eq!(packet.security_context(), None);
+                assert_eq!(udp_payload(&packet), b"not labelled");
             }
             refused => expect_refusal(
                 &refusal(refused),
