@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use nfqnl::proto::{Attrs, ConfigRequest, RequestHeader};
 use nfqnl::{
     ConfigFlags, CopyMode, Error, Family, Handle, Operation, QueueConfig, RecvBatch, Refusal,
-    Situation, Verdict,
+    Situation, SkbInfo, Verdict,
 };
 use nfqnl_testkit::netns::{Namespace, is_rootless, isolated};
 use nfqnl_testkit::rules::{Hook, Rule};
@@ -320,25 +320,37 @@ fn security_contexts_are_absent_without_a_label_or_refused() {
     });
 }
 
+/// At OUTPUT, where each setting shows: the range, the length, and all three flags
 #[test]
 fn all_settings_go_with_the_binding_in_one_message() {
     isolated(|| {
-        let lab = Lab::new();
+        const RANGE: u32 = 50;
+        const LEN: u32 = 100;
+        let lab = Lab::with(Hook::Output, &Rule::new().udp().dport(PORT).queue(QUEUE));
         let handle = Handle::open().unwrap();
         let flags = ConfigFlags::FAIL_OPEN | ConfigFlags::GSO | ConfigFlags::UID_GID;
         let config = QueueConfig::new()
-            .copy_mode(CopyMode::PACKET, 50)
+            .copy_mode(CopyMode::PACKET, RANGE)
             .maxlen(3)
             .flags(flags, flags);
         let _queue = handle.bind_queue_with(QUEUE, &config).unwrap();
-        lab.send_numbered(0..5);
+        let payloads = [0, 1, 2, 3, 4].map(|number| [number; LEN as usize]);
+        for payload in &payloads {
+            lab.send(payload);
+        }
         // Fail-open: what found no room went on.
-        assert_eq!(lab.recv().as_deref(), Some(&3_u32.to_be_bytes()[..]));
-        assert_eq!(lab.recv().as_deref(), Some(&4_u32.to_be_bytes()[..]));
+        for payload in &payloads[3..] {
+            assert_eq!(lab.recv().as_deref(), Some(&payload[..]));
+        }
         let mut batch = RecvBatch::default();
-        for number in 0..3_u32 {
+        for payload in &payloads[..3] {
             let packet = next_packet(&handle, &mut batch);
-            assert_eq!(udp_payload(&packet), number.to_be_bytes());
+            assert_eq!(packet.payload().len(), RANGE as usize);
+            assert!(packet.payload().ends_with(&payload[..RANGE as usize - 28]));
+            assert_eq!(packet.capture_len(), Some(28 + LEN));
+            assert!(packet.uid().is_some() && packet.gid().is_some());
+            // Without GSO the kernel would have completed the checksum.
+            assert_eq!(packet.skb_info(), SkbInfo::CSUM_NOT_READY);
         }
         assert!(is_silent(&handle, &mut batch));
     });
