@@ -22,6 +22,7 @@
     reason = "not published: whoever adds a variant sees every match"
 )]
 
+pub mod cpu;
 pub mod hosts;
 pub mod link;
 mod netlink;

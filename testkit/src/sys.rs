@@ -130,6 +130,36 @@ pub(crate) fn drop_capability(capability: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// The CPUs that the calling thread may run on
+pub(crate) fn allowed_cpus() -> io::Result<Vec<usize>> {
+    let mut set = no_cpus();
+    // SAFETY: the kernel writes at most the size of the set, which is alive and exclusive during the call.
+    check(unsafe { libc::sched_getaffinity(0, mem::size_of_val(&set), &raw mut set) })?;
+    let all = 0..8 * mem::size_of_val(&set);
+    // SAFETY: every number is below that of the set's bits.
+    Ok(all
+        .filter(|cpu| unsafe { libc::CPU_ISSET(*cpu, &set) })
+        .collect())
+}
+
+/// Keeps the calling thread on one CPU
+pub(crate) fn stay_on_cpu(cpu: usize) -> io::Result<()> {
+    let mut set = no_cpus();
+    if cpu >= 8 * mem::size_of_val(&set) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the number is below that of the set's bits.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: the kernel reads the set, which is alive during the call, up to its size.
+    check(unsafe { libc::sched_setaffinity(0, mem::size_of_val(&set), &raw const set) })?;
+    Ok(())
+}
+
+fn no_cpus() -> libc::cpu_set_t {
+    // SAFETY: a `cpu_set_t` is an array of integers, for which all zeroes is a value.
+    unsafe { mem::zeroed() }
+}
+
 /// Sets an integer socket option
 pub(crate) fn set_option(
     socket: &impl AsFd,

@@ -1,6 +1,7 @@
 //! What the kernel tells about a packet: families, hooks, devices, and every attribute that can be had here
 
-use std::net::TcpListener;
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, TcpListener};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,7 +14,7 @@ use nfqnl_testkit::hosts::{Bridge, Router};
 use nfqnl_testkit::netns::{is_rootless, isolated};
 use nfqnl_testkit::rules::{self, Hook, QueueOptions, Rule, Table};
 use nfqnl_testkit::traffic::{self, TIMEOUT, Udp, V4, V6};
-use nfqnl_testkit::{link, rules::Chain};
+use nfqnl_testkit::{cpu, link, rules::Chain};
 
 use crate::lab::{Lab, PORT, QUEUE, bridge, is_silent, next_packet, udp_payload};
 
@@ -405,23 +406,63 @@ fn icmp_is_held_and_answered() {
     });
 }
 
+/// The addresses choose, and what goes from one to another stays in its queue
 #[test]
-fn a_rule_spreads_packets_over_the_queues_of_one_handle() {
+fn a_rule_spreads_addresses_over_the_queues_of_one_handle() {
     isolated(|| {
+        let rule = Rule::new().udp().dport(PORT);
+        let lab = Lab::with(
+            Hook::Output,
+            &rule.queue_with(10..=13, QueueOptions::default()),
+        );
+        let handle = Handle::open().unwrap();
+        let _queues = [10, 11, 12, 13].map(|num| handle.bind_queue(num).unwrap());
+        let mut batch = RecvBatch::default();
+        let mut hit = BTreeSet::new();
+        // So many that they all but can't fall on one queue.
+        for host in 1..=32 {
+            let sender = Udp::bind(Ipv4Addr::new(127, 0, 0, host).into(), 0).unwrap();
+            let [first, second] = [host, 100 + host].map(|number| {
+                sender.send(&[number], lab.v4.address()).unwrap();
+                let packet = next_packet(&handle, &mut batch);
+                assert_eq!(udp_payload(&packet), [number]);
+                handle.verdict(packet.key(), Verdict::Accept).unwrap();
+                assert_eq!(lab.recv().as_deref(), Some(&[number][..]));
+                packet.queue()
+            });
+            assert_eq!(first, second, "from 127.0.0.{host}");
+            hit.insert(first);
+        }
+        assert!(hit.len() > 1, "only {hit:?}");
+    });
+}
+
+#[test]
+fn with_fan_out_the_senders_cpu_chooses_among_the_queues() {
+    isolated(|| {
+        const QUEUES: [u16; 3] = [10, 11, 12];
         let options = QueueOptions {
             bypass: false,
             fanout: true,
         };
-        let rule = Rule::new().udp().dport(PORT).queue_with(10..=13, options);
-        let lab = Lab::with(Hook::Output, &rule);
+        let rule = Rule::new().udp().dport(PORT);
+        let lab = Lab::with(Hook::Output, &rule.queue_with(10..=12, options));
         let handle = Handle::open().unwrap();
-        let queues = [10, 11, 12, 13].map(|num| handle.bind_queue(num).unwrap());
+        let _queues = QUEUES.map(|num| handle.bind_queue(num).unwrap());
         let mut batch = RecvBatch::default();
-        lab.send(b"to one of four");
-        let packet = next_packet(&handle, &mut batch);
-        assert!(queues.iter().any(|queue| queue.num() == packet.queue()));
-        handle.verdict(packet.key(), Verdict::Accept).unwrap();
-        assert_eq!(lab.recv().as_deref(), Some(&b"to one of four"[..]));
+        let cpus = cpu::allowed().unwrap();
+        assert!(!cpus.is_empty());
+        for cpu in cpus.into_iter().take(8) {
+            for socket in lab.sockets() {
+                cpu::on(cpu, || socket.send(b"from a CPU", socket.address()))
+                    .unwrap()
+                    .unwrap();
+                let packet = next_packet(&handle, &mut batch);
+                assert_eq!(packet.queue(), QUEUES[cpu % QUEUES.len()], "CPU {cpu}");
+                handle.verdict(packet.key(), Verdict::Accept).unwrap();
+                assert_eq!(socket.recv().as_deref(), Some(&b"from a CPU"[..]));
+            }
+        }
     });
 }
 

@@ -1,0 +1,32 @@
+//! Which CPU something happens on: a local packet goes through its hooks on that of its sender
+
+use std::io;
+use std::thread;
+
+use crate::sys;
+
+/// The CPUs that the calling thread may run on
+///
+/// # Errors
+/// What the system says; EINVAL on a machine with more than 1024.
+pub fn allowed() -> io::Result<Vec<usize>> {
+    sys::allowed_cpus()
+}
+
+/// Runs something in a thread that stays on one CPU
+///
+/// # Errors
+/// What the system says; EINVAL if the thread may not run there.
+///
+/// # Panics
+/// When `f` panics.
+pub fn on<T: Send>(cpu: usize, f: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let result = thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            sys::stay_on_cpu(cpu)?;
+            Ok(f())
+        });
+        thread.join()
+    });
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
