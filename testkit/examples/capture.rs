@@ -4,21 +4,24 @@
 //! cargo run -p nfqnl-testkit --example capture -- proto/tests/data
 //! ```
 //!
-//! What is in them is fixed by this program, ports, marks and payloads; ids of users, times and MACs are the machine's.
+//! What is in them is fixed by this program, attributes, ports, marks and payloads; ids of users, times and MACs are the
+//! machine's.
 
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use netlink_sys::{Socket, SocketAddr};
 use nfqnl_proto::{
-    ConfigFlags, ConfigRequest, CopyMode, Decision, QueueConfig, RequestHeader, Verdict,
-    encode_noop,
+    ConfigFlags, ConfigRequest, CopyMode, Decision, Message, Messages, QueueConfig, RequestHeader,
+    Verdict, encode_noop,
 };
 use nfqnl_testkit::hosts::{Bridge, Router};
 use nfqnl_testkit::netns;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
-use nfqnl_testkit::traffic::{Udp, V4, V6};
+use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
 
 const PORT: u16 = 5000;
 const QUEUE: u16 = 258; // two bytes that differ
@@ -90,6 +93,42 @@ impl Capture {
     }
 }
 
+/// Waits until the kernel takes times of receipt, or does not
+///
+/// It does for every packet on the machine while any socket wants them, and begins and ends a moment later than that.
+fn until_times_are(taken: bool, capture: &mut Capture) -> Result<(), Box<dyn Error>> {
+    const PROBE: u16 = QUEUE + 1;
+    let table = Table::new(Family::Ip, "probe")?;
+    let rule = Rule::new().udp().dport(PROBE).queue(PROBE);
+    table.chain("c", Hook::Input, 0)?.add(&rule)?;
+    let config = QueueConfig::new().copy_mode(CopyMode::META, 0);
+    capture.configure(&ConfigRequest::bind(PROBE, config))?;
+    let udp = Udp::bind(V4, PROBE)?;
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        udp.send(b"", udp.address())?;
+        let (datagram, _) = capture.socket.recv_from_full()?;
+        let Some(Ok(Message::Packet(packet))) = Messages::new(&datagram).next() else {
+            return Err("no packet came".into());
+        };
+        if packet.timestamp().is_some() == taken {
+            break;
+        }
+        if Instant::now() >= deadline {
+            let who = if taken { "nobody" } else { "another program" };
+            return Err(format!("{who} on this machine gets times of receipt").into());
+        }
+        // Lest the queue fill up.
+        let mut buf = [0; Decision::SMALL_LEN];
+        let drop = Decision::new(Verdict::Drop);
+        let len = drop.encode(&mut buf, PROBE, packet.id(), RequestHeader::default())?;
+        capture.socket.send(&buf[..len], 0)?;
+        thread::sleep(Duration::from_millis(1));
+    }
+    capture.configure(&ConfigRequest::unbind(PROBE))?;
+    Ok(table.delete()?)
+}
+
 fn replies(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
     capture.send(&ConfigRequest::bind(QUEUE, QueueConfig::new()))?;
     capture.write("ack")?;
@@ -119,6 +158,7 @@ fn replies(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
 }
 
 fn local(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
+    until_times_are(false, capture)?;
     let rule = Rule::new().udp().dport(PORT).queue(QUEUE);
     let packet = QueueConfig::new().copy_mode(CopyMode::PACKET, 0);
     capture.configure(&ConfigRequest::update(QUEUE, packet))?;
@@ -167,12 +207,13 @@ fn routed(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
         .client
         .namespace
         .run(|| Udp::bind(router.client.v4, PORT))?;
-    std::thread::sleep(std::time::Duration::from_millis(100)); // until the kernel takes times
+    until_times_are(true, capture)?;
     sender.send(b"through a router", receiver.address())?;
     capture.write("forward")
 }
 
 fn bridged(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
+    until_times_are(false, capture)?; // the router's receiver is gone
     let bridge = Bridge::new()?;
     let table = Table::new(Family::Ip6, "bridged")?;
     let rule = Rule::new().udp().dport(PORT + 2).queue(QUEUE);
