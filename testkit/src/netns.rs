@@ -17,6 +17,8 @@ use crate::{link, sys};
 
 /// Set in a process that runs in namespaces of its own; the value says for what
 const MARK: &str = "NFQNL_TESTKIT_ISOLATED";
+/// Another value of it: the process does nothing
+const IDLE: &str = "idle";
 /// Leaves out what needs namespaces, and says so
 const SKIP: &str = "NFQNL_SKIP_LIVE";
 /// Longer than any test here takes on a slow machine
@@ -34,6 +36,11 @@ const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 #[track_caller]
 pub fn isolated<F: FnOnce()>(test: F) {
     let name = test_name::<F>();
+    if std::env::var(MARK).is_ok_and(|mark| mark == IDLE) {
+        loop {
+            thread::park();
+        }
+    }
     if std::env::var(MARK).is_ok_and(|mark| mark == name) {
         link::up("lo").expect("loopback goes up in a new namespace");
         return test();
@@ -72,6 +79,21 @@ pub fn isolated<F: FnOnce()>(test: F) {
             "{name} did not run: its closure is not in the test function"
         ),
     }
+}
+
+/// Starts another process, within [`isolated`], that does nothing until it is killed; it ends with its test at the latest
+///
+/// Like any other program that is started, it has those descriptors alone that are not closed on exec, and `stdin`.
+///
+/// # Errors
+/// What the system says.
+pub fn idle(stdin: impl Into<Stdio>) -> io::Result<Child> {
+    // The same arguments lead to the same test, where it goes no further than `isolated`.
+    again(std::env::args_os().skip(1), IDLE)
+        .stdin(stdin)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
 }
 
 /// Runs the whole program again in a network namespace of its own, with loopback up

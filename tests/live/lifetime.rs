@@ -1,13 +1,13 @@
 //! Beginnings and ends: of queues, handles, descriptors, and the keys from before
 
 use std::os::fd::AsFd;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use nfqnl::{Error, Handle, Operation, RecvBatch, Situation, Verdict};
 use nfqnl_testkit::link;
-use nfqnl_testkit::netns::isolated;
+use nfqnl_testkit::netns::{idle, isolated};
 
 use crate::lab::{Lab, QUEUE, is_silent, next_event, next_packet, udp_payload};
 
@@ -165,22 +165,16 @@ fn a_child_process_that_inherits_the_descriptor_keeps_the_queue_and_only_then() 
     isolated(|| {
         let handle = Handle::open().unwrap();
         let queue = handle.bind_queue(QUEUE).unwrap();
-        let sleep = || {
-            Command::new("sleep")
-                .arg("60")
-                .stdin(Stdio::null())
-                .spawn()
-                .unwrap()
-        };
-        let mut without = sleep();
+        let mut without = idle(Stdio::null()).unwrap();
         let copy = handle.as_fd().try_clone_to_owned().unwrap();
-        let mut with = Command::new("sleep").arg("60").stdin(copy).spawn().unwrap();
+        let mut with = idle(copy).unwrap();
         drop(handle);
         drop(queue);
         assert!(!is_free(QUEUE), "the child has the socket");
         with.kill().unwrap();
         with.wait().unwrap();
         assert!(is_free(QUEUE), "the other child has not");
+        assert_eq!(without.try_wait().unwrap(), None, "and it lives");
         without.kill().unwrap();
         without.wait().unwrap();
     });
