@@ -28,6 +28,7 @@ pub mod link;
 mod netlink;
 pub mod netns;
 pub mod rules;
+pub mod signal;
 pub mod socket;
 mod sys;
 pub mod traffic;

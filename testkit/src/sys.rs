@@ -7,6 +7,8 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
+use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Has the child make namespaces of its own before it runs its program, when it is still single-threaded
 ///
@@ -158,6 +160,50 @@ pub(crate) fn stay_on_cpu(cpu: usize) -> io::Result<()> {
 fn no_cpus() -> libc::cpu_set_t {
     // SAFETY: a `cpu_set_t` is an array of integers, for which all zeroes is a value.
     unsafe { mem::zeroed() }
+}
+
+/// Has SIGALRM counted from here on, and end whatever system call its thread waits in
+pub(crate) fn count_signals() -> io::Result<()> {
+    let handler: extern "C" fn(libc::c_int) = count_signal;
+    // SAFETY: a `sigaction` is integers and pointers, for which all zeroes is a value: nothing is blocked, and no flag
+    // has system calls started again.
+    let mut action: libc::sigaction = unsafe { mem::zeroed() };
+    action.sa_sigaction = handler as *const () as libc::sighandler_t;
+    // SAFETY: the action lives during the call. Its handler has the type that goes with its flags, and all it does is
+    // to add to an atomic number.
+    check(unsafe { libc::sigaction(libc::SIGALRM, &raw const action, ptr::null_mut()) })?;
+    Ok(())
+}
+
+static SIGNALS: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn count_signal(_: libc::c_int) {
+    SIGNALS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// How many signals have been counted
+pub(crate) fn signals() -> usize {
+    SIGNALS.load(Ordering::Relaxed)
+}
+
+/// A thread of this process, for others to interrupt
+pub(crate) struct Thread(libc::c_long);
+
+impl Thread {
+    pub(crate) fn current() -> Self {
+        // SAFETY: this call takes nothing and never fails.
+        Self(unsafe { libc::syscall(libc::SYS_gettid) })
+    }
+
+    /// Sends it SIGALRM; to a thread that has ended, nothing
+    pub(crate) fn signal(&self) {
+        // SAFETY: no memory is involved.
+        unsafe {
+            let process = libc::c_long::from(libc::getpid());
+            let signal = libc::c_long::from(libc::SIGALRM);
+            libc::syscall(libc::SYS_tgkill, process, self.0, signal);
+        }
+    }
 }
 
 /// Sets an integer socket option

@@ -14,6 +14,7 @@ use nfqnl::{
     Verdict,
 };
 use nfqnl_testkit::netns::isolated;
+use nfqnl_testkit::signal;
 use nfqnl_testkit::traffic::TIMEOUT;
 
 use crate::lab::{Lab, QUEUE, is_silent, next_event, next_packet, udp_payload};
@@ -487,6 +488,52 @@ fn a_deadline_ends_a_wait_and_a_packet_ends_it_earlier() {
             });
             let mut events = handle.recv(&mut batch).unwrap();
             assert!(matches!(events.next(), Some(Event::Packet(_))));
+        });
+    });
+}
+
+/// EINTR: a timer's signals, for instance, neither end a wait nor make it longer
+#[test]
+fn signals_do_not_end_a_wait() {
+    isolated(|| {
+        const WAIT: Duration = Duration::from_millis(200);
+        const ENOUGH: usize = 3;
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let mut batch = RecvBatch::default();
+        let begin = Instant::now();
+        let (events, signals) = signal::interrupting(|| {
+            let events = handle.recv_deadline(&mut batch, begin + WAIT).unwrap();
+            events.count()
+        })
+        .unwrap();
+        let took = begin.elapsed();
+        assert!((WAIT..TIMEOUT).contains(&took), "{took:?}");
+        assert_eq!(events, 0);
+        assert!(signals >= ENOUGH, "{signals} signals");
+
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for payload in [b"ends the first wait", b"ends the other one."] {
+                    thread::sleep(WAIT);
+                    lab.send(payload);
+                }
+            });
+            let (payload, signals) = signal::interrupting(|| {
+                let packet = next_packet(&handle, &mut batch);
+                udp_payload(&packet).to_vec()
+            })
+            .unwrap();
+            assert_eq!(payload, b"ends the first wait");
+            assert!(signals >= ENOUGH, "{signals} signals");
+            let (payload, signals) = signal::interrupting(|| {
+                let mut packets = handle.recv(&mut batch).unwrap().packets();
+                packets.next().map(|packet| udp_payload(&packet).to_vec())
+            })
+            .unwrap();
+            assert_eq!(payload.as_deref(), Some(&b"ends the other one."[..]));
+            assert!(signals >= ENOUGH, "{signals} signals");
         });
     });
 }

@@ -1,0 +1,40 @@
+//! Signals, which end many a system call with EINTR
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crate::sys;
+
+/// Runs something in the calling thread while signals interrupt its waits, a hundred times a second
+///
+/// Returns how many have been handled, too.
+///
+/// # Errors
+/// What the system says.
+pub fn interrupting<T>(f: impl FnOnce() -> T) -> io::Result<(T, usize)> {
+    sys::count_signals()?;
+    let (done, target) = (AtomicBool::new(false), sys::Thread::current());
+    let before = sys::signals();
+    let result = thread::scope(|scope| {
+        // Also when `f` panics, for the scope waits for the thread.
+        let _end = SetOnDrop(&done);
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                target.signal();
+                thread::sleep(Duration::from_millis(10));
+            }
+        });
+        f()
+    });
+    Ok((result, sys::signals() - before))
+}
+
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
