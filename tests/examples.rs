@@ -1,0 +1,138 @@
+//! The examples on real packets, as programs of their own
+//!
+//! Not among the live tests, which can be built for a target without building the examples for it.
+#![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nfqnl_testkit::netns::isolated;
+use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
+use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
+
+const PORT: u16 = 5000;
+
+/// A running example, and what it prints
+struct Example {
+    process: Child,
+    lines: Receiver<String>,
+}
+
+impl Example {
+    /// Starts an example, which lies beside this test's directory: `target/debug/examples`, `target/debug/deps`
+    fn start(name: &str, arguments: &[&str]) -> Self {
+        let test = std::env::current_exe().unwrap();
+        let built = test.parent().and_then(|deps| deps.parent()).unwrap();
+        let program = built.join("examples").join(name);
+        assert!(
+            program.is_file(),
+            "there is no {}: `cargo test` builds it, `cargo test --test …` does not; run `cargo build --example {name}`, \
+             with the options that this test was built with",
+            program.display()
+        );
+        let mut process = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = BufReader::new(process.stdout.take().unwrap());
+        let (send, lines) = mpsc::channel();
+        thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                let _ = send.send(line);
+            }
+        });
+        Self { process, lines }
+    }
+
+    /// The next line, which has these words in it; fails if another one comes, or none in time
+    #[track_caller]
+    fn expect(&self, words: &str) -> String {
+        let line = self.lines.recv_timeout(TIMEOUT).expect("a line in time");
+        assert!(line.contains(words), "no {words:?} in {line:?}");
+        line
+    }
+
+    /// Waits until it has ended by itself; fails if it does not in time
+    fn wait(mut self) -> ExitStatus {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            if let Some(status) = self.process.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it goes on");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for Example {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// UDP to [`PORT`] goes to a queue on its way in; sockets of both families that send there, and how an address looks
+fn sockets_into(queue: u16) -> [(Udp, &'static str); 2] {
+    [(Family::Ip, V4, "127.0.0.1"), (Family::Ip6, V6, "[::1]")].map(|(family, address, shown)| {
+        let table = Table::new(family, "t").unwrap();
+        let chain = table.chain("in", Hook::Input, 0).unwrap();
+        chain
+            .add(&Rule::new().udp().dport(PORT).queue(queue))
+            .unwrap();
+        (Udp::bind(address, PORT).unwrap(), shown)
+    })
+}
+
+#[test]
+fn print_packets_prints_accepts_and_ends_after_its_count() {
+    isolated(|| {
+        let sockets = sockets_into(1);
+        let example = Example::start("print_packets", &["--count", "4"]);
+        example.expect("queue 1 is bound");
+        let mut id = 0;
+        for payload in [&b"first"[..], b"second"] {
+            for (socket, address) in &sockets {
+                id += 1;
+                socket.send(payload, socket.address()).unwrap();
+                let line = example.expect(&format!("packet {id}: 00:00:00:00:00:00, UDP "));
+                let way = format!("{address}:{PORT} -> {address}:{PORT}");
+                assert!(line.ends_with(&way), "no {way:?} in {line:?}");
+                assert_eq!(socket.recv().as_deref(), Some(payload));
+            }
+        }
+        assert!(example.wait().success());
+    });
+}
+
+#[test]
+fn the_demo_shows_and_accepts_the_packets_of_a_queue_until_it_is_ended() {
+    isolated(|| {
+        const QUEUE: u16 = 77;
+        let sockets = sockets_into(QUEUE);
+        let mut example = Example::start("demo", &["--queue", "77"]);
+        example.expect("queue 77 is bound");
+        let mut id = 0;
+        for payload in [&b"first"[..], b"second"] {
+            for (socket, address) in &sockets {
+                id += 1;
+                socket.set_mark(5).unwrap();
+                socket.send(payload, socket.address()).unwrap();
+                let way = format!("UDP {address}:{PORT} -> {address}:{PORT}");
+                example.expect(&format!("queue 77 packet {id}: {way}"));
+                let headers = if address.starts_with('[') { 48 } else { 28 };
+                let len = headers + payload.len();
+                let line = example.expect(&format!("from lo, mark 5, {len} bytes; PACKET_HDR "));
+                assert!(line.ends_with(" PAYLOAD"), "{line:?}");
+                example.expect("accepted");
+                assert_eq!(socket.recv().as_deref(), Some(payload));
+            }
+        }
+        assert_eq!(example.process.try_wait().unwrap(), None, "it goes on");
+    });
+}
