@@ -52,7 +52,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         match socket.read(&mut buf) {
             Ok(len) => seen += handle.handle_packet(&buf[..len])?,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if Situation::of(&error) == Situation::OutOfMemory => {
+            Err(error) if Situation::of(&error) == Situation::NoBuffers => {
                 eprintln!("packets were lost: the socket's receive buffer was full (ENOBUFS)");
             }
             Err(error) => return Err(error.into()),

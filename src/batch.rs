@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 
-use nfqnl_proto::{Messages, Packet};
+use nfqnl_proto::consts::{MAX_PAYLOAD, align};
+use nfqnl_proto::{CopyMode, Messages, Packet, PacketKey};
 
 use crate::bindings::Bindings;
 use crate::event::{Event, next_event};
-use crate::sys::Received;
+use crate::sys::{RECV_MAX, Received};
 
 /// Room for what one receive call takes: slots of equal length, one datagram each
 ///
@@ -14,9 +15,10 @@ use crate::sys::Received;
 /// what the packets cost.
 ///
 /// What was received and not yet looked at stays: leave a loop over [`Events`] early, and the next receive call goes
-/// on with the rest before it asks the kernel.
+/// on with the rest before it asks the kernel. Only [`has_events`](Self::has_events) tells of it, not the descriptor;
+/// and packets that a dropped batch has not shown wait unseen until their queue ends.
 ///
-/// ```compile_fail
+/// ```compile_fail,E0499
 /// # fn f(handle: &nfqnl::Handle, batch: &mut nfqnl::RecvBatch) -> nfqnl::Result<()> {
 /// let first = handle.recv(batch)?.next();
 /// handle.recv(batch)?; // the slots are filled anew,
@@ -26,16 +28,16 @@ use crate::sys::Received;
 /// ```
 #[derive(Debug)]
 pub struct RecvBatch {
-    pub(crate) arena: Box<[u8]>,
-    pub(crate) slot_len: usize,
-    pub(crate) slots: Box<[Received]>,
-    pub(crate) content: Content,
+    received: Contents,
     progress: Progress,
 }
 
-/// What a receive call has put there
-#[derive(Debug, Default)]
-pub(crate) struct Content {
+/// The slots, and what a receive call has put there
+#[derive(Debug)]
+pub(crate) struct Contents {
+    pub(crate) arena: Box<[u8]>,
+    pub(crate) slot_len: usize,
+    pub(crate) slots: Box<[Received]>,
     /// How many slots are filled
     pub(crate) filled: usize,
     /// Overruns that were reported on the way
@@ -52,8 +54,18 @@ pub(crate) enum Stashed {
     Overrun,
 }
 
+impl Stashed {
+    /// The packet, if it begins with one
+    pub(crate) fn key(&self) -> Option<PacketKey> {
+        match self {
+            Self::Datagram(bytes) => PacketKey::peek(bytes),
+            Self::Overrun => None,
+        }
+    }
+}
+
 /// How far the events have been looked at
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Progress {
     overruns: usize,
     datagram: usize,
@@ -66,59 +78,88 @@ impl RecvBatch {
     /// More slots than this bring nothing measurable
     pub const DEFAULT_SLOTS: usize = 32;
 
-    /// A batch of `slots` datagrams of `slot_len` bytes each; both at least 1
+    /// A batch of `slots` datagrams of `slot_len` bytes each
     ///
-    /// With a small copy range, or none, a slot of range + 256 bytes is enough (more with conntrack or security
-    /// contexts). A datagram that is longer than its slot comes out as [`Event::Truncated`].
+    /// From 1 to 64 slots, of at least 64 bytes: less or more is taken as that. A datagram that is longer than its slot
+    /// comes out as [`Event::Truncated`]; [`for_copy`](Self::for_copy) knows how long they get.
     #[must_use]
     pub fn new(slots: usize, slot_len: usize) -> Self {
-        let (slots, slot_len) = (slots.max(1), slot_len.max(1));
+        /// Enough for a packet's id, so that it can be answered
+        const LEAST: usize = 64;
+        let (slots, slot_len) = (slots.clamp(1, RECV_MAX), slot_len.max(LEAST));
         Self {
-            arena: vec![0; slots.saturating_mul(slot_len)].into_boxed_slice(),
-            slot_len,
-            slots: vec![Received::default(); slots].into_boxed_slice(),
-            content: Content::default(),
+            received: Contents {
+                // Zeroed memory that was never used is not there yet.
+                arena: vec![0; slots.saturating_mul(slot_len)].into_boxed_slice(),
+                slot_len,
+                slots: vec![Received::default(); slots].into_boxed_slice(),
+                filled: 0,
+                overruns: 0,
+                stash: VecDeque::new(),
+                bindings: Bindings::default(),
+            },
             progress: Progress::default(),
         }
+    }
+
+    /// A batch of `slots` datagrams of queues with this copy mode and range ([`Queue::set_mode`](crate::Queue::set_mode))
+    ///
+    /// For routers that look at headers: 16 slots of 128 bytes range take 18 KiB. The attributes beside the payload get
+    /// 1 KiB, which is enough with conntrack and security contexts.
+    #[must_use]
+    pub fn for_copy(slots: usize, mode: CopyMode, range: u32) -> Self {
+        const ATTRIBUTES: usize = 1024;
+        let payload = match (mode, usize::try_from(range)) {
+            (CopyMode::NONE | CopyMode::META, _) => 0,
+            (_, Ok(range @ 1..MAX_PAYLOAD)) => range,
+            _ => MAX_PAYLOAD,
+        };
+        Self::new(slots, ATTRIBUTES + align(payload))
     }
 
     /// What has been received and not been looked at yet
     #[must_use]
     pub fn events(&mut self) -> Events<'_> {
         Events {
-            arena: &self.arena,
-            slot_len: self.slot_len,
-            slots: self.slots.get(..self.content.filled).unwrap_or_default(),
-            content: &self.content,
+            received: &self.received,
             progress: &mut self.progress,
         }
     }
 
-    pub(crate) fn has_events(&mut self) -> bool {
-        let Progress {
-            overruns,
-            datagram,
-            offset,
-        } = self.progress;
-        let has = self.events().next().is_some();
-        self.progress = Progress {
-            overruns,
-            datagram,
-            offset,
+    /// Whether something has been received and not been looked at yet
+    ///
+    /// The descriptor does not tell of it: a loop that has left [`Events`] early looks here before it waits.
+    #[must_use]
+    pub fn has_events(&self) -> bool {
+        let mut progress = self.progress;
+        let mut events = Events {
+            received: &self.received,
+            progress: &mut progress,
         };
-        has
+        events.next().is_some()
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.content.filled = 0;
-        self.content.overruns = 0;
-        self.content.stash.clear();
+    /// The events, and the bindings that their packets belong to
+    pub(crate) fn parts(&mut self) -> (Events<'_>, &Bindings) {
+        let events = Events {
+            received: &self.received,
+            progress: &mut self.progress,
+        };
+        (events, &self.received.bindings)
+    }
+
+    /// What a receive call fills, emptied
+    pub(crate) fn clear(&mut self) -> &mut Contents {
         self.progress = Progress::default();
+        self.received.filled = 0;
+        self.received.overruns = 0;
+        self.received.stash.clear();
+        &mut self.received
     }
 }
 
 impl Default for RecvBatch {
-    /// 32 datagrams of any length: 2.1 MiB of address space, of which only what packets touch becomes memory
+    /// 32 datagrams of any length: 2.2 MB of address space, of which only what packets touch becomes memory
     fn default() -> Self {
         Self::new(Self::DEFAULT_SLOTS, Self::DEFAULT_SLOT_LEN)
     }
@@ -129,29 +170,32 @@ impl Default for RecvBatch {
 /// They borrow the batch alone: several packets can be held at once, and verdicts and settings stay callable.
 #[derive(Debug)]
 pub struct Events<'b> {
-    arena: &'b [u8],
-    slot_len: usize,
-    slots: &'b [Received],
-    content: &'b Content,
+    received: &'b Contents,
     progress: &'b mut Progress,
 }
 
 impl<'b> Events<'b> {
-    /// The packets alone; everything else is passed over, and counted in [`Handle::stats`](crate::Handle::stats)
+    /// The packets alone
+    ///
+    /// Everything else is passed over, and counted in [`Handle::stats`](crate::Handle::stats): also packets that came
+    /// truncated or malformed, which go on waiting. Match the [`Event`]s to answer these.
     pub fn packets(self) -> impl Iterator<Item = Packet<'b>> {
         self.filter_map(Event::packet)
     }
+}
 
-    fn datagram(&self, index: usize) -> Option<&'b [u8]> {
-        let stash = &self.content.stash;
-        if let Some(stashed) = stash.get(index) {
+impl Contents {
+    /// The datagrams, from the stash and then from the slots
+    #[inline]
+    fn datagram(&self, index: usize) -> Option<&[u8]> {
+        if let Some(stashed) = self.stash.get(index) {
             return Some(match stashed {
                 Stashed::Datagram(bytes) => bytes,
                 Stashed::Overrun => &[],
             });
         }
-        let index = index - stash.len();
-        let received = self.slots.get(index)?;
+        let index = index - self.stash.len();
+        let received = self.slots.get(..self.filled)?.get(index)?;
         let start = index.checked_mul(self.slot_len)?;
         Some(
             self.arena
@@ -164,23 +208,28 @@ impl<'b> Events<'b> {
 impl<'b> Iterator for Events<'b> {
     type Item = Event<'b>;
 
+    #[inline]
     fn next(&mut self) -> Option<Event<'b>> {
-        if self.progress.overruns < self.content.overruns {
-            self.progress.overruns += 1;
+        let (received, progress) = (self.received, &mut *self.progress);
+        if progress.overruns < received.overruns {
+            progress.overruns += 1;
             return Some(Event::Overrun);
         }
         loop {
-            let index = self.progress.datagram;
-            let datagram = self.datagram(index)?;
-            let mut messages =
-                Messages::new(datagram.get(self.progress.offset..).unwrap_or_default());
-            if let Some(event) = next_event(&mut messages, &self.content.bindings) {
-                self.progress.offset = datagram.len() - messages.rest().len();
-                return Some(event);
+            let index = progress.datagram;
+            let datagram = received.datagram(index)?;
+            let mut messages = Messages::new(datagram.get(progress.offset..).unwrap_or_default());
+            let event = next_event(&mut messages, &received.bindings);
+            if event.is_some() && !messages.rest().is_empty() {
+                progress.offset = datagram.len() - messages.rest().len();
+                return event;
             }
-            self.progress.datagram += 1;
-            self.progress.offset = 0;
-            if matches!(self.content.stash.get(index), Some(Stashed::Overrun)) {
+            progress.datagram += 1;
+            progress.offset = 0;
+            if event.is_some() {
+                return event;
+            }
+            if matches!(received.stash.get(index), Some(Stashed::Overrun)) {
                 return Some(Event::Overrun);
             }
         }

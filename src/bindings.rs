@@ -1,12 +1,13 @@
 //! Which queues the handle has bound, and the number that tells one binding of a queue from the next
 
 use std::fmt;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nfqnl_proto::PacketKey;
 
 use crate::data::QueueData;
+use crate::waiting::Waiting;
 
 /// Names one binding of one queue
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +33,11 @@ pub(crate) type Callback = Box<dyn FnMut(&mut QueueData<'_>) + Send>;
 pub(crate) struct Binding {
     pub(crate) id: BindingId,
     last_id: AtomicU32,
-    /// Locked while it runs; it may end its own binding, and is dropped when nothing refers to that any more
-    pub(crate) callback: Option<Mutex<Callback>>,
+    /// Locked for moments only, and under no other lock but that on the socket's state
+    waiting: Mutex<Waiting>,
+    /// Locked while it runs
+    callback: Option<Mutex<Option<Callback>>>,
+    has_ended: AtomicBool,
 }
 
 impl fmt::Debug for Binding {
@@ -48,6 +52,14 @@ impl fmt::Debug for Binding {
 
 static NEXT: AtomicU16 = AtomicU16::new(1);
 
+impl BindingId {
+    /// Gives the number back of a binding that never was, if no other has been made since
+    pub(crate) fn give_back(self) {
+        let next = self.number.wrapping_add(1);
+        let _ = NEXT.compare_exchange(next, self.number, Ordering::Relaxed, Ordering::Relaxed);
+    }
+}
+
 impl Binding {
     pub(crate) fn new(queue: u16, callback: Option<Callback>) -> Self {
         let number = match NEXT.fetch_add(1, Ordering::Relaxed) {
@@ -57,7 +69,9 @@ impl Binding {
         Self {
             id: BindingId { queue, number },
             last_id: AtomicU32::new(0),
-            callback: callback.map(Mutex::new),
+            waiting: Mutex::default(),
+            callback: callback.map(|callback| Mutex::new(Some(callback))),
+            has_ended: AtomicBool::new(false),
         }
     }
 
@@ -69,18 +83,59 @@ impl Binding {
         }
     }
 
-    /// Notes that packet `id` has come, and returns how many ids were left out before it
+    /// A panic elsewhere leaves the list as it was
+    #[inline]
+    pub(crate) fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its callback, if it was made with one
+    #[inline]
+    pub(crate) fn callback(&self) -> Option<MutexGuard<'_, Option<Callback>>> {
+        let callback = self.callback.as_ref()?;
+        Some(callback.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether packets of it can't be answered any more
+    #[inline]
+    pub(crate) fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Relaxed)
+    }
+
+    /// Ends it, and takes the callback out, for the caller to drop; one that runs right now (it ends its own binding)
+    /// goes with the last reference to this
+    pub(crate) fn end(&self) -> Option<Callback> {
+        self.has_ended.store(true, Ordering::Relaxed);
+        self.callback.as_ref()?.try_lock().ok()?.take()
+    }
+
+    /// Notes that packet `id` has come
     ///
     /// The kernel numbers packets without gaps; a message that did not fit the receive buffer has used its number up.
-    /// An id that is not after the last one (several threads read the descriptor) closes no gap.
-    pub(crate) fn note(&self, id: u32) -> u32 {
-        let step = id.wrapping_sub(self.last_id.load(Ordering::Relaxed));
-        if step == 0 || step > u32::MAX / 2 {
-            return 0;
+    pub(crate) fn note(&self, id: u32) -> Noted {
+        match id.wrapping_sub(self.last_id.load(Ordering::Relaxed)) {
+            0 => return Noted::Next, // once more
+            1 => {}
+            step if step <= u32::MAX / 2 => {
+                self.last_id.store(id, Ordering::Relaxed);
+                return Noted::After { gap: step - 1 };
+            }
+            _ => return Noted::Late,
         }
         self.last_id.store(id, Ordering::Relaxed);
-        step - 1
+        Noted::Next
     }
+}
+
+/// Where a packet stands among those that came before
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Noted {
+    /// It is the next one
+    Next,
+    /// Some were left out before it
+    After { gap: u32 },
+    /// It had been left out: several threads read the descriptor
+    Late,
 }
 
 /// All bindings of a handle, by queue number; replaced as a whole when one comes or goes
@@ -97,10 +152,22 @@ impl Bindings {
         self.0.get(index).map(|binding| &**binding)
     }
 
+    /// The binding, if it is its queue's present one
+    #[inline]
+    pub(crate) fn current(&self, id: BindingId) -> Option<&Binding> {
+        self.get(id.queue).filter(|binding| binding.id == id)
+    }
+
     /// Whether the binding is its queue's present one
     #[inline]
     pub(crate) fn is_current(&self, id: BindingId) -> bool {
-        self.get(id.queue).is_some_and(|binding| binding.id == id)
+        self.current(id).is_some()
+    }
+
+    /// Whether these are the same as `other`, and not just alike
+    #[inline]
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     pub(crate) fn insert(&mut self, binding: Binding) {
@@ -113,6 +180,11 @@ impl Bindings {
     /// Removes a binding; a later binding of the same queue stays
     pub(crate) fn remove(&mut self, id: BindingId) {
         Arc::make_mut(&mut self.0).retain(|binding| binding.id != id);
+    }
+
+    /// Whether any of them has a callback
+    pub(crate) fn have_callbacks(&self) -> bool {
+        self.0.iter().any(|binding| binding.callback.is_some())
     }
 
     pub(crate) fn ids(&self) -> impl Iterator<Item = BindingId> + '_ {
@@ -129,11 +201,21 @@ mod tests {
         let binding = Binding::new(0, None);
         assert_eq!(
             [1, 2, 5, 4, 5, 6].map(|id| binding.note(id)),
-            [0, 0, 2, 0, 0, 0]
+            [
+                Noted::Next,
+                Noted::Next,
+                Noted::After { gap: 2 },
+                Noted::Late,
+                Noted::Next,
+                Noted::Next
+            ]
         );
         let binding = Binding::new(0, None);
         binding.last_id.store(u32::MAX - 1, Ordering::Relaxed);
-        assert_eq!([u32::MAX, 1, 2].map(|id| binding.note(id)), [0, 1, 0]);
+        assert_eq!(
+            [u32::MAX, 1, 2].map(|id| binding.note(id)),
+            [Noted::Next, Noted::After { gap: 1 }, Noted::Next]
+        );
     }
 
     #[test]

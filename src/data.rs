@@ -9,7 +9,7 @@ use std::time::Duration;
 use nfqnl_proto::{Decision, HwAddr, Packet, PacketKey, SkbInfo, Verdict};
 
 use crate::error::{Error, Result};
-use crate::socket::encode_verdict;
+use crate::verdicts::VerdictBatch;
 
 /// A packet in the hands of a callback
 ///
@@ -19,14 +19,20 @@ use crate::socket::encode_verdict;
 #[doc(alias = "nfq_data")]
 pub struct QueueData<'a> {
     packet: Packet<'a>,
-    reply: &'a mut Vec<u8>,
+    verdicts: &'a mut VerdictBatch,
+    /// How many verdicts on other packets stand in front of this one's
+    before: usize,
 }
 
 impl<'a> QueueData<'a> {
-    /// `reply` receives the encoded verdict, and is left empty if none is set
-    pub(crate) fn new(packet: Packet<'a>, reply: &'a mut Vec<u8>) -> Self {
-        reply.clear();
-        Self { packet, reply }
+    /// The verdict, if one is set, is added to `verdicts`
+    #[inline]
+    pub(crate) fn new(packet: Packet<'a>, verdicts: &'a mut VerdictBatch) -> Self {
+        Self {
+            packet,
+            before: verdicts.len(),
+            verdicts,
+        }
     }
 
     /// The packet with all its attributes
@@ -50,8 +56,8 @@ impl<'a> QueueData<'a> {
             Some(mark) => verdict.with_mark(mark),
             None => Decision::new(verdict),
         };
-        let encoded = encode_verdict(self.reply, self.packet.key(), &decision);
-        debug_assert!(encoded.is_ok(), "verdict and mark always fit");
+        let set = self.verdicts.set(self.before, self.packet.key(), decision);
+        debug_assert!(set.is_ok(), "a verdict and a mark can always be sent");
     }
 
     /// The same, and puts another packet in place of this one
@@ -61,7 +67,7 @@ impl<'a> QueueData<'a> {
     ///
     /// # Errors
     /// A payload of more than 65531 bytes or shorter than its own network header, or a packet of which only the
-    /// beginning was copied. Nothing is set then.
+    /// beginning was copied. What was set before stays then.
     #[doc(alias = "nfq_set_verdict")]
     pub fn set_verdict_with_payload(
         &mut self,
@@ -81,14 +87,13 @@ impl<'a> QueueData<'a> {
     /// # Errors
     /// As [`set_verdict_with_payload`](Self::set_verdict_with_payload), for any of the decision's parts.
     pub fn set_decision(&mut self, decision: &Decision<'_>) -> Result<()> {
-        self.reply.clear();
         match (decision.payload(), self.packet.capture_len()) {
             (Some(_), Some(len)) => Err(Error::CutPacket {
                 key: self.packet.key(),
                 needed: usize::try_from(len).unwrap_or(usize::MAX),
                 had: self.packet.payload().len(),
             }),
-            _ => encode_verdict(self.reply, self.packet.key(), decision),
+            _ => self.verdicts.set(self.before, self.packet.key(), *decision),
         }
     }
 }
@@ -205,7 +210,7 @@ impl fmt::Debug for QueueData<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("QueueData")
             .field("packet", &self.packet)
-            .field("answered", &!self.reply.is_empty())
+            .field("answered", &(self.verdicts.len() > self.before))
             .finish()
     }
 }

@@ -14,14 +14,15 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The kernel answered the request with an error
-    #[error("{0}")]
+    #[error(transparent)]
     Refused(
         /// What was refused, and why
         #[from]
         Refusal,
     ),
     /// A system call failed
-    #[error("{op}: {}", io_cause(source))]
+    #[error("{op}: {}", IoCause(source))]
+    #[non_exhaustive]
     Io {
         /// What was being done
         op: Operation,
@@ -36,6 +37,7 @@ pub enum Error {
         "{op}: no acknowledgement within {waited:?}: lost in an overrun of the receive buffer, or read by other code \
          and not passed to handle_packet; try again, or raise the receive buffer"
     )]
+    #[non_exhaustive]
     NoAck {
         /// What was asked for
         op: Operation,
@@ -43,11 +45,12 @@ pub enum Error {
         waited: Duration,
     },
     /// The packet belongs to a binding of its queue that has ended: the kernel dropped it then, and its id may by now
-    /// be another packet's
+    /// be another packet's; or its key is not from this handle
     #[error(
-        "verdict on packet {} of queue {}: that binding of the queue has ended, and the kernel dropped the packet \
-         with it", key.id, key.queue
+        "verdict on packet {} of queue {}: not a packet of a queue that this handle has bound now; if its binding has \
+         ended, the kernel has dropped it", key.id, key.queue
     )]
+    #[non_exhaustive]
     Stale {
         /// The key that was used
         key: PacketKey,
@@ -57,18 +60,21 @@ pub enum Error {
     #[error(
         "{op}: this binding of the queue has ended, with its handle or through another descriptor"
     )]
+    #[non_exhaustive]
     Ended {
         /// What was asked for
         op: Operation,
     },
     /// A length limit of 0
     #[error("maximum length 0 for queue {queue}: the kernel would accept it and drop every packet")]
+    #[non_exhaustive]
     ZeroMaxlen {
         /// The queue
         queue: u16,
     },
     /// A copy mode that the kernel does not know
     #[error("copy {mode} for queue {queue}: the kernel would acknowledge it and change nothing")]
+    #[non_exhaustive]
     UnknownCopyMode {
         /// The queue
         queue: u16,
@@ -80,6 +86,7 @@ pub enum Error {
         "replacing packet {} of queue {}: only {had} of its {needed} bytes were copied, the rest would be lost; \
          raise the copy range", key.id, key.queue
     )]
+    #[non_exhaustive]
     CutPacket {
         /// The packet
         key: PacketKey,
@@ -92,6 +99,7 @@ pub enum Error {
     ///
     /// Kernels before 5.10.135 and 5.18.16 crash on it (CVE-2022-36946).
     #[error("new payload of {had} bytes: its network header alone takes {needed}")]
+    #[non_exhaustive]
     PayloadTooShort {
         /// The least length
         needed: usize,
@@ -104,6 +112,7 @@ pub enum Error {
     #[error(
         "datagram of {needed} bytes was cut to {had}: receive into a buffer of at least {needed} bytes"
     )]
+    #[non_exhaustive]
     Truncated {
         /// The packet, if its id is among what was received
         key: Option<PacketKey>,
@@ -113,15 +122,16 @@ pub enum Error {
         had: usize,
     },
     /// The bytes given to `handle_packet` are no netlink messages of the queue subsystem
-    #[error("malformed datagram: {0}")]
+    #[error(transparent)]
     Decode(#[from] DecodeError),
     /// The decision does not fit a netlink message
-    #[error("verdict can't be encoded: {0}")]
+    #[error(transparent)]
     Encode(#[from] EncodeError),
     /// A descriptor that is no netfilter netlink socket
     #[error(
         "descriptor is no AF_NETLINK socket of protocol NETLINK_NETFILTER (domain {domain}, protocol {protocol})"
     )]
+    #[non_exhaustive]
     NotNetfilter {
         /// Its `SO_DOMAIN`
         domain: i32,
@@ -138,6 +148,8 @@ pub enum Operation {
     Open,
     /// Setting the receive buffer's size
     SetRecvBuffer,
+    /// Reading the receive buffer's size
+    GetRecvBuffer,
     /// Switching between blocking and non-blocking
     SetNonblocking,
     /// Binding a protocol family
@@ -156,7 +168,7 @@ pub enum Operation {
     SetMaxlen(u16),
     /// Answering a packet
     Verdict(PacketKey),
-    /// Answering all packets up to one
+    /// Answering a run of packets, of which this is the last
     BatchVerdict(PacketKey),
     /// Waiting until all verdicts are processed
     Sync,
@@ -187,6 +199,7 @@ impl fmt::Display for Operation {
         match self {
             Self::Open => f.write_str("open netfilter socket"),
             Self::SetRecvBuffer => f.write_str("set receive buffer"),
+            Self::GetRecvBuffer => f.write_str("read the receive buffer's size"),
             Self::SetNonblocking => f.write_str("set non-blocking"),
             Self::BindPf(family) => write!(f, "bind {family}"),
             Self::UnbindPf(family) => write!(f, "unbind {family}"),
@@ -264,7 +277,11 @@ impl Refusal {
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.op, self.situation().cause(self.op))?;
+        let situation = self.situation();
+        write!(f, "{}: {}", self.op, situation.cause(self.op))?;
+        if situation == Situation::Other {
+            write!(f, " ({})", self.source)?;
+        }
         match &self.text {
             Some(text) => write!(f, "; the kernel says: {text}"),
             None => Ok(()),
@@ -294,9 +311,14 @@ pub enum Situation {
     Unsupported,
     /// `ENOENT`: the packet does not wait, or not any more
     NoSuchPacket,
-    /// `ENOBUFS` or `ENOMEM`; from a receive call, that messages were lost
+    /// `ENOBUFS`: from a receive call, that the socket's receive buffer was full and messages were lost; otherwise
+    /// that the kernel is out of memory
     #[doc(alias = "ENOBUFS")]
+    NoBuffers,
+    /// `ENOMEM`
     OutOfMemory,
+    /// `ERANGE`: an attribute of the request is too short for this kernel
+    OutOfRange,
     /// Any other number
     Other,
 }
@@ -320,7 +342,9 @@ impl Situation {
             libc::EINVAL => Self::Invalid,
             libc::EOPNOTSUPP | ENOTSUPP => Self::Unsupported,
             libc::ENOENT => Self::NoSuchPacket,
-            libc::ENOBUFS | libc::ENOMEM => Self::OutOfMemory,
+            libc::ENOBUFS => Self::NoBuffers,
+            libc::ENOMEM => Self::OutOfMemory,
+            libc::ERANGE => Self::OutOfRange,
             _ => Self::Other,
         }
     }
@@ -359,21 +383,29 @@ impl Situation {
                 "no such packet (ENOENT): answered already, or dropped by the kernel because its device went down, a \
                  base chain was deleted or the queue was unbound"
             }
-            (Self::OutOfMemory, _) => "the kernel is out of memory",
+            (Self::NoBuffers, _) => "the kernel is out of memory (ENOBUFS)",
+            (Self::OutOfMemory, _) => "the kernel is out of memory (ENOMEM)",
+            (Self::OutOfRange, _) => {
+                "an attribute is too short for this kernel (ERANGE): please report it as a bug of this library"
+            }
             (Self::Other, _) => "refused by the kernel",
         }
     }
 }
 
 /// What a failed system call likely means
-fn io_cause(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::EPROTONOSUPPORT) => "this kernel has no netfilter netlink (EPROTONOSUPPORT)",
-        Some(libc::EMFILE | libc::ENFILE) => "no file descriptors left",
-        Some(libc::EMSGSIZE) => "longer than the socket's send buffer (EMSGSIZE)",
-        Some(libc::ENOBUFS | libc::ENOMEM) => "out of memory",
-        Some(libc::EPERM | libc::EACCES) => "not permitted",
-        Some(libc::EAGAIN) => "would block",
-        _ => "system call failed",
+struct IoCause<'e>(&'e io::Error);
+
+impl fmt::Display for IoCause<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0.raw_os_error() {
+            Some(libc::EPROTONOSUPPORT) => "this kernel has no netfilter netlink (EPROTONOSUPPORT)",
+            Some(libc::EMFILE | libc::ENFILE) => "no file descriptors left",
+            Some(libc::EMSGSIZE) => "longer than the socket's send buffer (EMSGSIZE)",
+            Some(libc::ENOBUFS | libc::ENOMEM) => "out of memory",
+            Some(libc::EPERM | libc::EACCES) => "not permitted",
+            Some(libc::EAGAIN) => "would block",
+            _ => return self.0.fmt(f),
+        })
     }
 }

@@ -12,7 +12,11 @@ use crate::error::{Operation, Refusal};
 pub enum Event<'b> {
     /// A packet waits for a verdict
     Packet(Packet<'b>),
-    /// The kernel refused a verdict; [`Refusal::packet`] names its packet
+    /// The kernel refused a verdict; [`Refusal::packet`] names its packet, or the last of a run of equal verdicts
+    ///
+    /// Of a run ([`VerdictBatch`](crate::VerdictBatch)) the kernel refuses all or, if any of its packets is there, none.
+    /// Without `CAP_NET_ADMIN` it looks at no verdict of a send, and refuses the first in the name of all. Refusals are
+    /// lost in overruns, too.
     ///
     /// [`Situation::NoSuchPacket`](crate::Situation::NoSuchPacket) is part of normal operation: the kernel drops
     /// waiting packets when a device goes down or a base chain is deleted.
@@ -26,6 +30,7 @@ pub enum Event<'b> {
     #[doc(alias = "ENOBUFS")]
     Overrun,
     /// A message was longer than its slot; the packet still waits, and can be answered by its key
+    #[non_exhaustive]
     Truncated {
         /// The packet, if the slot has its id
         key: Option<PacketKey>,
@@ -35,7 +40,13 @@ pub enum Event<'b> {
         had: usize,
     },
     /// Bytes that are no message; the messages around it are not affected
-    Malformed(DecodeError),
+    #[non_exhaustive]
+    Malformed {
+        /// The packet, if they are a packet message as far as its id: it waits
+        key: Option<PacketKey>,
+        /// What is wrong with them
+        error: DecodeError,
+    },
 }
 
 impl<'b> Event<'b> {
@@ -53,6 +64,7 @@ impl<'b> Event<'b> {
 ///
 /// Answers to configuration requests are none: the requests wait for them. Packets of queues that are not bound (any
 /// more) are none: the kernel has dropped them.
+#[inline]
 pub(crate) fn next_event<'b>(
     messages: &mut Messages<'b>,
     bindings: &Bindings,
@@ -66,12 +78,16 @@ pub(crate) fn next_event<'b>(
             Ok(Message::Reply(reply)) => refusal(&reply).map(Event::Refused),
             Ok(Message::Overrun) => Some(Event::Overrun),
             Ok(_) => None,
-            Err(DecodeError::Truncated { needed, had, .. }) => {
+            Err(error) => {
                 let key = PacketKey::peek(rest)
                     .and_then(|key| bindings.get(key.queue).map(|binding| binding.key(key.id)));
-                Some(Event::Truncated { key, needed, had })
+                Some(match error {
+                    DecodeError::Truncated { needed, had, .. } => {
+                        Event::Truncated { key, needed, had }
+                    }
+                    error => Event::Malformed { key, error },
+                })
             }
-            Err(error) => Some(Event::Malformed(error)),
         };
         if event.is_some() {
             return event;

@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,10 +18,13 @@ use crate::bindings::Bindings;
 use crate::data::QueueData;
 use crate::error::{Error, Operation, Result};
 use crate::event::{Event, next_event};
+use crate::owned::OwnedPacket;
 use crate::queue::Queue;
+use crate::sender::VerdictSender;
 use crate::socket::Shared;
 use crate::stats::Stats;
 use crate::sys;
+use crate::verdicts::VerdictBatch;
 
 /// A connection to the kernel's packet queues
 ///
@@ -38,8 +40,10 @@ use crate::sys;
 #[doc(alias = "nfq_handle")]
 pub struct Handle {
     shared: Arc<Shared>,
-    /// The verdict that a callback has set, encoded
-    reply: Vec<u8>,
+    /// The bindings as of the last call of `handle_packet`
+    bindings: Bindings,
+    /// What callbacks have set and is not sent yet
+    verdicts: VerdictBatch,
     /// In a mutex for `Sync` alone: it is only ever reached through `&mut self`
     on_event: Mutex<Option<EventHandler>>,
 }
@@ -70,6 +74,7 @@ pub struct HandleBuilder {
     recv_buffer: Option<usize>,
     report_overruns: bool,
     ack_timeout: Duration,
+    coalesce: bool,
 }
 
 impl Default for HandleBuilder {
@@ -78,6 +83,7 @@ impl Default for HandleBuilder {
             recv_buffer: None,
             report_overruns: true,
             ack_timeout: Duration::from_secs(1),
+            coalesce: true,
         }
     }
 }
@@ -114,6 +120,18 @@ impl HandleBuilder {
         self
     }
 
+    /// Whether runs of equal verdicts may leave as one message ([`VerdictBatch`]); they do, unless set otherwise
+    ///
+    /// That is never wrong as long as nobody reads packets from a copy of the descriptor behind this handle's back and
+    /// answers them by itself. It ends by itself where it could be: with the first call of
+    /// [`handle_packet`](Handle::handle_packet), and for a binding of which packets are missing that the kernel has not
+    /// counted as lost (before Linux 4.12: with the first loss).
+    #[doc(alias = "nfq_set_verdict_batch")]
+    pub const fn coalesce(mut self, coalesce: bool) -> Self {
+        self.coalesce = coalesce;
+        self
+    }
+
     /// Opens a socket in the calling thread's network namespace
     ///
     /// # Errors
@@ -146,9 +164,14 @@ impl HandleBuilder {
         }
         // From here on the kernel keeps other processes' messages away from this socket.
         socket.connect(&SocketAddr::new(0, 0)).map_err(open_error)?;
-        // Errors shall not repeat the request, which may hold a whole packet; and shall carry the kernel's words.
-        socket.set_cap_ack(true).map_err(open_error)?;
-        socket.set_ext_ack(true).map_err(open_error)?;
+        // Errors shall not repeat the request, which may hold a whole packet; and shall carry the kernel's words. We
+        // can do without: Linux has the first since 4.3 and the second since 4.12.
+        for option in [socket.set_cap_ack(true), socket.set_ext_ack(true)] {
+            match option {
+                Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {}
+                result => result.map_err(open_error)?,
+            }
+        }
         socket
             .set_no_enobufs(!self.report_overruns)
             .map_err(open_error)?;
@@ -159,9 +182,11 @@ impl HandleBuilder {
                 source,
             })?;
         }
+        let shared = Shared::new(socket, self.ack_timeout, self.coalesce).map_err(open_error)?;
         Ok(Handle {
-            shared: Arc::new(Shared::new(socket, self.ack_timeout)),
-            reply: Vec::new(),
+            shared: Arc::new(shared),
+            bindings: Bindings::default(),
+            verdicts: VerdictBatch::new(),
             on_event: Mutex::default(),
         })
     }
@@ -218,7 +243,7 @@ impl Handle {
     /// # Errors
     /// [`Error::Refused`]: the process has dropped `CAP_NET_ADMIN`. [`Error::NoAck`].
     pub fn sync(&self) -> Result<()> {
-        self.shared.sync()
+        self.shared.sync(Operation::Sync)
     }
 
     /// What has been counted so far
@@ -235,7 +260,7 @@ impl Handle {
         sys::recv_buffer(self.as_fd())
             .map(|bytes| usize::try_from(bytes).unwrap_or(0))
             .map_err(|source| Error::Io {
-                op: Operation::SetRecvBuffer,
+                op: Operation::GetRecvBuffer,
                 source,
             })
     }
@@ -264,8 +289,7 @@ impl Handle {
 
     /// Unbinds all queues, waits until the kernel has done so, and closes the socket
     ///
-    /// The kernel drops what waits in the queues. Dropping the handle closes the socket as well, and with the last
-    /// descriptor of it (after `dup` or `fork` there are more) its queues end.
+    /// The kernel drops what waits in the queues. Dropping the handle does the same without waiting or reporting.
     ///
     /// # Errors
     /// The first of the queues' [`Error::Refused`] or [`Error::NoAck`]; everything is closed all the same.
@@ -277,6 +301,15 @@ impl Handle {
             .into_iter()
             .map(|binding| self.shared.unbind(binding));
         unbound.fold(Ok(()), Result::and)
+    }
+}
+
+/// Unbinds all queues without waiting, since the socket may live on in copies of the descriptor
+impl Drop for Handle {
+    fn drop(&mut self) {
+        for binding in self.shared.bound() {
+            self.shared.post_unbind(binding);
+        }
     }
 }
 
@@ -296,11 +329,35 @@ impl Handle {
     pub fn verdict<'p>(&self, key: PacketKey, decision: impl Into<Decision<'p>>) -> Result<()> {
         self.shared.verdict(key, &decision.into())
     }
+
+    /// Sends collected verdicts, and empties the batch
+    ///
+    /// The kernel acts before this returns, as with [`verdict`](Self::verdict), and refusals come out of the receive
+    /// side in the same way. What does not fit one system call takes more.
+    ///
+    /// # Errors
+    /// [`Error::Stale`] names the first packet whose binding of its queue has ended; such verdicts are given up, and
+    /// everything else has been sent. [`Error::Io`]: the send failed (`ENOBUFS`: the kernel is out of memory); what was
+    /// not sent stays in the batch, and nothing of it was, so call again to go on.
+    #[doc(alias = "nfq_set_verdict_batch")]
+    #[doc(alias = "nfq_set_verdict_batch2")]
+    pub fn send(&self, verdicts: &mut VerdictBatch) -> Result<()> {
+        self.shared.send_verdicts(verdicts)
+    }
+
+    /// A way to answer packets that other threads can have, and outlives no handle
+    #[must_use]
+    pub fn verdict_sender(&self) -> VerdictSender {
+        VerdictSender::new(&self.shared)
+    }
 }
 
 /// The loop style
 impl Handle {
     /// Binds a queue, to be received from: whole packets, and the kernel's defaults otherwise
+    ///
+    /// Binding a number again that this handle has had before takes some 20 ms: first all packets of the earlier
+    /// binding have to be out of the kernel, so that none is taken for one of the new.
     ///
     /// # Errors
     /// As [`bind_queue_with`](Self::bind_queue_with).
@@ -426,19 +483,8 @@ impl Handle {
     /// datagram is dealt with before the first error is returned.
     #[doc(alias = "nfq_handle_packet")]
     pub fn handle_packet(&mut self, datagram: &[u8]) -> Result<usize> {
-        let (bindings, stashed) = self.shared.take_in(datagram);
-        let mut turn = Turn {
-            shared: &self.shared,
-            bindings: &bindings,
-            reply: &mut self.reply,
-            on_event: self
-                .on_event
-                .get_mut()
-                .unwrap_or_else(PoisonError::into_inner),
-            rest: VecDeque::new(),
-            packets: 0,
-            error: None,
-        };
+        let stashed = self.shared.take_in(datagram, &mut self.bindings);
+        let mut turn = self.turn(None);
         match stashed {
             None => turn.handle_datagram(datagram),
             Some(all) => turn.rest = all,
@@ -449,30 +495,108 @@ impl Handle {
                 Stashed::Overrun => turn.pass_on(Event::Overrun),
             }
         }
-        turn.error.take().map_or(Ok(turn.packets), Err)
+        turn.end()
+    }
+
+    /// Receives what is there, waits if nothing is, calls back for each packet, sends the verdicts, and returns how many
+    /// packets there were
+    ///
+    /// The batched form of receiving and [`handle_packet`](Self::handle_packet): one turn of a loop that stays the
+    /// caller's. The verdicts are executed when the callbacks of all packets in the batch have exited.
+    ///
+    /// A callback that panics leaves the handle as it was: what was set before is sent, the panic goes on to the caller,
+    /// and the packets behind come with the next call that gets this batch.
+    ///
+    /// # Errors
+    /// [`Error::Truncated`] if a slot of the batch was too small: the packet still waits. [`Error::Io`] if the receive
+    /// or the send fails; verdicts that were not sent are sent by the next call. [`Error::Stale`] if a queue was unbound
+    /// under its packets. [`Error::Decode`] for malformed messages. Everything in the batch is dealt with before the
+    /// first error is returned.
+    pub fn run_once(&mut self, batch: &mut RecvBatch) -> Result<usize> {
+        while !self.shared.fill(batch)? {
+            self.shared.wait(None)?;
+        }
+        self.call_back(batch)
+    }
+
+    /// The same without waiting: 0 if nothing is there
+    ///
+    /// A loop that is told of readiness only once (edge-triggered epoll) calls this until it returns 0 and
+    /// [`RecvBatch::has_events`] is false.
+    ///
+    /// # Errors
+    /// As [`run_once`](Self::run_once).
+    pub fn try_run_once(&mut self, batch: &mut RecvBatch) -> Result<usize> {
+        self.shared.fill(batch)?;
+        self.call_back(batch)
+    }
+
+    fn call_back(&mut self, batch: &mut RecvBatch) -> Result<usize> {
+        let (events, bindings) = batch.parts();
+        let mut turn = self.turn(Some(bindings));
+        for event in events {
+            turn.handle(event);
+        }
+        turn.end()
+    }
+
+    /// Begins a turn over packets of these bindings; if none are given, those of the last call of `take_in`
+    fn turn<'h>(&'h mut self, bindings: Option<&'h Bindings>) -> Turn<'h> {
+        Turn {
+            shared: &self.shared,
+            bindings: bindings.unwrap_or(&self.bindings),
+            verdicts: &mut self.verdicts,
+            on_event: self
+                .on_event
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
+            rest: VecDeque::new(),
+            packets: 0,
+            error: None,
+            has_ended: false,
+        }
     }
 }
 
-/// One call of `handle_packet`: it goes on after an error, and reports the first
+/// One call of `handle_packet` or `run_once`: it goes on after an error, and reports the first
 struct Turn<'h> {
     shared: &'h Shared,
     bindings: &'h Bindings,
-    /// The verdict that a callback has set, encoded
-    reply: &'h mut Vec<u8>,
+    /// What callbacks have set
+    verdicts: &'h mut VerdictBatch,
     on_event: &'h mut Option<EventHandler>,
     /// What has not been looked at yet; goes back to the stash if a callback panics
     rest: VecDeque<Stashed>,
     packets: usize,
     error: Option<Error>,
+    has_ended: bool,
 }
 
+/// When a callback has panicked, what was set is sent, and what was not seen is kept
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        self.shared.put_back(std::mem::take(&mut self.rest));
+        if !self.has_ended {
+            let _ = self.shared.send_verdicts(self.verdicts);
+            self.shared
+                .put_back(std::mem::take(&mut self.rest), self.bindings);
+        }
     }
 }
 
 impl Turn<'_> {
+    fn end(mut self) -> Result<usize> {
+        match self.shared.send_verdicts(self.verdicts) {
+            // A queue that ends has ended for the kernel too: no failure of this call.
+            Err(Error::Stale { .. }) => {}
+            sent => self.note(sent),
+        }
+        self.has_ended = true;
+        match self.error.take() {
+            None => Ok(self.packets),
+            Some(error) => Err(error),
+        }
+    }
+
     /// Deals with the first event of a datagram, after laying by what follows it
     fn handle_datagram(&mut self, datagram: &[u8]) {
         let mut messages = Messages::new(datagram);
@@ -481,39 +605,40 @@ impl Turn<'_> {
             self.rest
                 .push_front(Stashed::Datagram(messages.rest().into()));
         }
-        match event {
-            Some(Event::Packet(packet)) => {
-                self.packets += 1;
-                let answered = self.call_back(packet);
-                self.note(answered);
-            }
-            Some(Event::Truncated { key, needed, had }) => {
-                self.note(Err(Error::Truncated { key, needed, had }));
-            }
-            Some(Event::Malformed(error)) => self.note(Err(error.into())),
-            Some(event) => self.pass_on(event),
-            None => {}
+        if let Some(event) = event {
+            self.handle(event);
         }
     }
 
-    fn call_back(&mut self, packet: Packet<'_>) -> Result<()> {
-        let key = packet.key();
-        let binding = self.bindings.get(key.queue);
-        let Some(callback) = binding.and_then(|binding| binding.callback.as_ref()) else {
-            self.pass_on(Event::Packet(packet));
-            return Ok(());
+    fn handle(&mut self, event: Event<'_>) {
+        match event {
+            Event::Packet(packet) => {
+                self.packets += 1;
+                self.call_back(packet);
+            }
+            Event::Truncated { key, needed, had } => {
+                self.note(Err(Error::Truncated { key, needed, had }));
+            }
+            Event::Malformed { error, .. } => self.note(Err(error.into())),
+            event => self.pass_on(event),
+        }
+    }
+
+    fn call_back(&mut self, packet: Packet<'_>) {
+        let Some(binding) = self.bindings.get(packet.queue()) else {
+            return;
         };
-        let mut callback = callback.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut data = QueueData::new(packet, self.reply);
-        // The verdict is sent however the callback ends.
-        let ended = catch_unwind(AssertUnwindSafe(|| callback(&mut data)));
-        let sent = match &self.reply[..] {
-            [] => Ok(()),
-            verdict => self.shared.send_verdict(key, verdict),
-        };
-        match ended {
-            Ok(()) => sent,
-            Err(panic) => resume_unwind(panic),
+        if binding.has_ended() {
+            // By the callback on the packet before, or in another thread
+            return self.shared.note_discarded();
+        }
+        match binding.callback() {
+            None => self.pass_on(Event::Packet(packet)),
+            Some(mut callback) => {
+                if let Some(callback) = &mut *callback {
+                    callback(&mut QueueData::new(packet, self.verdicts));
+                }
+            }
         }
     }
 
@@ -549,5 +674,8 @@ const _: () = {
     is_send_and_sync::<Handle>();
     is_send_and_sync::<Queue>();
     is_send_and_sync::<RecvBatch>();
+    is_send_and_sync::<VerdictBatch>();
+    is_send_and_sync::<VerdictSender>();
+    is_send_and_sync::<OwnedPacket>();
     is_send_and_sync::<Error>();
 };

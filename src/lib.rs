@@ -49,10 +49,14 @@ mod data;
 mod error;
 mod event;
 mod handle;
+mod owned;
 mod queue;
+mod sender;
 mod socket;
 mod stats;
 mod sys;
+mod verdicts;
+mod waiting;
 
 pub use nfqnl_proto as proto;
 
@@ -65,8 +69,11 @@ pub use nfqnl_proto::{
     ConfigFlags, CopyMode, Decision, Family, Hook, HwAddr, Packet, PacketKey, QueueConfig, SkbInfo,
     Verdict, Vlan, consts,
 };
+pub use owned::OwnedPacket;
 pub use queue::Queue;
+pub use sender::VerdictSender;
 pub use stats::{QueueStats, Stats};
+pub use verdicts::VerdictBatch;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -6,53 +6,91 @@
 //! * Whoever reads a datagram does so under the lock on [`State`], and has dealt with every answer to a request in it
 //!   before the lock is given back. So a request that finds the socket empty, and no answer, knows that there is none.
 //! * A request that reads packets on its way puts them in the stash. The stash is served before the socket.
+//! * Verdicts share the socket, and no lock with those who receive but one on a binding's list of waiting packets, which
+//!   nobody holds over a system call.
 //! * A call that leaves the stash non-empty sends a message that the kernel answers at once ([`Shared::wake`]), so the
 //!   descriptor is readable, and no loop sleeps on it while packets wait in here.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use netlink_sys::Socket;
 use nfqnl_proto::consts::{MESSAGE_HEADER_LEN, NFQNL_MSG_CONFIG, NLMSG_NOOP, message_type};
 use nfqnl_proto::{
-    ConfigRequest, Decision, Message, Messages, PacketKey, QueueConfig, RequestHeader, encode_noop,
+    ConfigRequest, Decision, Message, Messages, PacketKey, QueueConfig, RequestHeader, Verdict,
+    encode_noop,
 };
 
-use crate::batch::{RecvBatch, Stashed};
-use crate::bindings::{Binding, BindingId, Bindings, Callback};
+use crate::batch::{Contents, RecvBatch, Stashed};
+use crate::bindings::{Binding, BindingId, Bindings, Callback, Noted};
 use crate::error::{Error, Operation, Refusal, Result};
 use crate::event::{Event, next_event, verdict_header};
 use crate::stats::Stats;
 use crate::sys::{self, Received};
+use crate::verdicts::VerdictBatch;
 
 /// The socket, and everything that its users share
 #[derive(Debug)]
 pub(crate) struct Shared {
     socket: Socket,
     ack_timeout: Duration,
+    /// How many bytes one send may take
+    max_send: usize,
+    /// Whether batch verdicts are wanted
+    coalesce: bool,
+    /// Whether somebody receives on the descriptor and passes on what came
+    is_read_outside: AtomicBool,
     state: Mutex<State>,
     /// Signalled when an answer to a request has come
     answered: Condvar,
     /// Read by verdicts, across their send: once a writer has changed it, no verdict on an older binding is on its way
     bindings: RwLock<Bindings>,
+    long_verdict: Mutex<VerdictBatch>,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    /// The same as in `Shared`, for those who have this lock
+    bindings: Bindings,
     stash: VecDeque<Stashed>,
     requests: Vec<Request>,
     last_seq: u32,
-    /// How many queues were unbound without waiting: packets from before may still come
-    posted: u64,
-    /// How many of these are known to be processed, and their packets read
-    fenced: u64,
+    /// Queues that were unbound, of which packets may still come, each with its place among all that ever were
+    ended: Vec<(u16, u64)>,
+    /// How many queues were unbound
+    endings: u64,
+    drops: Drops,
     stats: Stats,
 }
 
-/// A request whose sender waits for the answer
+/// The kernel's count of messages that it could not put in the receive buffer, set against gaps in the ids
+#[derive(Debug, Default)]
+struct Drops {
+    seen: u32,
+    /// Those that no gap has shown yet; answers are lost too, so not all will
+    unexplained: u64,
+}
+
+impl Drops {
+    /// Whether `gap` packets were lost, given the kernel's count of lost messages
+    fn explain(&mut self, gap: u32, count: u32) -> bool {
+        self.unexplained += u64::from(count.wrapping_sub(self.seen));
+        self.seen = count;
+        match self.unexplained.checked_sub(gap.into()) {
+            Some(left) => {
+                self.unexplained = left;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+/// A request that was sent, and its answer when that has come
 #[derive(Debug)]
 struct Request {
     seq: u32,
@@ -60,15 +98,30 @@ struct Request {
     answer: Option<Result<(), Refusal>>,
 }
 
+/// A request that was sent, in the hands of who waits for the answer
+struct Pending {
+    op: Operation,
+    seq: u32,
+    /// The kernel's count of lost messages before it was sent
+    drops: Option<u32>,
+}
+
 impl Shared {
-    pub(crate) fn new(socket: Socket, ack_timeout: Duration) -> Self {
-        Self {
+    pub(crate) fn new(socket: Socket, ack_timeout: Duration, coalesce: bool) -> io::Result<Self> {
+        let send_buffer = sys::send_buffer(socket.as_fd())?;
+        let mut state = State::default();
+        state.drops.seen = sys::drops(socket.as_fd()).unwrap_or(0);
+        Ok(Self {
             socket,
             ack_timeout,
-            state: Mutex::default(),
+            max_send: send_buffer.saturating_sub(SEND_OVERHEAD).min(MAX_SEND),
+            coalesce,
+            is_read_outside: AtomicBool::new(false),
+            state: Mutex::new(state),
             answered: Condvar::new(),
             bindings: RwLock::default(),
-        }
+            long_verdict: Mutex::default(),
+        })
     }
 
     /// State is consistent between any two statements, so a panic elsewhere poisons nothing
@@ -76,21 +129,24 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn bindings(&self) -> Bindings {
-        self.bindings
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+    /// The bindings that stand; held over a send, so that none ends under it
+    fn bindings(&self) -> RwLockReadGuard<'_, Bindings> {
+        self.bindings.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Called under the lock on the state
-    fn change_bindings(&self, change: impl FnOnce(&mut Bindings)) {
-        change(
-            &mut self
-                .bindings
-                .write()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
+    fn change_bindings(&self, state: &mut State, change: impl FnOnce(&mut Bindings)) {
+        change(&mut state.bindings);
+        let mut bindings = self
+            .bindings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        bindings.clone_from(&state.bindings);
+    }
+
+    /// Whether batch verdicts are sent, and waiting packets noted for it
+    #[inline]
+    fn coalesces(&self) -> bool {
+        self.coalesce && !self.is_read_outside.load(Ordering::Relaxed)
     }
 
     pub(crate) fn stats(&self) -> Stats {
@@ -117,54 +173,64 @@ impl AsFd for Shared {
 /// A request reads whatever comes on the way, so it needs room for any message
 const REQUEST_BUFFER_LEN: usize = RecvBatch::DEFAULT_SLOT_LEN;
 
+/// What the kernel wants of the send buffer beside the message (`netlink_sendmsg` in `net/netlink/af_netlink.c`)
+const SEND_OVERHEAD: usize = 32;
+
+/// More verdicts than this in one send bring nothing measurable
+const MAX_SEND: usize = 1 << 15;
+
 /// How long a request that found the socket empty waits before it looks again
 const RECHECK: Duration = Duration::from_millis(5);
 
 impl Shared {
     /// Sends a configuration request and waits for the answer
     pub(crate) fn configure(&self, op: Operation, request: &ConfigRequest) -> Result<()> {
-        let mut buf = [0; ConfigRequest::MAX_LEN];
-        self.request(op, |header| {
-            let len = request.encode(&mut buf, header)?;
-            Ok((buf, len))
-        })
+        let pending = self.begin(&mut self.state(), op, Some(request))?;
+        self.finish(pending)
     }
 
     /// Waits until the kernel has processed everything that was sent before, and every refusal has arrived
-    pub(crate) fn sync(&self) -> Result<()> {
-        let mut buf = [0; MESSAGE_HEADER_LEN];
-        self.request(Operation::Sync, |header| {
-            let len = encode_noop(&mut buf, header)?;
-            Ok((buf, len))
-        })
+    pub(crate) fn sync(&self, op: Operation) -> Result<()> {
+        let pending = self.begin(&mut self.state(), op, None)?;
+        self.finish(pending)
     }
 
-    fn request<const N: usize>(
+    /// Sends a request, or a message that does nothing but be acknowledged
+    fn begin(
         &self,
+        state: &mut State,
         op: Operation,
-        encode: impl FnOnce(RequestHeader) -> Result<([u8; N], usize)>,
-    ) -> Result<()> {
-        let mut state = self.state();
+        request: Option<&ConfigRequest>,
+    ) -> Result<Pending> {
         state.last_seq = state.last_seq.wrapping_add(1).max(1);
         let seq = state.last_seq;
+        let header = RequestHeader {
+            ack: true,
+            seq,
+            pid: 0,
+        };
+        let mut buf = [0; ConfigRequest::MAX_LEN];
+        let len = match request {
+            Some(request) => request.encode(&mut buf, header)?,
+            None => encode_noop(&mut buf, header)?,
+        };
+        let drops = sys::drops(self.as_fd()).ok();
         state.requests.push(Request {
             seq,
             op,
             answer: None,
         });
-        drop(state);
+        let sent = self.send(op, buf.get(..len).unwrap_or_default());
+        if sent.is_err() {
+            state.requests.retain(|request| request.seq != seq);
+        }
+        sent.map(|()| Pending { op, seq, drops })
+    }
 
-        let sent = encode(RequestHeader {
-            ack: true,
-            seq,
-            pid: 0,
-        })
-        .and_then(|(buf, len)| self.send(op, buf.get(..len).unwrap_or_default()));
-        let answer = match sent {
-            Ok(()) => self.wait_for_answer(op, seq),
-            Err(error) => Err(error),
-        };
-
+    /// Waits for the answer to a request
+    fn finish(&self, pending: Pending) -> Result<()> {
+        let seq = pending.seq;
+        let answer = self.wait_for_answer(pending);
         let mut state = self.state();
         state.requests.retain(|request| request.seq != seq);
         let stashed = !state.stash.is_empty();
@@ -176,8 +242,8 @@ impl Shared {
     }
 
     /// Reads until the answer is there; the kernel has sent it before our send returned, unless its buffer was full
-    fn wait_for_answer(&self, op: Operation, seq: u32) -> Result<()> {
-        let deadline = Instant::now() + self.ack_timeout;
+    fn wait_for_answer(&self, Pending { op, seq, drops }: Pending) -> Result<()> {
+        let begin = Instant::now();
         let mut buf = vec![0; REQUEST_BUFFER_LEN];
         let mut state = self.state();
         loop {
@@ -185,14 +251,19 @@ impl Shared {
             if let Some(answer) = state.take_answer(seq) {
                 return Ok(answer?);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            let empty = self.read_to_stash(&mut state, &mut buf)?;
-            if left.is_zero() {
-                let waited = self.ack_timeout;
+            let waited = begin.elapsed();
+            let is_empty = self.read_to_stash(&mut state, &mut buf)?;
+            // Nobody else has it, and it is not there: the kernel had no room for it.
+            let is_lost = is_empty
+                && drops != sys::drops(self.as_fd()).ok()
+                && !self.is_read_outside.load(Ordering::Relaxed)
+                && !state.bindings.have_callbacks();
+            if is_lost || waited >= self.ack_timeout {
                 let answer = state.take_answer(seq);
                 return Ok(answer.ok_or(Error::NoAck { op, waited })??);
             }
-            if empty {
+            if is_empty {
+                let left = self.ack_timeout.saturating_sub(waited);
                 let wait = self.answered.wait_timeout(state, left.min(RECHECK));
                 state = wait.unwrap_or_else(PoisonError::into_inner).0;
             }
@@ -208,7 +279,7 @@ impl Shared {
                 let datagram = buf.get(..len).unwrap_or_default();
                 if !from_kernel {
                     state.stats.foreign += 1;
-                } else if self.note(state, datagram, &self.bindings()) {
+                } else if self.note(state, datagram) {
                     state.stash.push_back(Stashed::Datagram(datagram.into()));
                 }
                 Ok(false)
@@ -276,116 +347,125 @@ impl Shared {
         callback: Option<Callback>,
     ) -> Result<BindingId> {
         check_config(queue, &config)?;
-        self.fence()?;
         let op = Operation::Bind(queue);
-        let mut binding = Binding::new(queue, callback);
-        let id = binding.id;
-        while let Err((rejected, present)) = self.insert_binding(binding) {
-            // Ours already: let the kernel say so. If it says otherwise, the queue was unbound through another
-            // descriptor of this socket, and the present binding is at its end.
-            self.configure(op, &ConfigRequest::bind(queue, QueueConfig::new()))?;
-            self.unbind(present)?;
-            binding = rejected;
-        }
-        match self.configure(op, &ConfigRequest::bind(queue, config)) {
-            Ok(()) => Ok(id),
-            Err(error) => {
-                if matches!(error, Error::NoAck { .. }) {
-                    self.post_unbind(id);
-                } else {
-                    self.forget(id);
-                }
-                Err(error)
-            }
-        }
-    }
-
-    /// Reads what may still come of queues that were unbound without waiting, and is seen to belong to no queue
-    fn fence(&self) -> Result<()> {
-        let State { posted, fenced, .. } = *self.state();
-        if fenced < posted {
-            self.sync()?;
+        let mut state = loop {
             let mut state = self.state();
-            state.fenced = state.fenced.max(posted);
+            if state.ended.iter().any(|&(ended, _)| ended == queue) {
+                drop(state);
+                self.outwait_endings(op)?;
+            } else if let Some(present) = state.bindings.get(queue).map(|binding| binding.id) {
+                // Ours already: let the kernel say so. If it says otherwise, the queue was unbound through another
+                // descriptor of this socket, and the present binding is at its end.
+                let bare = ConfigRequest::bind(queue, QueueConfig::new());
+                let pending = self.begin(&mut state, op, Some(&bare))?;
+                drop(state);
+                self.finish(pending)?;
+                self.unbind(present)?;
+            } else {
+                break state;
+            }
+        };
+        // The binding is there before the kernel knows: its first packet may come before the acknowledgement.
+        let binding = Binding::new(queue, callback);
+        let id = binding.id;
+        self.change_bindings(&mut state, |bindings| bindings.insert(binding));
+        let pending = self.begin(&mut state, op, Some(&ConfigRequest::bind(queue, config)));
+        drop(state);
+        let result = pending.and_then(|pending| self.finish(pending));
+        match &result {
+            Ok(()) => {}
+            Err(Error::Refused(_)) => {
+                let callback = self.forget(&mut self.state(), id);
+                drop(callback);
+                id.give_back();
+            }
+            // The kernel may have bound it.
+            Err(_) => self.post_unbind(id),
         }
-        Ok(())
+        result.map(|()| id)
     }
 
-    /// Begins a binding before the kernel knows: its first packet may come before the acknowledgement
+    /// Waits until no packet can come any more of any queue that was unbound, so that none is taken for one of a later
+    /// binding
     ///
-    /// Returns it if its queue has a binding, with that.
-    fn insert_binding(&self, binding: Binding) -> Result<(), (Binding, BindingId)> {
-        let _state = self.state(); // whoever receives sees all bindings or has nothing of this one yet
-        if let Some(present) = self.bindings().get(binding.id.queue) {
-            return Err((binding, present.id));
+    /// The kernel looks a packet's queue up, and sends the packet some time later, under no lock but an RCU read lock
+    /// (`nfqnl_enqueue_packet` in `net/netfilter/nfnetlink_queue.c`). So it may come after the unbinding is
+    /// acknowledged, and after the next binding is.
+    fn outwait_endings(&self, op: Operation) -> Result<()> {
+        /// Much longer than the kernel takes to queue a packet, where there is no better way
+        const LONG: Duration = Duration::from_millis(100);
+        let endings = self.state().endings;
+        if sys::wait_for_rcu().is_err() {
+            std::thread::sleep(LONG);
         }
-        self.change_bindings(|bindings| bindings.insert(binding));
+        self.sync(op)?; // reads them all, and sees that they belong to no queue
+        self.state().ended.retain(|&(_, place)| place > endings);
         Ok(())
     }
 
     /// Changes a queue's settings
     pub(crate) fn update(&self, op: Operation, id: BindingId, config: QueueConfig) -> Result<()> {
         check_config(id.queue, &config)?;
-        if !self.bindings().is_current(id) {
+        let mut state = self.state();
+        if !state.bindings.is_current(id) {
             return Err(Error::Ended { op });
         }
-        self.configure(op, &ConfigRequest::update(id.queue, config))
+        let request = ConfigRequest::update(id.queue, config);
+        let pending = self.begin(&mut state, op, Some(&request))?;
+        drop(state);
+        self.finish(pending)
     }
 
     /// Unbinds a queue and waits for the acknowledgement; does nothing if this binding has ended
     pub(crate) fn unbind(&self, id: BindingId) -> Result<()> {
-        if !self.bindings().is_current(id) {
-            return Ok(());
-        }
-        let op = Operation::Unbind(id.queue);
-        let result = self.configure(op, &ConfigRequest::unbind(id.queue));
-        if matches!(result, Err(Error::NoAck { .. })) {
-            self.state().posted += 1;
-        }
-        self.forget(id);
-        result
+        self.end(id).map_or(Ok(()), |pending| self.finish(pending?))
     }
 
     /// Unbinds a queue without waiting; does nothing if this binding has ended
     pub(crate) fn post_unbind(&self, id: BindingId) {
-        let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
-        if !bindings.is_current(id) {
-            return;
+        if let Some(Ok(pending)) = self.end(id) {
+            // Nobody waits, so the answer is nobody's.
+            let mut state = self.state();
+            state.requests.retain(|request| request.seq != pending.seq);
         }
-        let mut buf = [0; ConfigRequest::MAX_LEN];
-        let request = ConfigRequest::unbind(id.queue);
-        if let Ok(len) = request.encode(&mut buf, RequestHeader::default()) {
-            let message = buf.get(..len).unwrap_or_default();
-            let _ = self.send(Operation::Unbind(id.queue), message);
-        }
-        drop(bindings); // held until here, so that no later binding can be hit
-        self.state().posted += 1;
-        self.forget(id);
     }
 
-    /// Ends a binding: its keys are stale from here on, and what waits of it in the stash is gone in the kernel too
-    fn forget(&self, id: BindingId) {
-        // Its callback may own anything, other queues too, so it is dropped after the lock is given back.
-        let _keep = self.bindings();
+    /// Ends a binding, if it has not ended: for this handle and for the kernel in one step, so that nothing comes between
+    fn end(&self, id: BindingId) -> Option<Result<Pending>> {
         let mut state = self.state();
-        if !self.bindings().is_current(id) {
-            return;
-        }
-        self.change_bindings(|bindings| bindings.remove(id));
+        let callback = self.forget(&mut state, id)?;
+        state.endings += 1;
+        let place = state.endings;
+        state.ended.push((id.queue, place));
+        let request = ConfigRequest::unbind(id.queue);
+        let pending = self.begin(&mut state, Operation::Unbind(id.queue), Some(&request));
+        drop(state);
+        // It may own anything, other queues too, so it goes after the lock is given back.
+        drop(callback);
+        Some(pending)
+    }
+
+    /// Ends a binding for this handle: its keys are stale from here on, and what waits of it in the stash is gone in the
+    /// kernel too, or will be; does nothing if it has ended
+    ///
+    /// Returns its callback, to be dropped after the lock on the state is given back.
+    #[must_use]
+    fn forget(&self, state: &mut State, id: BindingId) -> Option<Option<Callback>> {
+        let bindings = state.bindings.clone();
+        let binding = bindings.current(id)?;
+        let callback = binding.end();
+        self.change_bindings(state, |bindings| bindings.remove(id));
         let before = state.stash.len();
-        state.stash.retain(|stashed| match stashed {
-            Stashed::Datagram(bytes) => {
-                PacketKey::peek(bytes).is_none_or(|key| key.queue != id.queue)
-            }
-            Stashed::Overrun => true,
-        });
-        let discarded = before - state.stash.len();
-        state.stats.discarded += u64::try_from(discarded).unwrap_or(u64::MAX);
+        state
+            .stash
+            .retain(|stashed| stashed.key().is_none_or(|key| key.queue != id.queue));
+        state.stats.discard(before - state.stash.len());
+        Some(callback)
     }
 
     /// Every binding
     pub(crate) fn bound(&self) -> Vec<BindingId> {
-        self.bindings().ids().collect()
+        self.state().bindings.ids().collect()
     }
 }
 
@@ -412,38 +492,38 @@ impl Shared {
         if batch.has_events() {
             return Ok(true);
         }
-        batch.clear();
+        let contents = batch.clear();
         let mut state = self.state();
-        let previous = std::mem::replace(&mut batch.content.bindings, self.bindings());
-        let filled = self.fill_locked(&mut state, batch);
+        let previous = state.refresh(&mut contents.bindings);
+        let filled = self.fill_locked(&mut state, contents);
         drop(state);
-        drop(previous); // perhaps the last to know of a callback, as in `forget`
+        drop(previous);
         filled
     }
 
-    fn fill_locked(&self, state: &mut State, batch: &mut RecvBatch) -> Result<bool> {
+    fn fill_locked(&self, state: &mut State, contents: &mut Contents) -> Result<bool> {
         if !state.stash.is_empty() {
-            std::mem::swap(&mut batch.content.stash, &mut state.stash);
+            std::mem::swap(&mut contents.stash, &mut state.stash);
             return Ok(true);
         }
         loop {
-            let slots = batch.arena.chunks_exact_mut(batch.slot_len);
-            match sys::recv_many(self.as_fd(), slots, &mut batch.slots) {
+            let slots = contents.arena.chunks_exact_mut(contents.slot_len);
+            match sys::recv_many(self.as_fd(), slots, &mut contents.slots) {
                 Ok(n) => {
-                    batch.content.filled = n;
-                    if self.note_slots(state, batch) {
+                    contents.filled = n;
+                    if self.note_slots(state, contents) {
                         return Ok(true);
                     }
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::ENOBUFS) => {
                         state.stats.overruns += 1;
-                        batch.content.overruns += 1;
+                        contents.overruns += 1;
                     }
                     Some(libc::EINTR) => {}
                     Some(libc::EAGAIN) => {
-                        batch.content.filled = 0;
-                        return Ok(batch.content.overruns > 0);
+                        contents.filled = 0;
+                        return Ok(contents.overruns > 0);
                     }
                     _ => {
                         return Err(Error::Io {
@@ -456,17 +536,17 @@ impl Shared {
         }
     }
 
-    fn note_slots(&self, state: &mut State, batch: &mut RecvBatch) -> bool {
-        let mut any = batch.content.overruns > 0;
-        let datagrams = batch.arena.chunks_exact(batch.slot_len);
-        let received = batch.slots.iter_mut().take(batch.content.filled);
+    fn note_slots(&self, state: &mut State, contents: &mut Contents) -> bool {
+        let mut any = contents.overruns > 0;
+        let datagrams = contents.arena.chunks_exact(contents.slot_len);
+        let received = contents.slots.iter_mut().take(contents.filled);
         for (received, slot) in received.zip(datagrams) {
             if !received.from_kernel {
                 state.stats.foreign += 1;
                 received.len = 0;
             }
             let datagram = slot.get(..received.len).unwrap_or_default();
-            any |= self.note(state, datagram, &batch.content.bindings);
+            any |= self.note(state, datagram);
         }
         any
     }
@@ -504,39 +584,64 @@ impl Shared {
     /// Takes in a datagram that the caller has received: behind what is stashed, if anything is
     ///
     /// Returns what is to be looked at now if that is not the datagram alone.
-    pub(crate) fn take_in(&self, datagram: &[u8]) -> (Bindings, Option<VecDeque<Stashed>>) {
+    pub(crate) fn take_in(
+        &self,
+        datagram: &[u8],
+        bindings: &mut Bindings,
+    ) -> Option<VecDeque<Stashed>> {
+        // Datagrams may be passed on in another order than they came in, so what waits is not known any more.
+        self.is_read_outside.store(true, Ordering::Relaxed);
         let mut state = self.state();
-        let bindings = self.bindings();
-        let has_events = self.note(&mut state, datagram, &bindings);
-        if state.stash.is_empty() {
-            return (bindings, None);
-        }
-        let mut all = std::mem::take(&mut state.stash);
-        if has_events {
-            all.push_back(Stashed::Datagram(datagram.into()));
-        }
-        (bindings, Some(all))
+        let previous = state.refresh(bindings);
+        let has_events = self.note(&mut state, datagram);
+        let stashed = (!state.stash.is_empty()).then(|| {
+            let mut all = std::mem::take(&mut state.stash);
+            if has_events {
+                all.push_back(Stashed::Datagram(datagram.into()));
+            }
+            all
+        });
+        drop(state);
+        drop(previous);
+        stashed
     }
 
     /// Puts back what was taken in and could not be looked at, in front of what has come since
-    pub(crate) fn put_back(&self, mut rest: VecDeque<Stashed>) {
+    pub(crate) fn put_back(&self, mut rest: VecDeque<Stashed>, bindings: &Bindings) {
         if rest.is_empty() {
             return;
         }
         let mut state = self.state();
+        // What was bound then and is not now is gone; a later binding's it must not become.
+        let before = rest.len();
+        rest.retain(|stashed| {
+            let binding = stashed.key().and_then(|key| bindings.get(key.queue));
+            binding.is_none_or(|binding| state.bindings.is_current(binding.id))
+        });
+        state.stats.discard(before - rest.len());
         rest.append(&mut state.stash);
         state.stash = rest;
         drop(state);
         self.wake();
     }
 
+    /// Counts a packet whose binding ended before it could be handed on
+    pub(crate) fn note_discarded(&self) {
+        self.state().stats.discard(1);
+    }
+
     /// Sees a datagram for the first time: hands answers to the requests that wait for them, and counts
     ///
     /// Says whether there is an event in it.
-    fn note(&self, state: &mut State, datagram: &[u8], bindings: &Bindings) -> bool {
-        if let Some(key) = single_packet(datagram) {
-            return state.note_packet(key, bindings);
+    #[inline]
+    fn note(&self, state: &mut State, datagram: &[u8]) -> bool {
+        match single_packet(datagram) {
+            Some(key) => self.note_packet(state, key),
+            None => self.note_messages(state, datagram),
         }
+    }
+
+    fn note_messages(&self, state: &mut State, datagram: &[u8]) -> bool {
         let mut answered = false;
         for message in Messages::new(datagram) {
             answered |= matches!(message, Ok(Message::Reply(reply)) if state.note_answer(&reply));
@@ -544,39 +649,84 @@ impl Shared {
         if answered {
             self.answered.notify_all();
         }
+        let bindings = state.bindings.clone();
         let mut messages = Messages::new(datagram);
         let mut any = false;
-        while let Some(event) = next_event(&mut messages, bindings) {
+        while let Some(event) = next_event(&mut messages, &bindings) {
             any = true;
             match event {
                 Event::Packet(packet) => {
-                    state.note_packet(packet.key(), bindings);
+                    self.note_packet(state, packet.key());
                 }
-                Event::Refused(_) => state.stats.refused_verdicts += 1,
+                Event::Refused(refusal) => {
+                    state.stats.refused_verdicts += 1;
+                    note_refusal(&refusal, &bindings);
+                }
                 Event::Overrun => state.stats.overruns += 1,
-                Event::Malformed(_) => state.stats.malformed += 1,
+                Event::Malformed { key, .. } => {
+                    state.stats.malformed += 1;
+                    if let Some(key) = key {
+                        self.note_packet(state, key);
+                    }
+                }
                 Event::Truncated { key, .. } => {
                     state.stats.truncated += 1;
                     if let Some(key) = key {
-                        state.note_packet(key, bindings);
+                        self.note_packet(state, key);
                     }
                 }
             }
         }
         any
     }
+
+    #[inline]
+    fn note_packet(&self, state: &mut State, key: PacketKey) -> bool {
+        state.stats.packets += 1;
+        let Some(binding) = state.bindings.get(key.queue) else {
+            state.stats.discarded += 1;
+            return false;
+        };
+        let gap = match binding.note(key.id) {
+            Noted::Next => 0,
+            Noted::After { gap } => gap,
+            Noted::Late => {
+                state.stats.lost_packets = state.stats.lost_packets.saturating_sub(1);
+                0
+            }
+        };
+        if gap > 0 {
+            state.stats.lost_packets += u64::from(gap);
+            // Older kernels don't say; then it may as well be somebody else who has received what is missing.
+            let drops = &mut state.drops;
+            if !sys::drops(self.as_fd()).is_ok_and(|count| drops.explain(gap, count)) {
+                binding.waiting().go_blind();
+            }
+        }
+        if self.coalesces() {
+            binding.waiting().receive(key.id);
+        }
+        true
+    }
+}
+
+/// A packet waits on that was thought to be answered, unless the kernel says that there is none, or has dropped it
+/// because it can't do what the verdict says
+fn note_refusal(refusal: &Refusal, bindings: &Bindings) {
+    if !matches!(refusal.errno(), libc::ENOENT | libc::EINVAL)
+        && let Some(key) = refusal.packet()
+        && let Some(binding) = bindings.current(key.into())
+    {
+        binding.waiting().go_blind();
+    }
 }
 
 impl State {
-    #[inline]
-    fn note_packet(&mut self, key: PacketKey, bindings: &Bindings) -> bool {
-        self.stats.packets += 1;
-        let Some(binding) = bindings.get(key.queue) else {
-            self.stats.discarded += 1;
-            return false;
-        };
-        self.stats.lost_packets += u64::from(binding.note(key.id));
-        true
+    /// Brings a copy of the bindings up to date; returns the old one, to be dropped after the lock is given back:
+    /// with it may go a callback that owns anything
+    #[must_use]
+    fn refresh(&self, bindings: &mut Bindings) -> Option<Bindings> {
+        (!bindings.is(&self.bindings)).then(|| std::mem::replace(bindings, self.bindings.clone()))
     }
 
     fn note_answer(&mut self, reply: &nfqnl_proto::Reply<'_>) -> bool {
@@ -613,60 +763,58 @@ fn single_packet(datagram: &[u8]) -> Option<PacketKey> {
 
 // Verdicts.
 
-/// The least that a replaced payload must have: its network header
-fn check_payload(payload: &[u8]) -> Result<()> {
-    const IPV4_HEADER_LEN: usize = 20;
-    const IPV6_HEADER_LEN: usize = 40;
-    let first = payload.first().copied().unwrap_or(0);
-    let needed = match first >> 4 {
-        4 => IPV4_HEADER_LEN.max(usize::from(first & 0xf) * 4),
-        6 => IPV6_HEADER_LEN,
-        _ => IPV4_HEADER_LEN,
-    };
-    if payload.len() < needed {
-        return Err(Error::PayloadTooShort {
-            needed,
-            had: payload.len(),
-        });
-    }
-    Ok(())
-}
-
-/// Encodes a verdict into `out`, in place of what was there
-pub(crate) fn encode_verdict(
-    out: &mut Vec<u8>,
-    key: PacketKey,
-    decision: &Decision<'_>,
-) -> Result<()> {
-    out.clear();
-    if let Some(payload) = decision.payload() {
-        check_payload(payload)?;
-    }
-    out.resize(decision.max_len(), 0);
-    let encoded = decision.encode(out, key.queue, key.id, verdict_header(key));
-    out.truncate(*encoded.as_ref().unwrap_or(&0));
-    encoded?;
-    Ok(())
-}
-
 impl Shared {
+    /// Sends one verdict
     pub(crate) fn verdict(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
-        if decision.max_len() > Decision::SMALL_LEN {
-            let mut out = Vec::new();
-            encode_verdict(&mut out, key, decision)?;
-            return self.send_verdict(key, &out);
-        }
+        let Some(common) = decision.as_batch() else {
+            return self.long_verdict(key, decision);
+        };
         let mut out = [0; Decision::SMALL_LEN];
-        let len = decision.encode(&mut out, key.queue, key.id, verdict_header(key))?;
-        self.send_verdict(key, out.get(..len).unwrap_or_default())
+        let len = common.encode_single(&mut out, key.queue, key.id, verdict_header(key))?;
+        let bindings = self.bindings();
+        let binding = bindings.current(key.into()).ok_or(Error::Stale { key })?;
+        self.send(Operation::Verdict(key), out.get(..len).unwrap_or_default())?;
+        if self.coalesces() && decision.verdict() != Verdict::Stolen {
+            binding.waiting().answer(key.id);
+        }
+        Ok(())
     }
 
-    /// Sends an encoded verdict if its packet's binding still stands
-    pub(crate) fn send_verdict(&self, key: PacketKey, message: &[u8]) -> Result<()> {
-        let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
-        if !bindings.is_current(key.into()) {
-            return Err(Error::Stale { key });
-        }
-        self.send(Operation::Verdict(key), message)
+    /// Sends one verdict of any length, by memory that is kept for it unless another thread has that now
+    fn long_verdict(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
+        let mut own = VerdictBatch::new();
+        let mut kept = self.long_verdict.try_lock();
+        let batch = kept.as_deref_mut().unwrap_or(&mut own);
+        batch.clear(); // of what could not be sent, and was reported so
+        batch.push(key, *decision)?;
+        self.send_verdicts(batch)
+    }
+
+    /// Sends collected verdicts
+    pub(crate) fn send_verdicts(&self, batch: &mut VerdictBatch) -> Result<()> {
+        batch.send(
+            self.max_send,
+            self.coalesces(),
+            || self.bindings(),
+            |first, messages| self.send(Operation::Verdict(first), messages),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_are_set_against_the_kernels_count_of_drops() {
+        let mut drops = Drops {
+            seen: u32::MAX - 1,
+            unexplained: 0,
+        };
+        assert!(drops.explain(3, 1), "across the wrap");
+        assert!(!drops.explain(1, 1), "nothing was dropped since");
+        assert!(drops.explain(1, 4), "two were not seen to be missing yet");
+        assert!(drops.explain(2, 4));
+        assert!(!drops.explain(1, 4));
     }
 }

@@ -31,6 +31,12 @@ pub struct Stats {
     pub foreign: u64,
 }
 
+impl Stats {
+    pub(crate) fn discard(&mut self, packets: usize) {
+        self.discarded += u64::try_from(packets).unwrap_or(u64::MAX);
+    }
+}
+
 /// The kernel's counters of one queue, a line of `/proc/net/netfilter/nfnetlink_queue`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -115,6 +115,36 @@ pub(crate) fn recv_buffer(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
     option(fd, libc::SO_RCVBUF)
 }
 
+/// The size of the send buffer as the kernel counts it
+pub(crate) fn send_buffer(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    Ok(usize::try_from(option(fd, libc::SO_SNDBUF)?).unwrap_or(0))
+}
+
+/// How many messages the kernel could not put in the receive buffer, so far, modulo 2^32. Linux 4.12
+pub(crate) fn drops(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    /// `SK_MEMINFO_DROPS` (`linux/sock_diag.h`)
+    const DROPS: usize = 8;
+    const LEN: libc::socklen_t = 36;
+    let mut info = [0_u32; DROPS + 1];
+    const _: () = assert!(mem::size_of::<[u32; DROPS + 1]>() == LEN as usize);
+    let mut len = LEN;
+    // SAFETY: the kernel writes at most `len` bytes, which is the size of `info`.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            info.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    match result {
+        0 if len == LEN => Ok(info[DROPS]),
+        0 => Err(io::ErrorKind::Unsupported.into()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Domain and protocol of a socket
 pub(crate) fn domain_and_protocol(fd: BorrowedFd<'_>) -> io::Result<(libc::c_int, libc::c_int)> {
     Ok((option(fd, libc::SO_DOMAIN)?, option(fd, libc::SO_PROTOCOL)?))
@@ -160,6 +190,20 @@ fn option(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {
 
 const INT_LEN: libc::socklen_t = 4;
 const _: () = assert!(mem::size_of::<libc::c_int>() == 4);
+
+/// Waits until everything that runs in the kernel under an RCU read lock now has ended (`synchronize_rcu`). Linux 4.3,
+/// and not with `nohz_full`
+pub(crate) fn wait_for_rcu() -> io::Result<()> {
+    /// `MEMBARRIER_CMD_GLOBAL` (`linux/membarrier.h`)
+    const GLOBAL: libc::c_int = 1;
+    // SAFETY: no memory is involved.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
 
 /// Sets or clears close-on-exec
 pub(crate) fn set_cloexec(fd: BorrowedFd<'_>) -> io::Result<()> {

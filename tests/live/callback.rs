@@ -333,27 +333,23 @@ fn a_decision_of_a_callback_carries_mark_priority_and_payload() {
 }
 
 #[test]
-fn a_decision_that_fails_takes_back_what_was_set_before() {
+fn a_decision_that_fails_leaves_what_was_set_before() {
     isolated(|| {
         let lab = Lab::new();
         let mut looping = Loop::new();
         let (send, results) = mpsc::channel();
         let _queue = looping.create_queue(QUEUE, move |data| {
-            data.set_verdict(Verdict::Drop, 9);
-            let too_short = Verdict::Accept.with_payload(&[0x45; 19]);
-            send.send((data.key(), data.set_decision(&too_short)))
-                .unwrap();
+            data.set_verdict(Verdict::Accept, 9);
+            let too_short = Verdict::Drop.with_payload(&[0x45; 19]);
+            send.send(data.set_decision(&too_short)).unwrap();
         });
-        lab.send(b"waits");
+        lab.send(b"accepted");
         assert_eq!(looping.turn().unwrap(), 1);
-        let (key, result) = results.recv().unwrap();
-        match result.unwrap_err() {
-            Error::PayloadTooShort { needed, had } => assert_eq!((needed, had), (20, 19)),
+        match results.recv().unwrap().unwrap_err() {
+            Error::PayloadTooShort { needed, had, .. } => assert_eq!((needed, had), (20, 19)),
             other => panic!("{other:?}"),
         }
-        assert!(lab.v4.is_silent(), "nothing was sent");
-        looping.handle.verdict(key, Verdict::Accept).unwrap();
-        assert_eq!(lab.recv().as_deref(), Some(&b"waits"[..]), "not dropped");
+        assert_eq!(lab.recv().as_deref(), Some(&b"accepted"[..]));
     });
 }
 
@@ -471,6 +467,7 @@ fn a_datagram_that_was_cut_or_is_none_is_an_error_and_the_loop_goes_on() {
                 key: Some(key),
                 needed,
                 had,
+                ..
             } => {
                 assert_eq!(had, small.len());
                 assert!(needed > 500, "{needed}");
@@ -508,12 +505,44 @@ fn a_callback_may_end_its_own_queue() {
         });
         give.send(created).unwrap();
         lab.send(b"goes with its queue");
-        let error = looping.turn().unwrap_err();
-        assert!(matches!(error, Error::Stale { .. }), "{error}");
+        assert_eq!(looping.turn().unwrap(), 1);
         assert!(lab.v4.is_silent(), "the kernel has dropped it");
         let _again = looping.create_queue(QUEUE, |data| data.set_verdict(Verdict::Accept, None));
         lab.send(b"a new queue");
         while looping.turn().unwrap() == 0 {}
         assert_eq!(lab.recv().as_deref(), Some(&b"a new queue"[..]));
+    });
+}
+
+/// What was not looked at yet when a callback ended its queue and panicked is gone with the queue
+#[test]
+fn packets_of_an_ended_queue_are_not_given_to_the_next() {
+    isolated(|| {
+        let lab = Lab::new();
+        let mut looping = Loop::new();
+        let (give, queue) = mpsc::channel::<Queue>();
+        let created = looping.create_queue(QUEUE, move |_| {
+            queue.recv().unwrap().destroy().unwrap();
+            panic!("on purpose");
+        });
+        lab.send_numbered(0..3);
+        created.set_maxlen(10).unwrap(); // reads the three
+        give.send(created).unwrap();
+        catch_unwind(AssertUnwindSafe(|| looping.handle.handle_packet(&[]))).unwrap_err();
+        assert_eq!(looping.handle.stats().discarded, 2);
+
+        let (send, seen) = mpsc::channel();
+        let _again = looping.create_queue(QUEUE, move |data| {
+            send.send(data.get_payload().to_vec()).unwrap();
+            data.set_verdict(Verdict::Accept, None);
+        });
+        lab.send(b"of the next");
+        while looping.turn().unwrap() == 0 {}
+        let seen = Vec::from_iter(seen.try_iter());
+        assert!(
+            seen.len() == 1 && seen[0].ends_with(b"of the next"),
+            "{seen:?}"
+        );
+        assert_eq!(lab.recv().as_deref(), Some(&b"of the next"[..]));
     });
 }

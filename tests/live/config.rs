@@ -5,7 +5,7 @@
 use std::error::Error as _;
 use std::os::fd::{AsFd, AsRawFd};
 
-use nfqnl::proto::{Attrs, ConfigRequest, RequestHeader};
+use nfqnl::proto::{Attrs, ConfigRequest};
 use nfqnl::{
     ConfigFlags, CopyMode, Error, Family, Handle, Operation, QueueConfig, RecvBatch, Refusal,
     Situation, SkbInfo, Verdict,
@@ -16,7 +16,7 @@ use nfqnl_testkit::traffic::V4;
 use nfqnl_testkit::{socket, user};
 
 use crate::lab::{
-    Lab, PORT, QUEUE, is_silent, next_event, next_packet, send_past_the_library, udp_payload,
+    Lab, PORT, QUEUE, configure_past_the_library, is_silent, next_event, next_packet, udp_payload,
 };
 
 /// The kernel's refusal; fails if there is none
@@ -184,7 +184,7 @@ fn a_queue_that_was_unbound_elsewhere_is_not_bound_and_can_be_bound_again() {
         let queue = handle.bind_queue(QUEUE).unwrap();
         lab.send(b"lost");
         let old = next_packet(&handle, &mut batch).key();
-        unbind_behind_its_back(&handle);
+        configure_past_the_library(&handle, &ConfigRequest::unbind(QUEUE));
         let refused = refusal(queue.set_maxlen(5));
         let op = Operation::SetMaxlen(QUEUE);
         expect_refusal(&refused, op, libc::ENODEV, Situation::NotBound, "not bound");
@@ -203,7 +203,7 @@ fn a_queue_that_was_unbound_elsewhere_is_not_bound_and_can_be_bound_again() {
         assert_eq!((old.id, new.id), (1, 1), "the ids began anew");
         let error = handle.verdict(old, Verdict::Drop).unwrap_err();
         assert!(
-            matches!(error, Error::Stale { key } if key == old),
+            matches!(error, Error::Stale { key, .. } if key == old),
             "{error}"
         );
         // The old binding's queue neither changes nor ends the new one.
@@ -213,13 +213,6 @@ fn a_queue_that_was_unbound_elsewhere_is_not_bound_and_can_be_bound_again() {
         handle.verdict(new, Verdict::Accept).unwrap();
         assert_eq!(lab.recv().as_deref(), Some(&b"held"[..]));
     });
-}
-
-fn unbind_behind_its_back(handle: &Handle) {
-    let mut buf = [0; ConfigRequest::MAX_LEN];
-    let request = ConfigRequest::unbind(QUEUE);
-    let len = request.encode(&mut buf, RequestHeader::default()).unwrap();
-    send_past_the_library(handle, &buf[..len]);
 }
 
 /// EOPNOTSUPP, 524 or EINVAL, depending on the kernel
@@ -398,7 +391,8 @@ fn a_copy_mode_that_the_kernel_would_silently_ignore_is_refused() {
                 error,
                 Error::UnknownCopyMode {
                     queue: QUEUE,
-                    mode: CopyMode(3)
+                    mode: CopyMode(3),
+                    ..
                 }
             ),
             "{error}"
@@ -440,7 +434,7 @@ fn a_verdict_longer_than_the_send_buffer_is_an_error_and_the_packet_waits() {
             .verdict(key, Verdict::Accept.with_payload(&replaced))
             .unwrap_err();
         assert!(
-            matches!(&error, Error::Io { op: Operation::Verdict(of), source }
+            matches!(&error, Error::Io { op: Operation::Verdict(of), source, .. }
                 if *of == key && source.raw_os_error() == Some(libc::EMSGSIZE)),
             "{error:?}"
         );

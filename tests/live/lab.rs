@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+use nfqnl::proto::{ConfigRequest, RequestHeader};
 use nfqnl::{Event, Handle, Packet, RecvBatch};
 use nfqnl_testkit::hosts::Bridge;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
@@ -112,6 +113,13 @@ pub(crate) fn send_past_the_library(handle: &Handle, messages: &[u8]) {
     assert_eq!(copy.write(messages).unwrap(), messages.len());
 }
 
+/// The same for a configuration request
+pub(crate) fn configure_past_the_library(handle: &Handle, request: &ConfigRequest) {
+    let mut buf = [0; ConfigRequest::MAX_LEN];
+    let len = request.encode(&mut buf, RequestHeader::default()).unwrap();
+    send_past_the_library(handle, &buf[..len]);
+}
+
 /// Receives a datagram on a copy of the descriptor; fails if none is there, for the kernel answers within the send
 pub(crate) fn recv_past_the_library(handle: &Handle) -> Vec<u8> {
     handle.set_nonblocking(true).unwrap();
@@ -129,4 +137,11 @@ pub(crate) fn udp_payload<'b>(packet: &Packet<'b>) -> &'b [u8] {
         Some(etherparse::TransportSlice::Udp(udp)) => udp.payload(),
         other => panic!("no UDP, but {other:?}"),
     }
+}
+
+/// Receives a datagram on a copy of the descriptor if one is there, and says whether it was
+pub(crate) fn steal_past_the_library(handle: &Handle) -> bool {
+    handle.set_nonblocking(true).unwrap();
+    let mut copy = File::from(handle.as_fd().try_clone_to_owned().unwrap());
+    copy.read(&mut [0; 64]).is_ok()
 }

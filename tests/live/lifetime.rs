@@ -2,14 +2,20 @@
 
 use std::os::fd::AsFd;
 use std::process::Stdio;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use nfqnl::{Error, Handle, Operation, RecvBatch, Situation, Verdict};
+use nfqnl::proto::ConfigRequest;
+use nfqnl::{CopyMode, Error, Handle, Operation, QueueConfig, RecvBatch, Situation, Verdict};
 use nfqnl_testkit::link;
 use nfqnl_testkit::netns::{idle, isolated};
 
-use crate::lab::{Lab, QUEUE, is_silent, next_event, next_packet, udp_payload};
+use crate::lab::{
+    Lab, QUEUE, configure_past_the_library, is_silent, next_event, next_packet, udp_payload,
+};
+
+const WHOLE_PACKETS: QueueConfig = QueueConfig::new().copy_mode(CopyMode::PACKET, 0);
 
 /// Whether somebody else could bind the queue now
 fn is_free(num: u16) -> bool {
@@ -36,7 +42,7 @@ fn a_key_from_before_the_queue_was_bound_again_is_refused() {
         queue.destroy().unwrap();
         let error = handle.verdict(old, Verdict::Accept).unwrap_err();
         assert!(
-            matches!(error, Error::Stale { key } if key == old),
+            matches!(error, Error::Stale { key, .. } if key == old),
             "{error}"
         );
 
@@ -119,7 +125,7 @@ fn what_waits_is_dropped_when_its_queue_or_handle_ends() {
                     let error = queue.set_maxlen(5).unwrap_err();
                     let op = Operation::SetMaxlen(QUEUE);
                     assert!(
-                        matches!(error, Error::Ended { op: of } if of == op),
+                        matches!(error, Error::Ended { op: of, .. } if of == op),
                         "{error}"
                     );
                     queue.destroy().unwrap();
@@ -136,16 +142,26 @@ fn what_waits_is_dropped_when_its_queue_or_handle_ends() {
 }
 
 #[test]
-fn a_duplicate_of_the_descriptor_keeps_the_queue() {
+fn the_queues_of_a_dropped_handle_end_though_its_socket_lives_on() {
     isolated(|| {
         let handle = Handle::open().unwrap();
         let queue = handle.bind_queue(QUEUE).unwrap();
         let copy = handle.as_fd().try_clone_to_owned().unwrap();
         drop(handle);
+        assert!(is_free(QUEUE));
         drop(queue);
-        assert!(!is_free(QUEUE), "the socket is open");
+        drop(copy);
+    });
+}
 
-        // It can be taken over, and answers.
+#[test]
+fn a_socket_that_has_a_queue_already_can_be_taken_over_but_its_packets_are_nobodys() {
+    isolated(|| {
+        let handle = Handle::open().unwrap();
+        configure_past_the_library(&handle, &ConfigRequest::bind(QUEUE, WHOLE_PACKETS));
+        let copy = handle.as_fd().try_clone_to_owned().unwrap();
+        drop(handle);
+        assert!(!is_free(QUEUE), "the socket is open");
         let lab = Lab::new();
         lab.send(b"held meanwhile");
         let handle = Handle::builder().open_fd(copy).unwrap();
@@ -164,12 +180,11 @@ fn a_duplicate_of_the_descriptor_keeps_the_queue() {
 fn a_child_process_that_inherits_the_descriptor_keeps_the_queue_and_only_then() {
     isolated(|| {
         let handle = Handle::open().unwrap();
-        let queue = handle.bind_queue(QUEUE).unwrap();
+        configure_past_the_library(&handle, &ConfigRequest::bind(QUEUE, WHOLE_PACKETS));
         let mut without = idle(Stdio::null()).unwrap();
         let copy = handle.as_fd().try_clone_to_owned().unwrap();
         let mut with = idle(copy).unwrap();
         drop(handle);
-        drop(queue);
         assert!(!is_free(QUEUE), "the child has the socket");
         with.kill().unwrap();
         with.wait().unwrap();
@@ -215,7 +230,7 @@ fn verdicts_race_with_the_end_of_their_queue() {
         let lab = Lab::new();
         let handle = Handle::open().unwrap();
         let mut batch = RecvBatch::default();
-        for _ in 0..50 {
+        for _ in 0..30 {
             let queue = handle.bind_queue(QUEUE).unwrap();
             lab.send_numbered(0..20);
             let keys = [(); 20].map(|()| next_packet(&handle, &mut batch).key());
@@ -224,7 +239,7 @@ fn verdicts_race_with_the_end_of_their_queue() {
                     for key in keys {
                         match handle.verdict(key, Verdict::Drop) {
                             Ok(()) => {}
-                            Err(Error::Stale { key: stale }) => assert_eq!(stale, key),
+                            Err(Error::Stale { key: stale, .. }) => assert_eq!(stale, key),
                             Err(other) => panic!("{other:?}"),
                         }
                     }
@@ -262,7 +277,7 @@ fn packets_from_before_stay_out_whatever_other_threads_bind() {
                     drop(handle.bind_queue(QUEUE + 1).unwrap());
                 }
             });
-            for _ in 0..2000 {
+            for _ in 0..100 {
                 let queue = handle.bind_queue(QUEUE).unwrap();
                 lab.send(b"old");
                 drop(queue);
@@ -278,5 +293,72 @@ fn packets_from_before_stay_out_whatever_other_threads_bind() {
             }
             done.store(true, Ordering::Relaxed);
         });
+    });
+}
+
+/// The kernel may be about to send packets of a queue when that is unbound: they come later, even after the next binding
+#[test]
+fn packets_that_were_on_their_way_stay_out_of_the_next_binding() {
+    isolated(|| {
+        let lab = Lab::new();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        let _ = lab.v4.send(b"flood", lab.v4.address()); // fails when its buffer is full of packets
+                    }
+                });
+            }
+            let handle = Handle::builder().recv_buffer(8 << 20).open().unwrap();
+            let mut first = Vec::new();
+            for round in 0..100 {
+                let mut batch = RecvBatch::default(); // the last one's rest is of the last binding
+                let queue = handle.bind_queue(QUEUE).unwrap();
+                first.push(next_packet(&handle, &mut batch).id());
+                while !is_silent(&handle, &mut batch) && round % 2 == 0 {}
+                queue.destroy().unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(first, [1; 100]);
+            assert_eq!(handle.stats().lost_packets, 0);
+        });
+    });
+}
+
+/// Whoever wins, the number can be bound afterwards
+#[test]
+fn threads_race_to_bind_and_end_a_queue() {
+    isolated(|| {
+        const ROUNDS: u16 = 300;
+        for round in 0..ROUNDS {
+            // Numbers that this handle has had before take long to bind.
+            let handle = Handle::open().unwrap();
+            let present = handle.bind_queue(QUEUE).unwrap();
+            let start = Barrier::new(3);
+            thread::scope(|scope| {
+                let (handle, start) = (&handle, &start);
+                let bound = [(); 2].map(|()| {
+                    scope.spawn(move || {
+                        start.wait();
+                        match handle.bind_queue(QUEUE) {
+                            Err(Error::Refused(refusal)) => {
+                                assert_eq!(refusal.situation(), Situation::AlreadyBound);
+                                None
+                            }
+                            bound => Some(bound.unwrap()),
+                        }
+                    })
+                });
+                start.wait();
+                match round % 2 {
+                    0 => drop(present),
+                    _ => present.destroy().unwrap(),
+                }
+                let bound = bound.map(|bound| bound.join().unwrap());
+                assert!(bound.iter().flatten().count() < 2, "both have it");
+            });
+            let _again = handle.bind_queue(QUEUE).expect("nobody has it");
+        }
     });
 }

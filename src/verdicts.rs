@@ -1,0 +1,372 @@
+//! Collected verdicts, and how they become few messages
+
+use nfqnl_proto::{BatchVerdict, Decision, PacketKey, Verdict, consts::align};
+
+use crate::bindings::{BindingId, Bindings};
+use crate::error::{Error, Result};
+use crate::event::verdict_header;
+use crate::waiting::Waiting;
+
+/// Verdicts to be sent together
+///
+/// [`Handle::send`](crate::Handle::send) hands them to the kernel in as few system calls and messages as it can. The
+/// memory is kept, so make one per loop and reuse it.
+///
+/// ```no_run
+/// use nfqnl::{Handle, RecvBatch, Verdict, VerdictBatch};
+///
+/// # fn main() -> nfqnl::Result<()> {
+/// let handle = Handle::open()?;
+/// let _queue = handle.bind_queue(1)?;
+/// let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+/// loop {
+///     for packet in handle.recv(&mut batch)?.packets() {
+///         verdicts.push(packet.key(), Verdict::Accept)?;
+///     }
+///     handle.send(&mut verdicts)?;
+/// }
+/// # }
+/// ```
+///
+/// # Order
+/// The verdicts on one queue's packets are carried out in the order they were pushed. Push them in the order of the
+/// packets unless you mean to reorder: the kernel drops a later segment of a new connection that is released before an
+/// earlier one.
+///
+/// # Runs
+/// Equal verdicts on packets that follow each other leave as one message (`NFQNL_MSG_VERDICT_BATCH`), which the kernel
+/// carries out on every waiting packet up to an id. That is done only where it is known that each of these packets has
+/// this verdict: one that is held back, or in another thread's or another batch's hands, ends the run, and so does a
+/// different verdict, mark or priority, and everything else that a [`Decision`] can carry. A run's packets that have gone
+/// meanwhile are not reported as refused, unless all of them have. [`HandleBuilder::coalesce`](crate::HandleBuilder::coalesce)
+/// turns runs off.
+#[derive(Debug, Default)]
+pub struct VerdictBatch {
+    entries: Vec<Entry>,
+    /// Encoded messages of those verdicts that are more than a [`BatchVerdict`]
+    raw: Vec<u8>,
+    /// Whether there are verdicts on several queues, or bindings of one
+    is_mixed: bool,
+    /// What is sent next
+    out: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    key: PacketKey,
+    what: What,
+    /// Whether the packet is no longer there once the kernel has had this verdict: it refuses STOLEN, and the packet
+    /// goes on waiting
+    is_answer: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum What {
+    Common(BatchVerdict),
+    /// Where its message stands in `raw`
+    Raw {
+        start: usize,
+        end: usize,
+    },
+}
+
+impl VerdictBatch {
+    /// An empty one
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a verdict; a new payload is copied
+    ///
+    /// # Errors
+    /// [`Error::Encode`] or [`Error::PayloadTooShort`] for a payload that can't be; nothing is added then.
+    #[inline]
+    pub fn push<'p>(&mut self, key: PacketKey, decision: impl Into<Decision<'p>>) -> Result<()> {
+        let decision = decision.into();
+        let what = match decision.as_batch() {
+            Some(common) => What::Common(common),
+            None => self.encode_raw(key, &decision)?,
+        };
+        let binding = BindingId::from(key);
+        self.is_mixed |= self
+            .entries
+            .last()
+            .is_some_and(|last| BindingId::from(last.key) != binding);
+        let is_answer = decision.verdict() != Verdict::Stolen;
+        self.entries.push(Entry {
+            key,
+            what,
+            is_answer,
+        });
+        Ok(())
+    }
+
+    fn encode_raw(&mut self, key: PacketKey, decision: &Decision<'_>) -> Result<What> {
+        if let Some(payload) = decision.payload() {
+            check_payload(payload)?;
+        }
+        let start = self.raw.len();
+        self.raw.resize(start + decision.max_len(), 0);
+        let room = self.raw.get_mut(start..).unwrap_or_default();
+        let encoded = decision.encode(room, key.queue, key.id, verdict_header(key));
+        let end = start + encoded.as_ref().unwrap_or(&0);
+        self.raw.truncate(end);
+        encoded?;
+        Ok(What::Raw { start, end })
+    }
+
+    /// How many verdicts are in it
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether none is in it
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Takes all verdicts out, unsent; the memory is kept
+    pub fn clear(&mut self) {
+        self.entries.clear();
+        self.raw.clear();
+        self.is_mixed = false;
+    }
+
+    /// Adds a verdict in place of the one at `index`, if there is one; if that fails, nothing is changed
+    #[inline]
+    pub(crate) fn set<'p>(
+        &mut self,
+        index: usize,
+        key: PacketKey,
+        decision: impl Into<Decision<'p>>,
+    ) -> Result<()> {
+        self.push(key, decision)?;
+        if self.entries.len() > index + 1 {
+            self.entries.swap_remove(index);
+        }
+        Ok(())
+    }
+}
+
+/// The least that a replaced payload must have: its network header
+fn check_payload(payload: &[u8]) -> Result<()> {
+    const IPV4_HEADER_LEN: usize = 20;
+    const IPV6_HEADER_LEN: usize = 40;
+    let first = payload.first().copied().unwrap_or(0);
+    let needed = match first >> 4 {
+        4 => IPV4_HEADER_LEN.max(usize::from(first & 0xf) * 4),
+        6 => IPV6_HEADER_LEN,
+        _ => IPV4_HEADER_LEN,
+    };
+    if payload.len() < needed {
+        return Err(Error::PayloadTooShort {
+            needed,
+            had: payload.len(),
+        });
+    }
+    Ok(())
+}
+
+// Sending.
+
+impl VerdictBatch {
+    /// What sending comes to when there is no socket any more
+    pub(crate) fn give_up(&mut self) -> Result<()> {
+        let first = self.entries.first().map(|entry| entry.key);
+        self.clear();
+        first.map_or(Ok(()), |key| Err(Error::Stale { key }))
+    }
+
+    /// Sends everything by `send`, a part at a time, each at most `max_len` bytes unless a single message is longer
+    ///
+    /// `bindings` lends the bindings that stand, for the whole of a part. What was sent is no longer in the batch, and
+    /// what belongs to a binding that has ended is not either; the first such packet is returned as the error, after
+    /// everything else has been sent. If `send` fails, what was not sent stays.
+    pub(crate) fn send<B: std::ops::Deref<Target = Bindings>>(
+        &mut self,
+        max_len: usize,
+        coalesce: bool,
+        mut bindings: impl FnMut() -> B,
+        mut send: impl FnMut(PacketKey, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        if std::mem::take(&mut self.is_mixed) {
+            // Stable, so the order within each queue stays.
+            self.entries
+                .sort_by_key(|entry| (entry.key.queue, entry.key.binding));
+        }
+        let mut stale = None;
+        let mut done = 0;
+        while let Some(rest) = self.entries.get(done..)
+            && let Some(first) = rest.first()
+        {
+            let bindings = bindings();
+            self.out.clear();
+            let part = Part {
+                raw: &self.raw,
+                out: &mut self.out,
+                max_len,
+            }
+            .fill(rest, coalesce, &bindings, &mut stale);
+            if !self.out.is_empty()
+                && let Err(error) = send(first.key, &self.out)
+            {
+                self.entries.drain(..done);
+                self.is_mixed = true;
+                return Err(error);
+            }
+            if coalesce {
+                note_answers(rest.get(..part).unwrap_or_default(), &bindings);
+            }
+            done += part;
+        }
+        self.clear();
+        stale.map_or(Ok(()), |key| Err(Error::Stale { key }))
+    }
+}
+
+/// The verdicts at the front that belong to the same binding, and the rest
+fn split_binding(entries: &[Entry]) -> Option<(BindingId, &[Entry], &[Entry])> {
+    let binding = BindingId::from(entries.first()?.key);
+    let len = entries
+        .iter()
+        .take_while(|entry| BindingId::from(entry.key) == binding)
+        .count();
+    let (group, rest) = entries.split_at_checked(len)?;
+    Some((binding, group, rest))
+}
+
+fn note_answers(mut entries: &[Entry], bindings: &Bindings) {
+    while let Some((binding, group, rest)) = split_binding(entries) {
+        if let Some(binding) = bindings.current(binding) {
+            let mut waiting = binding.waiting();
+            for entry in group.iter().filter(|entry| entry.is_answer) {
+                waiting.answer(entry.key.id);
+            }
+        }
+        entries = rest;
+    }
+}
+
+/// What goes out in one send
+struct Part<'o> {
+    raw: &'o [u8],
+    out: &'o mut Vec<u8>,
+    max_len: usize,
+}
+
+/// Equal verdicts on packets that follow each other in the queue
+struct Run {
+    common: BatchVerdict,
+    last: PacketKey,
+    is_single: bool,
+}
+
+impl Part<'_> {
+    /// Encodes as many verdicts as there is room for, and says how many that were
+    fn fill(
+        mut self,
+        mut entries: &[Entry],
+        coalesce: bool,
+        bindings: &Bindings,
+        stale: &mut Option<PacketKey>,
+    ) -> usize {
+        let all = entries.len();
+        while let Some((id, group, rest)) = split_binding(entries) {
+            let taken = match bindings.current(id) {
+                Some(binding) if coalesce => self.fill_runs(group, &binding.waiting()),
+                Some(_) => self.fill_runs(group, &Waiting::default()),
+                None => {
+                    *stale = stale.or(group.first().map(|entry| entry.key));
+                    group.len()
+                }
+            };
+            if taken < group.len() {
+                return all - (entries.len() - taken);
+            }
+            entries = rest;
+        }
+        all
+    }
+
+    /// Encodes one binding's verdicts
+    ///
+    /// `ahead` counts the oldest waiting packets that have their verdict in this part: a batch verdict on the next one
+    /// finds them gone, since the kernel carries out the messages of a send in their order.
+    fn fill_runs(&mut self, entries: &[Entry], waiting: &Waiting) -> usize {
+        let mut ahead = 0;
+        let mut run: Option<Run> = None;
+        for (taken, entry) in entries.iter().enumerate() {
+            let is_next = waiting.nth(ahead) == Some(entry.key.id);
+            match (&mut run, entry.what) {
+                (Some(run), What::Common(common)) if is_next && run.common == common => {
+                    run.last = entry.key;
+                    run.is_single = false;
+                }
+                (_, what) => {
+                    self.end_run(run.take());
+                    let len = match what {
+                        What::Common(_) => Decision::SMALL_LEN,
+                        What::Raw { start, end } => align(end - start),
+                    };
+                    if !self.out.is_empty() && self.out.len() + len > self.max_len {
+                        return taken;
+                    }
+                    match what {
+                        What::Common(common) => {
+                            let new = Run {
+                                common,
+                                last: entry.key,
+                                is_single: true,
+                            };
+                            // Whatever is not next in line, or may stay there, is no beginning of a run.
+                            if is_next && entry.is_answer {
+                                run = Some(new);
+                            } else {
+                                self.end_run(Some(new));
+                            }
+                        }
+                        What::Raw { start, end } => {
+                            self.out
+                                .extend_from_slice(self.raw.get(start..end).unwrap_or_default());
+                            self.pad();
+                        }
+                    }
+                }
+            }
+            ahead += usize::from(is_next && entry.is_answer);
+        }
+        self.end_run(run);
+        entries.len()
+    }
+
+    fn end_run(&mut self, run: Option<Run>) {
+        let Some(Run {
+            common,
+            last,
+            is_single,
+        }) = run
+        else {
+            return;
+        };
+        let start = self.out.len();
+        self.out.resize(start + Decision::SMALL_LEN, 0);
+        let room = self.out.get_mut(start..).unwrap_or_default();
+        let header = verdict_header(last);
+        let len = if is_single {
+            common.encode_single(room, last.queue, last.id, header)
+        } else {
+            common.encode(room, last.queue, last.id, header)
+        };
+        // It always fits: `SMALL_LEN` is room for any of these.
+        self.out.truncate(start + len.unwrap_or(0));
+        self.pad();
+    }
+
+    /// Messages begin at multiples of 4
+    fn pad(&mut self) {
+        self.out.resize(align(self.out.len()), 0);
+    }
+}
