@@ -21,8 +21,8 @@ use std::time::{Duration, Instant};
 use netlink_sys::Socket;
 use nfqnl_proto::consts::{MESSAGE_HEADER_LEN, NFQNL_MSG_CONFIG, NLMSG_NOOP, message_type};
 use nfqnl_proto::{
-    ConfigRequest, Decision, Message, Messages, PacketKey, QueueConfig, RequestHeader, Verdict,
-    encode_noop,
+    BatchVerdict, ConfigRequest, Decision, Message, Messages, PacketKey, QueueConfig,
+    RequestHeader, Verdict, encode_noop,
 };
 
 use crate::batch::{Contents, RecvBatch, Stashed};
@@ -766,15 +766,20 @@ fn single_packet(datagram: &[u8]) -> Option<PacketKey> {
 impl Shared {
     /// Sends one verdict
     pub(crate) fn verdict(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
-        let Some(common) = decision.as_batch() else {
-            return self.long_verdict(key, decision);
-        };
-        let mut out = [0; Decision::SMALL_LEN];
+        match decision.as_batch() {
+            Some(common) => self.common_verdict(key, common),
+            None => self.long_verdict(key, decision),
+        }
+    }
+
+    /// Sends one verdict that is no more than verdict, mark and priority
+    fn common_verdict(&self, key: PacketKey, common: BatchVerdict) -> Result<()> {
+        let mut out = [0; BatchVerdict::MAX_LEN];
         let len = common.encode_single(&mut out, key.queue, key.id, verdict_header(key))?;
         let bindings = self.bindings();
         let binding = bindings.current(key.into()).ok_or(Error::Stale { key })?;
         self.send(Operation::Verdict(key), out.get(..len).unwrap_or_default())?;
-        if self.coalesces() && decision.verdict() != Verdict::Stolen {
+        if self.coalesces() && common.verdict() != Verdict::Stolen {
             binding.waiting().answer(key.id);
         }
         Ok(())
@@ -791,7 +796,22 @@ impl Shared {
     }
 
     /// Sends collected verdicts
+    #[inline]
     pub(crate) fn send_verdicts(&self, batch: &mut VerdictBatch) -> Result<()> {
+        match batch.single() {
+            Some((key, common)) => match self.common_verdict(key, common) {
+                Err(error @ Error::Io { .. }) => Err(error),
+                sent => {
+                    batch.clear();
+                    sent
+                }
+            },
+            None if batch.is_empty() => Ok(()),
+            None => self.send_several(batch),
+        }
+    }
+
+    fn send_several(&self, batch: &mut VerdictBatch) -> Result<()> {
         batch.send(
             self.max_send,
             self.coalesces(),

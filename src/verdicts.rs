@@ -122,6 +122,21 @@ impl VerdictBatch {
         self.entries.len()
     }
 
+    /// The only verdict in it, if that is no more than verdict, mark and priority
+    #[inline]
+    pub(crate) fn single(&self) -> Option<(PacketKey, BatchVerdict)> {
+        match self.entries[..] {
+            [
+                Entry {
+                    key,
+                    what: What::Common(common),
+                    ..
+                },
+            ] => Some((key, common)),
+            _ => None,
+        }
+    }
+
     /// Whether none is in it
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -308,7 +323,7 @@ impl Part<'_> {
                 (_, what) => {
                     self.end_run(run.take());
                     let len = match what {
-                        What::Common(_) => Decision::SMALL_LEN,
+                        What::Common(_) => BatchVerdict::MAX_LEN,
                         What::Raw { start, end } => align(end - start),
                     };
                     if !self.out.is_empty() && self.out.len() + len > self.max_len {
@@ -352,7 +367,7 @@ impl Part<'_> {
             return;
         };
         let start = self.out.len();
-        self.out.resize(start + Decision::SMALL_LEN, 0);
+        self.out.resize(start + BatchVerdict::MAX_LEN, 0);
         let room = self.out.get_mut(start..).unwrap_or_default();
         let header = verdict_header(last);
         let len = if is_single {
@@ -360,7 +375,7 @@ impl Part<'_> {
         } else {
             common.encode(room, last.queue, last.id, header)
         };
-        // It always fits: `SMALL_LEN` is room for any of these.
+        // It always fits: `MAX_LEN` is room for any of these.
         self.out.truncate(start + len.unwrap_or(0));
         self.pad();
     }

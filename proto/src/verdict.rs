@@ -3,10 +3,10 @@
 use thiserror::Error;
 
 use crate::consts::{
-    MAX_PAYLOAD, NF_ACCEPT, NF_DROP, NF_QUEUE, NF_REPEAT, NF_STOLEN, NF_STOP,
-    NF_VERDICT_FLAG_QUEUE_BYPASS, NF_VERDICT_QBITS, NFQA_CT, NFQA_EXP, NFQA_L2HDR, NFQA_MARK,
-    NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI, NFQNL_MSG_VERDICT,
-    NFQNL_MSG_VERDICT_BATCH,
+    ATTR_HEADER_LEN, ATTRS_OFFSET, MAX_PAYLOAD, NF_ACCEPT, NF_DROP, NF_QUEUE, NF_REPEAT, NF_STOLEN,
+    NF_STOP, NF_VERDICT_FLAG_QUEUE_BYPASS, NF_VERDICT_QBITS, NFQA_CT, NFQA_EXP, NFQA_L2HDR,
+    NFQA_MARK, NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI,
+    NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, VERDICT_HDR_LEN,
 };
 use crate::error::EncodeError;
 use crate::types::Family;
@@ -348,6 +348,10 @@ pub struct BatchVerdict {
 }
 
 impl BatchVerdict {
+    /// Room enough for any of these, single or batch
+    pub const MAX_LEN: usize =
+        ATTRS_OFFSET + ATTR_HEADER_LEN + VERDICT_HDR_LEN + 2 * (ATTR_HEADER_LEN + 4);
+
     /// A verdict that changes nothing
     pub const fn new(verdict: Verdict) -> Self {
         Self {
