@@ -1,12 +1,10 @@
 //! Which queues the handle has bound, and the number that tells one binding of a queue from the next
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nfqnl_proto::PacketKey;
 
-use crate::data::QueueData;
 use crate::waiting::Waiting;
 
 /// Names one binding of one queue
@@ -27,27 +25,16 @@ impl From<PacketKey> for BindingId {
     }
 }
 
-pub(crate) type Callback = Box<dyn FnMut(&mut QueueData<'_>) + Send>;
-
 /// One binding of a queue
+#[derive(Debug)]
 pub(crate) struct Binding {
     pub(crate) id: BindingId,
     last_id: AtomicU32,
     /// Locked for moments only, and under no other lock but that on the socket's state
     waiting: Mutex<Waiting>,
-    /// Locked while it runs
-    callback: Option<Mutex<Option<Callback>>>,
+    /// Whether the handle has a callback for its packets
+    has_callback: bool,
     has_ended: AtomicBool,
-}
-
-impl fmt::Debug for Binding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Binding")
-            .field("id", &self.id)
-            .field("last_id", &self.last_id)
-            .field("callback", &self.callback.is_some())
-            .finish()
-    }
 }
 
 static NEXT: AtomicU16 = AtomicU16::new(1);
@@ -61,7 +48,7 @@ impl BindingId {
 }
 
 impl Binding {
-    pub(crate) fn new(queue: u16, callback: Option<Callback>) -> Self {
+    pub(crate) fn new(queue: u16, has_callback: bool) -> Self {
         let number = match NEXT.fetch_add(1, Ordering::Relaxed) {
             0 => NEXT.fetch_add(1, Ordering::Relaxed), // 0 is for keys that no handle has made
             number => number,
@@ -70,7 +57,7 @@ impl Binding {
             id: BindingId { queue, number },
             last_id: AtomicU32::new(0),
             waiting: Mutex::default(),
-            callback: callback.map(|callback| Mutex::new(Some(callback))),
+            has_callback,
             has_ended: AtomicBool::new(false),
         }
     }
@@ -89,24 +76,14 @@ impl Binding {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its callback, if it was made with one
-    #[inline]
-    pub(crate) fn callback(&self) -> Option<MutexGuard<'_, Option<Callback>>> {
-        let callback = self.callback.as_ref()?;
-        Some(callback.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
     /// Whether packets of it can't be answered any more
     #[inline]
     pub(crate) fn has_ended(&self) -> bool {
         self.has_ended.load(Ordering::Relaxed)
     }
 
-    /// Ends it, and takes the callback out, for the caller to drop; one that runs right now (it ends its own binding)
-    /// goes with the last reference to this
-    pub(crate) fn end(&self) -> Option<Callback> {
+    pub(crate) fn end(&self) {
         self.has_ended.store(true, Ordering::Relaxed);
-        self.callback.as_ref()?.try_lock().ok()?.take()
     }
 
     /// Notes that packet `id` has come
@@ -184,7 +161,7 @@ impl Bindings {
 
     /// Whether any of them has a callback
     pub(crate) fn have_callbacks(&self) -> bool {
-        self.0.iter().any(|binding| binding.callback.is_some())
+        self.0.iter().any(|binding| binding.has_callback)
     }
 
     pub(crate) fn ids(&self) -> impl Iterator<Item = BindingId> + '_ {
@@ -198,7 +175,7 @@ mod tests {
 
     #[test]
     fn gaps_are_counted_across_the_wrap_and_never_backwards() {
-        let binding = Binding::new(0, None);
+        let binding = Binding::new(0, false);
         assert_eq!(
             [1, 2, 5, 4, 5, 6].map(|id| binding.note(id)),
             [
@@ -210,7 +187,7 @@ mod tests {
                 Noted::Next
             ]
         );
-        let binding = Binding::new(0, None);
+        let binding = Binding::new(0, false);
         binding.last_id.store(u32::MAX - 1, Ordering::Relaxed);
         assert_eq!(
             [u32::MAX, 1, 2].map(|id| binding.note(id)),
@@ -221,7 +198,7 @@ mod tests {
     #[test]
     fn every_binding_has_another_number() {
         let mut bindings = Bindings::default();
-        let (first, second) = (Binding::new(7, None), Binding::new(7, None));
+        let (first, second) = (Binding::new(7, false), Binding::new(7, false));
         let (old, new) = (first.id, second.id);
         assert_ne!(old, new);
         bindings.insert(first);

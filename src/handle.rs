@@ -14,7 +14,7 @@ use nfqnl_proto::{
 };
 
 use crate::batch::{Events, RecvBatch, Stashed};
-use crate::bindings::Bindings;
+use crate::bindings::{BindingId, Bindings};
 use crate::data::QueueData;
 use crate::error::{Error, Operation, Result};
 use crate::event::{Event, next_event};
@@ -44,11 +44,45 @@ pub struct Handle {
     bindings: Bindings,
     /// What callbacks have set and is not sent yet
     verdicts: VerdictBatch,
-    /// In a mutex for `Sync` alone: it is only ever reached through `&mut self`
-    on_event: Mutex<Option<EventHandler>>,
+    /// In a mutex for `Sync` alone: they are only ever reached through `&mut self`
+    callbacks: Mutex<Callbacks>,
 }
 
+#[derive(Default)]
+struct Callbacks {
+    /// By queue number
+    packets: Vec<(BindingId, PacketHandler)>,
+    events: Option<EventHandler>,
+}
+
+type PacketHandler = Box<dyn FnMut(&mut QueueData<'_>) + Send>;
 type EventHandler = Box<dyn FnMut(Event<'_>) + Send>;
+
+impl Callbacks {
+    #[inline]
+    fn get(&mut self, binding: BindingId) -> Option<&mut PacketHandler> {
+        let index = self
+            .packets
+            .binary_search_by_key(&binding.queue, |(id, _)| id.queue)
+            .ok()?;
+        let (id, callback) = self.packets.get_mut(index)?;
+        (*id == binding).then_some(callback)
+    }
+
+    fn insert(&mut self, binding: BindingId, callback: PacketHandler) {
+        let place = self
+            .packets
+            .binary_search_by_key(&binding.queue, |(id, _)| id.queue);
+        match place {
+            Ok(index) | Err(index) => self.packets.insert(index, (binding, callback)),
+        }
+    }
+
+    /// Drops those whose binding has ended
+    fn retain(&mut self, bindings: &Bindings) {
+        self.packets.retain(|(id, _)| bindings.is_current(*id));
+    }
+}
 
 impl fmt::Debug for Handle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -187,7 +221,7 @@ impl HandleBuilder {
             shared: Arc::new(shared),
             bindings: Bindings::default(),
             verdicts: VerdictBatch::new(),
-            on_event: Mutex::default(),
+            callbacks: Mutex::default(),
         })
     }
 }
@@ -295,11 +329,8 @@ impl Handle {
     /// The first of the queues' [`Error::Refused`] or [`Error::NoAck`]; everything is closed all the same.
     #[doc(alias = "nfq_close")]
     pub fn close(self) -> Result<()> {
-        let unbound = self
-            .shared
-            .bound()
-            .into_iter()
-            .map(|binding| self.shared.unbind(binding));
+        let bindings = self.shared.present_bindings();
+        let unbound = bindings.ids().map(|binding| self.shared.unbind(binding));
         unbound.fold(Ok(()), Result::and)
     }
 }
@@ -307,7 +338,7 @@ impl Handle {
 /// Unbinds all queues without waiting, since the socket may live on in copies of the descriptor
 impl Drop for Handle {
     fn drop(&mut self) {
-        for binding in self.shared.bound() {
+        for binding in self.shared.present_bindings().ids() {
             self.shared.post_unbind(binding);
         }
     }
@@ -379,7 +410,7 @@ impl Handle {
     /// handle has it; with [`Unsupported`](crate::Situation::Unsupported) if the kernel does not know a flag, and then
     /// nothing is bound. [`Error::ZeroMaxlen`]; [`Error::UnknownCopyMode`]; [`Error::NoAck`].
     pub fn bind_queue_with(&self, num: u16, config: &QueueConfig) -> Result<Queue> {
-        let binding = self.shared.bind(num, *config, None)?;
+        let binding = self.shared.bind(num, *config, false)?;
         Ok(Queue::new(&self.shared, binding))
     }
 
@@ -450,7 +481,11 @@ impl Handle {
         config: &QueueConfig,
         callback: impl FnMut(&mut QueueData<'_>) + Send + 'static,
     ) -> Result<Queue> {
-        let binding = self.shared.bind(num, *config, Some(Box::new(callback)))?;
+        let binding = self.shared.bind(num, *config, true)?;
+        let bindings = self.shared.present_bindings();
+        let callbacks = self.callbacks();
+        callbacks.retain(&bindings);
+        callbacks.insert(binding, Box::new(callback));
         Ok(Queue::new(&self.shared, binding))
     }
 
@@ -459,10 +494,13 @@ impl Handle {
     ///
     /// Without a handler they are counted in [`stats`](Self::stats), and nothing else.
     pub fn on_event(&mut self, handler: impl FnMut(Event<'_>) + Send + 'static) {
-        *self
-            .on_event
+        self.callbacks().events = Some(Box::new(handler));
+    }
+
+    fn callbacks(&mut self) -> &mut Callbacks {
+        self.callbacks
             .get_mut()
-            .unwrap_or_else(PoisonError::into_inner) = Some(Box::new(handler));
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes one datagram that the caller has received on the descriptor, calls back for each packet in it (and for
@@ -483,7 +521,11 @@ impl Handle {
     /// datagram is dealt with before the first error is returned.
     #[doc(alias = "nfq_handle_packet")]
     pub fn handle_packet(&mut self, datagram: &[u8]) -> Result<usize> {
-        let stashed = self.shared.take_in(datagram, &mut self.bindings);
+        let (was_old, stashed) = self.shared.take_in(datagram, &mut self.bindings);
+        if was_old {
+            let bindings = self.bindings.clone();
+            self.callbacks().retain(&bindings);
+        }
         let mut turn = self.turn(None);
         match stashed {
             None => turn.handle_datagram(datagram),
@@ -546,8 +588,8 @@ impl Handle {
             shared: &self.shared,
             bindings: bindings.unwrap_or(&self.bindings),
             verdicts: &mut self.verdicts,
-            on_event: self
-                .on_event
+            callbacks: self
+                .callbacks
                 .get_mut()
                 .unwrap_or_else(PoisonError::into_inner),
             rest: VecDeque::new(),
@@ -564,7 +606,7 @@ struct Turn<'h> {
     bindings: &'h Bindings,
     /// What callbacks have set
     verdicts: &'h mut VerdictBatch,
-    on_event: &'h mut Option<EventHandler>,
+    callbacks: &'h mut Callbacks,
     /// What has not been looked at yet; goes back to the stash if a callback panics
     rest: VecDeque<Stashed>,
     packets: usize,
@@ -632,18 +674,14 @@ impl Turn<'_> {
             // By the callback on the packet before, or in another thread
             return self.shared.note_discarded();
         }
-        match binding.callback() {
+        match self.callbacks.get(binding.id) {
+            Some(callback) => callback(&mut QueueData::new(packet, self.verdicts)),
             None => self.pass_on(Event::Packet(packet)),
-            Some(mut callback) => {
-                if let Some(callback) = &mut *callback {
-                    callback(&mut QueueData::new(packet, self.verdicts));
-                }
-            }
         }
     }
 
     fn pass_on(&mut self, event: Event<'_>) {
-        match self.on_event {
+        match &mut self.callbacks.events {
             Some(handler) => handler(event),
             None if matches!(event, Event::Packet(_)) => self.shared.note_unclaimed(),
             None => {}

@@ -26,7 +26,7 @@ use nfqnl_proto::{
 };
 
 use crate::batch::{Contents, RecvBatch, Stashed};
-use crate::bindings::{Binding, BindingId, Bindings, Callback, Noted};
+use crate::bindings::{Binding, BindingId, Bindings, Noted};
 use crate::error::{Error, Operation, Refusal, Result};
 use crate::event::{Event, next_event, verdict_header};
 use crate::stats::Stats;
@@ -344,7 +344,7 @@ impl Shared {
         &self,
         queue: u16,
         config: QueueConfig,
-        callback: Option<Callback>,
+        has_callback: bool,
     ) -> Result<BindingId> {
         check_config(queue, &config)?;
         let op = Operation::Bind(queue);
@@ -366,7 +366,7 @@ impl Shared {
             }
         };
         // The binding is there before the kernel knows: its first packet may come before the acknowledgement.
-        let binding = Binding::new(queue, callback);
+        let binding = Binding::new(queue, has_callback);
         let id = binding.id;
         self.change_bindings(&mut state, |bindings| bindings.insert(binding));
         let pending = self.begin(&mut state, op, Some(&ConfigRequest::bind(queue, config)));
@@ -375,8 +375,7 @@ impl Shared {
         match &result {
             Ok(()) => {}
             Err(Error::Refused(_)) => {
-                let callback = self.forget(&mut self.state(), id);
-                drop(callback);
+                self.forget(&mut self.state(), id);
                 id.give_back();
             }
             // The kernel may have bound it.
@@ -433,39 +432,37 @@ impl Shared {
     /// Ends a binding, if it has not ended: for this handle and for the kernel in one step, so that nothing comes between
     fn end(&self, id: BindingId) -> Option<Result<Pending>> {
         let mut state = self.state();
-        let callback = self.forget(&mut state, id)?;
+        if !self.forget(&mut state, id) {
+            return None;
+        }
         state.endings += 1;
         let place = state.endings;
         state.ended.push((id.queue, place));
         let request = ConfigRequest::unbind(id.queue);
-        let pending = self.begin(&mut state, Operation::Unbind(id.queue), Some(&request));
-        drop(state);
-        // It may own anything, other queues too, so it goes after the lock is given back.
-        drop(callback);
-        Some(pending)
+        Some(self.begin(&mut state, Operation::Unbind(id.queue), Some(&request)))
     }
 
     /// Ends a binding for this handle: its keys are stale from here on, and what waits of it in the stash is gone in the
-    /// kernel too, or will be; does nothing if it has ended
+    /// kernel too, or will be
     ///
-    /// Returns its callback, to be dropped after the lock on the state is given back.
-    #[must_use]
-    fn forget(&self, state: &mut State, id: BindingId) -> Option<Option<Callback>> {
-        let bindings = state.bindings.clone();
-        let binding = bindings.current(id)?;
-        let callback = binding.end();
+    /// Says whether it had not ended before.
+    fn forget(&self, state: &mut State, id: BindingId) -> bool {
+        let Some(binding) = state.bindings.current(id) else {
+            return false;
+        };
+        binding.end();
         self.change_bindings(state, |bindings| bindings.remove(id));
         let before = state.stash.len();
         state
             .stash
             .retain(|stashed| stashed.key().is_none_or(|key| key.queue != id.queue));
         state.stats.discard(before - state.stash.len());
-        Some(callback)
+        true
     }
 
-    /// Every binding
-    pub(crate) fn bound(&self) -> Vec<BindingId> {
-        self.state().bindings.ids().collect()
+    /// The bindings that stand now
+    pub(crate) fn present_bindings(&self) -> Bindings {
+        self.state().bindings.clone()
     }
 }
 
@@ -494,14 +491,7 @@ impl Shared {
         }
         let contents = batch.clear();
         let mut state = self.state();
-        let previous = state.refresh(&mut contents.bindings);
-        let filled = self.fill_locked(&mut state, contents);
-        drop(state);
-        drop(previous);
-        filled
-    }
-
-    fn fill_locked(&self, state: &mut State, contents: &mut Contents) -> Result<bool> {
+        state.refresh(&mut contents.bindings);
         if !state.stash.is_empty() {
             std::mem::swap(&mut contents.stash, &mut state.stash);
             return Ok(true);
@@ -511,7 +501,7 @@ impl Shared {
             match sys::recv_many(self.as_fd(), slots, &mut contents.slots) {
                 Ok(n) => {
                     contents.filled = n;
-                    if self.note_slots(state, contents) {
+                    if self.note_slots(&mut state, contents) {
                         return Ok(true);
                     }
                 }
@@ -583,27 +573,26 @@ impl Shared {
 
     /// Takes in a datagram that the caller has received: behind what is stashed, if anything is
     ///
-    /// Returns what is to be looked at now if that is not the datagram alone.
+    /// Returns what is to be looked at now if that is not the datagram alone. Brings the copy of the bindings up to date,
+    /// and says whether it was not.
     pub(crate) fn take_in(
         &self,
         datagram: &[u8],
         bindings: &mut Bindings,
-    ) -> Option<VecDeque<Stashed>> {
+    ) -> (bool, Option<VecDeque<Stashed>>) {
         // Datagrams may be passed on in another order than they came in, so what waits is not known any more.
         self.is_read_outside.store(true, Ordering::Relaxed);
         let mut state = self.state();
-        let previous = state.refresh(bindings);
+        let was_old = state.refresh(bindings);
         let has_events = self.note(&mut state, datagram);
-        let stashed = (!state.stash.is_empty()).then(|| {
-            let mut all = std::mem::take(&mut state.stash);
-            if has_events {
-                all.push_back(Stashed::Datagram(datagram.into()));
-            }
-            all
-        });
-        drop(state);
-        drop(previous);
-        stashed
+        if state.stash.is_empty() {
+            return (was_old, None);
+        }
+        let mut all = std::mem::take(&mut state.stash);
+        if has_events {
+            all.push_back(Stashed::Datagram(datagram.into()));
+        }
+        (was_old, Some(all))
     }
 
     /// Puts back what was taken in and could not be looked at, in front of what has come since
@@ -722,11 +711,13 @@ fn note_refusal(refusal: &Refusal, bindings: &Bindings) {
 }
 
 impl State {
-    /// Brings a copy of the bindings up to date; returns the old one, to be dropped after the lock is given back:
-    /// with it may go a callback that owns anything
-    #[must_use]
-    fn refresh(&self, bindings: &mut Bindings) -> Option<Bindings> {
-        (!bindings.is(&self.bindings)).then(|| std::mem::replace(bindings, self.bindings.clone()))
+    /// Brings a copy of the bindings up to date, and says whether it was not
+    fn refresh(&self, bindings: &mut Bindings) -> bool {
+        let is_old = !bindings.is(&self.bindings);
+        if is_old {
+            bindings.clone_from(&self.bindings);
+        }
+        is_old
     }
 
     fn note_answer(&mut self, reply: &nfqnl_proto::Reply<'_>) -> bool {

@@ -62,7 +62,9 @@ fn peer(queue_num: u16) -> Result<()> {
     let counter = Arc::clone(&bytes);
     let mut handle = nfqnl::open()?;
     let queue = handle.create_queue(queue_num, move |data| {
-        counter.fetch_add(data.get_payload().len() as u64, Ordering::Relaxed);
+        // Nobody else writes it: an addition as in `peer.c`.
+        let sum = counter.load(Ordering::Relaxed) + data.get_payload().len() as u64;
+        counter.store(sum, Ordering::Relaxed);
         data.set_verdict(Verdict::Accept, None);
     })?;
     queue.set_mode(CopyMode::PACKET, 0xffff)?;
@@ -149,12 +151,19 @@ struct Side {
 
 impl Side {
     fn start(
-        mut command: Command,
+        command: Command,
         queue: u16,
         chain: &nfqnl_testkit::rules::Chain<'_>,
     ) -> Result<Self> {
         let port = PORT + queue;
         chain.add(&Rule::new().udp().dport(port).queue(queue))?;
+        let mut command = if let Ok(w) = std::env::var("WRAP") {
+            let mut c = Command::new("valgrind");
+            c.arg("--tool=callgrind").arg(format!("--callgrind-out-file={w}.{queue}"));
+            c.arg(command.get_program());
+            c.args(command.get_args());
+            c
+        } else { command };
         let mut process = command
             .arg(queue.to_string())
             .stdin(Stdio::piped())
