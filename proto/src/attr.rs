@@ -57,6 +57,19 @@ impl<'a> Attrs<'a> {
     }
 }
 
+impl Attrs<'_> {
+    #[cold]
+    fn end_at_broken(&mut self, kind: u16, len: usize) -> DecodeError {
+        DecodeError::AttributeLength {
+            kind,
+            within: None,
+            offset: self.offset,
+            len,
+            had: core::mem::take(&mut self.rest).len(),
+        }
+    }
+}
+
 impl<'a> Iterator for Attrs<'a> {
     type Item = Result<Attr<'a>, DecodeError>;
 
@@ -67,15 +80,7 @@ impl<'a> Iterator for Attrs<'a> {
         let kind = NativeEndian::read_u16(&header[2..]) & NLA_TYPE_MASK;
         let offset = self.offset;
         let Some(value) = self.rest.get(ATTR_HEADER_LEN..len) else {
-            let had = self.rest.len();
-            self.rest = &[];
-            return Some(Err(DecodeError::AttributeLength {
-                kind,
-                within: None,
-                offset,
-                len,
-                had,
-            }));
+            return Some(Err(self.end_at_broken(kind, len)));
         };
         self.rest = self.rest.get(align(len)..).unwrap_or_default();
         self.offset += align(len);

@@ -122,7 +122,9 @@ impl<'a> Packet<'a> {
             let attr = attr.map_err(|error| error.at(ATTRS_OFFSET))?;
             let kind = usize::from(attr.kind);
             if let (Some(slot), Some(&needed)) = (at.get_mut(kind), MIN_LEN.get(kind)) {
-                check(attr, needed)?;
+                if attr.value.len() < needed || attr.kind == NFQA_VLAN {
+                    check(attr, needed)?;
+                }
                 *slot = u16::try_from((attr.offset + ATTRS_OFFSET) / 4).unwrap_or_default();
             }
         }
@@ -131,14 +133,14 @@ impl<'a> Packet<'a> {
             at,
             binding: 0,
         };
-        match packet.attr(NFQA_PACKET_HDR) {
-            Some(_) => Ok(packet),
-            None => Err(DecodeError::MissingAttribute {
+        if packet.at[NFQA_PACKET_HDR as usize] == 0 {
+            return Err(DecodeError::MissingAttribute {
                 kind: NFQA_PACKET_HDR,
                 within: None,
                 offset: 0,
-            }),
+            });
         }
+        Ok(packet)
     }
 
     /// The same packet, its key stamped with the number of the queue's binding
@@ -491,8 +493,8 @@ impl core::fmt::Debug for Packet<'_> {
     }
 }
 
-/// Checks the value of an attribute that has a getter
-#[inline]
+/// Checks the value of an attribute that is too short, or has others nested in it
+#[cold]
 fn check(attr: Attr<'_>, needed: usize) -> Result<(), DecodeError> {
     let had = attr.value.len();
     let offset = attr.offset + ATTRS_OFFSET;
