@@ -385,3 +385,6 @@ impl Part<'_> {
         self.out.resize(align(self.out.len()), 0);
     }
 }
+
+#[cfg(test)]
+mod tests;

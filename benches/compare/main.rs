@@ -151,19 +151,12 @@ struct Side {
 
 impl Side {
     fn start(
-        command: Command,
+        mut command: Command,
         queue: u16,
         chain: &nfqnl_testkit::rules::Chain<'_>,
     ) -> Result<Self> {
         let port = PORT + queue;
         chain.add(&Rule::new().udp().dport(port).queue(queue))?;
-        let mut command = if let Ok(w) = std::env::var("WRAP") {
-            let mut c = Command::new("valgrind");
-            c.arg("--tool=callgrind").arg(format!("--callgrind-out-file={w}.{queue}"));
-            c.arg(command.get_program());
-            c.args(command.get_args());
-            c
-        } else { command };
         let mut process = command
             .arg(queue.to_string())
             .stdin(Stdio::piped())

@@ -3,6 +3,7 @@
 //! The same tests run as root and as an ordinary user, who is root of a user namespace in them.
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
+mod batch;
 mod callback;
 mod config;
 #[path = "../../examples/support/mod.rs"]
