@@ -13,7 +13,8 @@ use crate::verdicts::VerdictBatch;
 
 /// A packet in the hands of a callback
 ///
-/// **The verdict is executed once the callback exits**, also by a panic. The last one set counts. **If none is set,
+/// **The verdict is executed once the callback exits**, also by a panic; in [`Handle::run_once`](crate::Handle::run_once)
+/// once the callbacks of its whole batch have. The last one set counts. **If none is set,
 /// nothing is sent**, and the packet waits until it is answered by its [`key`](Self::key) with
 /// [`Handle::verdict`](crate::Handle::verdict).
 #[doc(alias = "nfq_data")]

@@ -31,12 +31,13 @@ use crate::verdicts::VerdictBatch;
 /// It owns no receive loop. Drive it in one of two styles, by any loop, thread or runtime, through its descriptor:
 ///
 /// * **loop**: [`bind_queue`](Self::bind_queue), then [`recv`](Self::recv) or [`try_recv`](Self::try_recv) into a
-///   [`RecvBatch`], and [`verdict`](Self::verdict) at any later time, in any order, from any thread;
+///   [`RecvBatch`], and [`send`](Self::send) of a [`VerdictBatch`] or [`verdict`](Self::verdict) at any later time;
 /// * **callback**: [`create_queue`](Self::create_queue), then receive on the descriptor yourself and pass what came to
-///   [`handle_packet`](Self::handle_packet).
+///   [`handle_packet`](Self::handle_packet); or let [`run_once`](Self::run_once) receive and call back for many at once.
 ///
-/// One style per handle. The descriptor is readable whenever there is something to do, also when a configuration call
-/// has read packets on its way; so waiting for it with poll, epoll or a runtime is always right.
+/// One style per handle. The descriptor is readable whenever there is something to receive, also when a configuration
+/// call has read packets on its way; so waiting for it with poll, epoll or a runtime is always right, once the batch has
+/// no more events ([`RecvBatch::has_events`]).
 #[doc(alias = "nfq_handle")]
 pub struct Handle {
     shared: Arc<Shared>,
@@ -125,8 +126,9 @@ impl Default for HandleBuilder {
 impl HandleBuilder {
     /// Size of the socket's receive buffer in bytes; the system's default (`net.core.rmem_default`) if not set
     ///
-    /// The kernel doubles it, and charges each waiting message with 832 bytes up to 2.3 KiB for a full Ethernet frame;
-    /// so the usual 212992 hold 92 to 277 packets. Raise it for bursts. Beyond `net.core.rmem_max` it takes
+    /// The kernel doubles it, and charges each waiting message with 832 bytes, 2.3 KiB for a full Ethernet frame, and
+    /// 66 KiB for a large packet with [`ConfigFlags::GSO`](crate::ConfigFlags::GSO); so the usual 212992 hold 237 to 277
+    /// small packets, 92 frames, or 3 large ones. Raise it for bursts. Beyond `net.core.rmem_max` it takes
     /// `CAP_NET_ADMIN` in the initial user namespace; without that, it ends there.
     #[doc(alias = "SO_RCVBUF")]
     #[doc(alias = "nfnl_rcvbufsiz")]
@@ -178,6 +180,9 @@ impl HandleBuilder {
 
     /// Takes over a netfilter netlink socket that is open already, for instance one opened in another network
     /// namespace
+    ///
+    /// Queues that it has bound stay so, but are not this handle's: their packets are counted in
+    /// [`Stats::discarded`], and binding them is refused as [`AlreadyBound`](crate::Situation::AlreadyBound).
     ///
     /// # Errors
     /// [`Error::NotNetfilter`]; [`Error::Io`].
@@ -251,7 +256,7 @@ impl Handle {
     /// Binds a protocol family, as programs did before Linux 3.8; since then the kernel acknowledges and does nothing
     ///
     /// # Errors
-    /// [`Error::Refused`]: no `CAP_NET_ADMIN`. [`Error::NoAck`].
+    /// [`Error::Refused`]: no `CAP_NET_ADMIN`. [`Error::NoAck`]; [`Error::Io`].
     #[doc(alias = "nfq_bind_pf")]
     pub fn bind_pf(&self, family: Family) -> Result<()> {
         self.shared
@@ -272,10 +277,11 @@ impl Handle {
 
     /// Waits until the kernel has processed every verdict sent so far, and every refusal has arrived
     ///
-    /// The refusals are then there for the next receive call or [`handle_packet`](Self::handle_packet).
+    /// The refusals are then there for the next receive call or [`handle_packet`](Self::handle_packet), unless they were
+    /// lost in an overrun.
     ///
     /// # Errors
-    /// [`Error::Refused`]: the process has dropped `CAP_NET_ADMIN`. [`Error::NoAck`].
+    /// [`Error::Refused`]: the process has dropped `CAP_NET_ADMIN`. [`Error::NoAck`]; [`Error::Io`].
     pub fn sync(&self) -> Result<()> {
         self.shared.sync(Operation::Sync)
     }
@@ -346,7 +352,11 @@ impl Drop for Handle {
 
 /// Answering, in either style
 impl Handle {
-    /// Answers a packet, now or at any later time, in any order, from any thread
+    /// Answers a packet, now or at any later time, from any thread that has the handle; others use a
+    /// [`verdict_sender`](Self::verdict_sender)
+    ///
+    /// In any order; but recent kernels drop a later segment of a new connection that is released before an earlier one.
+    /// Before replacing a payload look at [`Packet::is_cut`](crate::Packet::is_cut): what was not copied would be lost.
     ///
     /// The kernel acts before this returns. If it refuses (most often because the packet has gone meanwhile), that
     /// comes out of the receive side as [`Event::Refused`] with the same key; [`sync`](Self::sync) waits for it.

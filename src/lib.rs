@@ -9,21 +9,23 @@
 //!   **callbacks** with [`QueueData`] as in libnetfilter_queue.
 //! * [`Queue`] is a bound queue: copy mode, flags, length, end.
 //! * [`Packet`] is a view of a waiting packet; [`PacketKey`] is what it is answered by, from anywhere.
-//! * [`Verdict`] and [`Decision`] are the answers.
+//! * [`Verdict`] and [`Decision`] are the answers; a [`VerdictBatch`] sends many together, a [`VerdictSender`] from other
+//!   threads, to which an [`OwnedPacket`] can go.
 //! * [`Error`], [`Refusal`] and [`Situation`] say what went wrong; [`Stats`] and [`QueueStats`] count.
 //!
 //! ```no_run
-//! use nfqnl::{Handle, RecvBatch, Verdict};
+//! use nfqnl::{Handle, RecvBatch, Verdict, VerdictBatch};
 //!
 //! # fn main() -> nfqnl::Result<()> {
 //! let handle = Handle::open()?;
 //! let queue = handle.bind_queue(1)?;
-//! let mut batch = RecvBatch::default();
+//! let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
 //! loop {
 //!     for packet in handle.recv(&mut batch)?.packets() {
 //!         println!("{} bytes at {}", packet.payload().len(), packet.hook());
-//!         handle.verdict(packet.key(), Verdict::Accept)?;
+//!         verdicts.push(packet.key(), Verdict::Accept)?;
 //!     }
+//!     handle.send(&mut verdicts)?;
 //! }
 //! # }
 //! ```
@@ -39,7 +41,8 @@
 //! loses none.
 //!
 //! # Features
-//! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `nfqnl::proto::interop`. Off by default.
+//! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `nfqnl::proto::interop`. Off by default. They
+//!   follow the versions of that crate; a release of this one that raises it is no breaking one.
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 

@@ -43,7 +43,8 @@ impl Queue {
     /// [`CopyMode::NONE`] is set, the kernel drops the queue's packets.
     ///
     /// # Errors
-    /// [`Error::UnknownCopyMode`]; [`Error::Refused`]; [`Error::NoAck`]; [`Error::Ended`].
+    /// [`Error::UnknownCopyMode`]; [`Error::Refused`]; [`Error::NoAck`];
+    /// [`Error::Io`]; [`Error::Ended`].
     #[doc(alias = "nfq_set_mode")]
     pub fn set_mode(&self, mode: CopyMode, range: u32) -> Result<()> {
         self.update(
@@ -57,7 +58,8 @@ impl Queue {
     /// # Errors
     /// [`Error::Refused`] with [`Situation::Unsupported`](crate::Situation::Unsupported) (or
     /// [`Invalid`](crate::Situation::Invalid) from Linux 7.2 on) if the kernel does not know a flag or was built
-    /// without what it needs; nothing is changed then. [`Error::NoAck`]; [`Error::Ended`].
+    /// without what it needs; nothing is changed then. [`Error::NoAck`];
+    /// [`Error::Io`]; [`Error::Ended`].
     #[doc(alias = "nfq_set_queue_flags")]
     pub fn set_flags(&self, mask: ConfigFlags, flags: ConfigFlags) -> Result<()> {
         self.update(
@@ -70,7 +72,7 @@ impl Queue {
     ///
     /// # Errors
     /// [`Error::ZeroMaxlen`]: the kernel would accept 0, and drop everything. [`Error::Refused`]; [`Error::NoAck`];
-    /// [`Error::Ended`].
+    /// [`Error::Io`]; [`Error::Ended`].
     #[doc(alias = "nfq_set_queue_maxlen")]
     pub fn set_maxlen(&self, packets: u32) -> Result<()> {
         self.update(
@@ -82,7 +84,8 @@ impl Queue {
     /// Unbinds the queue and waits until the kernel has done so; it drops every packet that waits
     ///
     /// # Errors
-    /// [`Error::Refused`]; [`Error::NoAck`]. The queue is given up in either case.
+    /// [`Error::Refused`], as when the process has dropped `CAP_NET_ADMIN`: the kernel then keeps the queue until the
+    /// socket is closed. [`Error::NoAck`]; [`Error::Io`]. The handle gives the queue up in any case.
     #[doc(alias = "nfq_destroy_queue")]
     pub fn destroy(mut self) -> Result<()> {
         match std::mem::take(&mut self.shared).upgrade() {

@@ -13,9 +13,11 @@ use crate::error::{Error, Operation, Result};
 pub struct Stats {
     /// Packets received; all but the `discarded` ones are handed on
     pub packets: u64,
-    /// Packets that the kernel numbered and could not send: gaps in the ids. Lost in overruns of the receive buffer
+    /// Packets that the kernel numbered and could not send, because the receive buffer was full: gaps in the ids, which
+    /// the next packet shows. They were dropped, or with [`ConfigFlags::FAIL_OPEN`](crate::ConfigFlags::FAIL_OPEN)
+    /// accepted
     pub lost_packets: u64,
-    /// How often the kernel reported an overrun (`ENOBUFS`)
+    /// How often the kernel reported an overrun (`ENOBUFS`) to this library; not to the caller's own receive call
     pub overruns: u64,
     /// Verdicts that the kernel refused
     pub refused_verdicts: u64,
@@ -23,7 +25,8 @@ pub struct Stats {
     pub truncated: u64,
     /// Messages that could not be decoded
     pub malformed: u64,
-    /// Packets of queues that were unbound before they could be handed on; the kernel has dropped them
+    /// Packets of queues that were unbound before they could be handed on; the kernel drops them with the queue. Also
+    /// those of a queue that is not this handle's ([`HandleBuilder::open_fd`](crate::HandleBuilder::open_fd))
     pub discarded: u64,
     /// Packets given to `handle_packet` whose queue has no callback; they go on waiting
     pub unclaimed: u64,

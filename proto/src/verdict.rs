@@ -163,9 +163,10 @@ impl<'p> Decision<'p> {
     /// Replaces the packet, from its network header on, by one that may be longer or shorter
     ///
     /// The lengths and **all checksums** in it are the caller's, IP and transport alike. The kernel drops the packet
-    /// without a word if it can't make the change: out of memory, shorter than the headers, and from Linux 7.2 on
-    /// whatever alters addresses' surroundings (version, options, fragment bits), any bridge packet, and everything in
-    /// a network namespace of an ordinary user.
+    /// without a word if it can't make the change: it is out of memory, or the new packet is shorter than its headers.
+    /// From Linux 7.2 on it also drops it if IP version, options, extension headers or fragment bits are changed, if the
+    /// length in the IP header is wrong, if the packet is a bridge's, and in a network namespace whose user namespace is
+    /// not the initial one; from 7.3 on if the transport header is not whole.
     #[doc(alias = "NFQA_PAYLOAD")]
     pub const fn with_payload(mut self, payload: &'p [u8]) -> Self {
         self.payload = Some(payload);
