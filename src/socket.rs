@@ -357,10 +357,11 @@ impl Shared {
                 // Ours already: let the kernel say so. If it says otherwise, the queue was unbound through another
                 // descriptor of this socket, and the present binding is at its end.
                 let bare = ConfigRequest::bind(queue, QueueConfig::new());
+                let endings = state.endings;
                 let pending = self.begin(&mut state, op, Some(&bare))?;
                 drop(state);
                 self.finish(pending)?;
-                self.unbind(present)?;
+                self.unbind_bare(present, endings)?;
             } else {
                 break state;
             }
@@ -420,6 +421,19 @@ impl Shared {
         self.end(id).map_or(Ok(()), |pending| self.finish(pending?))
     }
 
+    /// Unbinds a queue that was just bound though there was a binding; does nothing if the queue was unbound since the
+    /// count of endings stood so
+    fn unbind_bare(&self, present: BindingId, endings: u64) -> Result<()> {
+        let mut state = self.state();
+        let is_unbound = |&(queue, place)| queue == present.queue && place > endings;
+        if !self.forget(&mut state, present) && state.ended.iter().any(is_unbound) {
+            return Ok(());
+        }
+        let pending = self.begin_unbind(&mut state, present.queue)?;
+        drop(state);
+        self.finish(pending)
+    }
+
     /// Unbinds a queue without waiting; does nothing if this binding has ended
     pub(crate) fn post_unbind(&self, id: BindingId) {
         if let Some(Ok(pending)) = self.end(id) {
@@ -432,14 +446,15 @@ impl Shared {
     /// Ends a binding, if it has not ended: for this handle and for the kernel in one step, so that nothing comes between
     fn end(&self, id: BindingId) -> Option<Result<Pending>> {
         let mut state = self.state();
-        if !self.forget(&mut state, id) {
-            return None;
-        }
+        self.forget(&mut state, id)
+            .then(|| self.begin_unbind(&mut state, id.queue))
+    }
+
+    fn begin_unbind(&self, state: &mut State, queue: u16) -> Result<Pending> {
         state.endings += 1;
-        let place = state.endings;
-        state.ended.push((id.queue, place));
-        let request = ConfigRequest::unbind(id.queue);
-        Some(self.begin(&mut state, Operation::Unbind(id.queue), Some(&request)))
+        state.ended.push((queue, state.endings));
+        let request = ConfigRequest::unbind(queue);
+        self.begin(state, Operation::Unbind(queue), Some(&request))
     }
 
     /// Ends a binding for this handle: its keys are stale from here on, and what waits of it in the stash is gone in the
