@@ -1,0 +1,308 @@
+//! Receiving, and what is noted of everything that is seen for the first time
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use nfqnl_proto::{Message, Messages, PacketKey};
+
+use super::{Shared, State};
+use crate::batch::{Contents, RecvBatch, Stashed};
+use crate::bindings::{Bindings, Noted};
+use crate::error::{Error, Operation, Refusal, Result};
+use crate::event::{Event, next_event};
+use crate::sys;
+
+/// The kernel's count of messages that it could not put in the receive buffer, set against gaps in the ids
+#[derive(Debug, Default)]
+pub(super) struct Drops {
+    pub(super) seen: u32,
+    /// Those that no gap has shown yet; answers are lost too, so not all will
+    unexplained: u64,
+}
+
+impl Drops {
+    /// Whether `gap` packets were lost, given the kernel's count of lost messages
+    fn explain(&mut self, gap: u32, count: u32) -> bool {
+        self.unexplained += u64::from(count.wrapping_sub(self.seen));
+        self.seen = count;
+        match self.unexplained.checked_sub(gap.into()) {
+            Some(left) => {
+                self.unexplained = left;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+impl Shared {
+    /// Fills the batch with what is there, without waiting; says whether it has any events
+    ///
+    /// Returns `false` only when the socket is empty.
+    pub(crate) fn fill(&self, batch: &mut RecvBatch) -> Result<bool> {
+        if batch.has_events() {
+            return Ok(true);
+        }
+        let contents = batch.clear();
+        let mut state = self.state();
+        state.refresh(&mut contents.bindings);
+        if !state.stash.is_empty() {
+            std::mem::swap(&mut contents.stash, &mut state.stash);
+            return Ok(true);
+        }
+        loop {
+            let slots = contents.arena.chunks_exact_mut(contents.slot_len);
+            match sys::recv_many(self.as_fd(), slots, &mut contents.slots) {
+                Ok(n) => {
+                    contents.filled = n;
+                    if self.note_slots(&mut state, contents) {
+                        return Ok(true);
+                    }
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::ENOBUFS) => {
+                        state.stats.overruns += 1;
+                        contents.overruns += 1;
+                    }
+                    Some(libc::EINTR) => {}
+                    Some(libc::EAGAIN) => {
+                        contents.filled = 0;
+                        return Ok(contents.overruns > 0);
+                    }
+                    _ => {
+                        return Err(Error::Io {
+                            op: Operation::Receive,
+                            source: error,
+                        });
+                    }
+                },
+            }
+        }
+    }
+
+    fn note_slots(&self, state: &mut State, contents: &mut Contents) -> bool {
+        let mut any = contents.overruns > 0;
+        let datagrams = contents.arena.chunks_exact(contents.slot_len);
+        let received = contents.slots.iter_mut().take(contents.filled);
+        for (received, slot) in received.zip(datagrams) {
+            if !received.from_kernel {
+                state.stats.foreign += 1;
+                received.len = 0;
+            }
+            let datagram = slot.get(..received.len).unwrap_or_default();
+            any |= self.note(state, datagram);
+        }
+        any
+    }
+
+    /// Waits for something to receive, until the deadline if there is one; `false` when it has passed
+    pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<bool> {
+        loop {
+            let timeout = match deadline {
+                None => -1,
+                Some(deadline) => {
+                    // Rounded up, so that the last wait is not a spin.
+                    let left = deadline
+                        .saturating_duration_since(Instant::now())
+                        .as_micros();
+                    left.div_ceil(1000).try_into().unwrap_or(libc::c_int::MAX)
+                }
+            };
+            match sys::wait_readable(self.as_fd(), timeout) {
+                Ok(true) => return Ok(true),
+                Ok(false) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
+                    return Ok(false);
+                }
+                Ok(false) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => {
+                    return Err(Error::Io {
+                        op: Operation::Receive,
+                        source,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Takes in a datagram that the caller has received: behind what is stashed, if anything is
+    ///
+    /// Returns what is to be looked at now if that is not the datagram alone. Brings the copy of the bindings up to date,
+    /// and says whether it was not.
+    pub(crate) fn take_in(
+        &self,
+        datagram: &[u8],
+        bindings: &mut Bindings,
+    ) -> (bool, Option<VecDeque<Stashed>>) {
+        // Datagrams may be passed on in another order than they came in, so what waits is not known any more.
+        self.is_read_outside.store(true, Ordering::Relaxed);
+        let mut state = self.state();
+        let was_old = state.refresh(bindings);
+        let has_events = self.note(&mut state, datagram);
+        if state.stash.is_empty() {
+            return (was_old, None);
+        }
+        let mut all = std::mem::take(&mut state.stash);
+        if has_events {
+            all.push_back(Stashed::Datagram(datagram.into()));
+        }
+        (was_old, Some(all))
+    }
+
+    /// Puts back what was taken in and could not be looked at, in front of what has come since
+    pub(crate) fn put_back(&self, mut rest: VecDeque<Stashed>, bindings: &Bindings) {
+        if rest.is_empty() {
+            return;
+        }
+        let mut state = self.state();
+        // What was bound then and is not now is gone; a later binding's it must not become.
+        let before = rest.len();
+        rest.retain(|stashed| {
+            let binding = stashed.key().and_then(|key| bindings.get(key.queue));
+            binding.is_none_or(|binding| state.bindings.is_current(binding.id))
+        });
+        state.stats.discard(before - rest.len());
+        rest.append(&mut state.stash);
+        state.stash = rest;
+        drop(state);
+        self.wake();
+    }
+
+    /// Counts a packet whose binding ended before it could be handed on
+    pub(crate) fn note_discarded(&self) {
+        self.state().stats.discard(1);
+    }
+
+    /// Sees a datagram for the first time: hands answers to the requests that wait for them, and counts
+    ///
+    /// Says whether there is an event in it.
+    #[inline]
+    pub(super) fn note(&self, state: &mut State, datagram: &[u8]) -> bool {
+        match single_packet(datagram) {
+            Some(key) => self.note_packet(state, key),
+            None => self.note_messages(state, datagram),
+        }
+    }
+
+    fn note_messages(&self, state: &mut State, datagram: &[u8]) -> bool {
+        let mut answered = false;
+        for message in Messages::new(datagram) {
+            answered |= matches!(message, Ok(Message::Reply(reply)) if state.note_answer(&reply));
+        }
+        if answered {
+            self.answered.notify_all();
+        }
+        let bindings = state.bindings.clone();
+        let mut messages = Messages::new(datagram);
+        let mut any = false;
+        while let Some(event) = next_event(&mut messages, &bindings) {
+            any = true;
+            match event {
+                Event::Packet(packet) => {
+                    self.note_packet(state, packet.key());
+                }
+                Event::Refused(refusal) => {
+                    state.stats.refused_verdicts += 1;
+                    note_refusal(&refusal, &bindings);
+                }
+                Event::Overrun => state.stats.overruns += 1,
+                Event::Malformed { key, .. } => {
+                    state.stats.malformed += 1;
+                    if let Some(key) = key {
+                        self.note_packet(state, key);
+                    }
+                }
+                Event::Truncated { key, .. } => {
+                    state.stats.truncated += 1;
+                    if let Some(key) = key {
+                        self.note_packet(state, key);
+                    }
+                }
+            }
+        }
+        any
+    }
+
+    #[inline]
+    fn note_packet(&self, state: &mut State, key: PacketKey) -> bool {
+        state.stats.packets += 1;
+        let Some(binding) = state.bindings.get(key.queue) else {
+            state.stats.discarded += 1;
+            return false;
+        };
+        let gap = match binding.note(key.id) {
+            Noted::Next => 0,
+            Noted::After { gap } => gap,
+            Noted::Late => {
+                state.stats.lost_packets = state.stats.lost_packets.saturating_sub(1);
+                0
+            }
+        };
+        if gap > 0 {
+            state.stats.lost_packets += u64::from(gap);
+            // Older kernels don't say; then it may as well be somebody else who has received what is missing.
+            let drops = &mut state.drops;
+            if !sys::drops(self.as_fd()).is_ok_and(|count| drops.explain(gap, count)) {
+                binding.waiting().go_blind();
+            }
+        }
+        if self.coalesces() {
+            binding.waiting().receive(key.id);
+        }
+        true
+    }
+}
+
+/// A packet waits on that was thought to be answered, unless the kernel says that there is none, or has dropped it
+/// because it can't do what the verdict says
+fn note_refusal(refusal: &Refusal, bindings: &Bindings) {
+    if !matches!(refusal.errno(), libc::ENOENT | libc::EINVAL)
+        && let Some(key) = refusal.packet()
+        && let Some(binding) = bindings.current(key.into())
+    {
+        binding.waiting().go_blind();
+    }
+}
+
+impl State {
+    /// Brings a copy of the bindings up to date, and says whether it was not
+    fn refresh(&self, bindings: &mut Bindings) -> bool {
+        let is_old = !bindings.is(&self.bindings);
+        if is_old {
+            bindings.clone_from(&self.bindings);
+        }
+        is_old
+    }
+}
+
+/// The key of a datagram that is one whole packet message, as nearly all are
+#[inline]
+fn single_packet(datagram: &[u8]) -> Option<PacketKey> {
+    let len = u32::from_ne_bytes(*datagram.first_chunk()?);
+    if usize::try_from(len) == Ok(datagram.len()) {
+        PacketKey::peek(datagram)
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_are_set_against_the_kernels_count_of_drops() {
+        let mut drops = Drops {
+            seen: u32::MAX - 1,
+            unexplained: 0,
+        };
+        assert!(drops.explain(3, 1), "across the wrap");
+        assert!(!drops.explain(1, 1), "nothing was dropped since");
+        assert!(drops.explain(1, 4), "two were not seen to be missing yet");
+        assert!(drops.explain(2, 4));
+        assert!(!drops.explain(1, 4));
+    }
+}
