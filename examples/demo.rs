@@ -581,3 +581,36 @@ fn report_counters(handle: &Handle) -> bool {
     }
     fine
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_count_that_is_not_as_meant_fails_the_demo() {
+        let fine = JOBS.map(|job| {
+            let mut counts = job.expected;
+            if let Traffic::Tcp(_) = job.traffic {
+                (counts.held, counts.accepted) = (9, 9);
+            }
+            counts
+        });
+        let counted = [fine; FAMILIES.len()];
+        assert!(report(&counted));
+        for family in 0..FAMILIES.len() {
+            for job in 0..JOBS.len() {
+                let fields: [fn(&mut Counts); 4] = [
+                    |counts| counts.sent += 1,
+                    |counts| counts.held += 1,
+                    |counts| counts.accepted += 1,
+                    |counts| counts.received += 1,
+                ];
+                for change in fields {
+                    let mut counted = counted;
+                    change(&mut counted[family][job]);
+                    assert!(!report(&counted), "{} {family}", JOBS[job].name);
+                }
+            }
+        }
+    }
+}
