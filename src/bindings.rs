@@ -86,32 +86,29 @@ impl Binding {
         self.has_ended.store(true, Ordering::Relaxed);
     }
 
-    /// Notes that packet `id` has come
+    /// Notes that packets have come that were numbered one after the other
     ///
     /// The kernel numbers packets without gaps; a message that did not fit the receive buffer has used its number up.
-    pub(crate) fn note(&self, id: u32) -> Noted {
-        match id.wrapping_sub(self.last_id.load(Ordering::Relaxed)) {
-            0 => return Noted::Next, // once more
-            1 => {}
-            step if step <= u32::MAX / 2 => {
-                self.last_id.store(id, Ordering::Relaxed);
-                return Noted::After { gap: step - 1 };
-            }
+    #[inline]
+    pub(crate) fn note(&self, first: u32, last: u32) -> Noted {
+        let noted = match first.wrapping_sub(self.last_id.load(Ordering::Relaxed)) {
+            0 | 1 => Noted::Next, // 0: once more
+            step if step <= u32::MAX / 2 => Noted::After { gap: step - 1 },
             _ => return Noted::Late,
-        }
-        self.last_id.store(id, Ordering::Relaxed);
-        Noted::Next
+        };
+        self.last_id.store(last, Ordering::Relaxed);
+        noted
     }
 }
 
-/// Where a packet stands among those that came before
+/// Where packets stand among those that came before
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Noted {
-    /// It is the next one
+    /// They are the next ones
     Next,
-    /// Some were left out before it
+    /// Some were left out before them
     After { gap: u32 },
-    /// It had been left out: several threads read the descriptor
+    /// They had been left out: several threads read the descriptor
     Late,
 }
 
@@ -177,7 +174,7 @@ mod tests {
     fn gaps_are_counted_across_the_wrap_and_never_backwards() {
         let binding = Binding::new(0, false);
         assert_eq!(
-            [1, 2, 5, 4, 5, 6].map(|id| binding.note(id)),
+            [1, 2, 5, 4, 5, 6].map(|id| binding.note(id, id)),
             [
                 Noted::Next,
                 Noted::Next,
@@ -190,7 +187,7 @@ mod tests {
         let binding = Binding::new(0, false);
         binding.last_id.store(u32::MAX - 1, Ordering::Relaxed);
         assert_eq!(
-            [u32::MAX, 1, 2].map(|id| binding.note(id)),
+            [u32::MAX, 1, 2].map(|id| binding.note(id, id)),
             [Noted::Next, Noted::After { gap: 1 }, Noted::Next]
         );
     }

@@ -156,7 +156,7 @@ impl Shared {
         let binding = bindings.current(key.into()).ok_or(Error::Stale { key })?;
         self.send(Operation::Verdict(key), out.get(..len).unwrap_or_default())?;
         if self.coalesces() && common.verdict() != Verdict::Stolen {
-            binding.waiting().answer(key.id);
+            binding.waiting().answer(key.id, key.id);
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 #![allow(unsafe_code, reason = "system calls; the rest of the crate denies it")]
 
 use std::io;
-use std::mem;
+use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr;
 
@@ -31,44 +31,38 @@ pub(crate) fn recv_many<'s>(
     slots: impl Iterator<Item = &'s mut [u8]>,
     received: &mut [Received],
 ) -> io::Result<usize> {
-    let mut names = [NO_NAME; RECV_MAX];
-    let mut vecs = [libc::iovec {
-        iov_base: ptr::null_mut(),
-        iov_len: 0,
-    }; RECV_MAX];
-    // SAFETY: a `mmsghdr` is integers and pointers, for which all zeroes is a value.
-    let mut headers: [libc::mmsghdr; RECV_MAX] = unsafe { mem::zeroed() };
+    let mut names = [const { MaybeUninit::uninit() }; RECV_MAX];
+    let mut vecs = [const { MaybeUninit::uninit() }; RECV_MAX];
+    let mut headers = [const { MaybeUninit::uninit() }; RECV_MAX];
 
     let parts = headers.iter_mut().zip(&mut vecs).zip(&mut names);
     let mut wanted: libc::c_uint = 0;
     for (((header, vec), name), slot) in parts.zip(slots).take(received.len()) {
-        vec.iov_base = slot.as_mut_ptr().cast();
-        vec.iov_len = slot.len();
-        header.msg_hdr.msg_iov = vec;
-        header.msg_hdr.msg_iovlen = 1;
-        header.msg_hdr.msg_name = ptr::from_mut(name).cast();
-        header.msg_hdr.msg_namelen = NAME_LEN;
+        header.write(header_for(vec.write(iovec_of(slot)), name.write(NO_NAME)));
         wanted += 1;
     }
-    // SAFETY: the first `wanted` headers point to an address and an iovec of this frame, and each iovec to a slot that
-    // is mutably borrowed for `'s`, with its length; the kernel writes there only during the call.
+    // SAFETY: the first `wanted` headers are written, and point to an address and an iovec of this frame; each iovec
+    // points to a slot that is mutably borrowed for `'s`, with its length. The kernel writes there only during the call.
     let n = unsafe {
         libc::recvmmsg(
             fd.as_raw_fd(),
-            headers.as_mut_ptr(),
+            headers.as_mut_ptr().cast(),
             wanted,
             libc::MSG_DONTWAIT as _,
             ptr::null_mut(),
         )
     };
     let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
-    for (((received, header), name), vec) in received
-        .iter_mut()
-        .zip(&headers)
-        .zip(&names)
-        .zip(&vecs)
-        .take(n)
-    {
+    let parts = headers.iter().zip(&vecs).zip(&names);
+    for (received, ((header, vec), name)) in received.iter_mut().zip(parts).take(n) {
+        // SAFETY: of at most `wanted` parts, which were written, the kernel has filled the first `n`.
+        let (header, vec, name) = unsafe {
+            (
+                header.assume_init_ref(),
+                vec.assume_init_ref(),
+                name.assume_init_ref(),
+            )
+        };
         *received = Received {
             len: usize::try_from(header.msg_len)
                 .unwrap_or(usize::MAX)
@@ -77,6 +71,23 @@ pub(crate) fn recv_many<'s>(
         };
     }
     Ok(n)
+}
+
+fn iovec_of(slot: &mut [u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: slot.as_mut_ptr().cast(),
+        iov_len: slot.len(),
+    }
+}
+
+fn header_for(vec: &mut libc::iovec, name: &mut libc::sockaddr_nl) -> libc::mmsghdr {
+    // SAFETY: a `mmsghdr` is integers and pointers, for which all zeroes is a value.
+    let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
+    header.msg_hdr.msg_iov = vec;
+    header.msg_hdr.msg_iovlen = 1;
+    header.msg_hdr.msg_name = ptr::from_mut(name).cast();
+    header.msg_hdr.msg_namelen = NAME_LEN;
+    header
 }
 
 const NAME_LEN: libc::socklen_t = 12;

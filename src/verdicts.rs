@@ -207,7 +207,8 @@ impl VerdictBatch {
         mut bindings: impl FnMut() -> B,
         mut send: impl FnMut(PacketKey, &[u8]) -> Result<()>,
     ) -> Result<()> {
-        if std::mem::take(&mut self.is_mixed) {
+        let is_mixed = std::mem::take(&mut self.is_mixed);
+        if is_mixed {
             // Stable, so the order within each queue stays.
             self.entries
                 .sort_by_key(|entry| (entry.key.queue, entry.key.binding));
@@ -223,6 +224,7 @@ impl VerdictBatch {
                 raw: &self.raw,
                 out: &mut self.out,
                 max_len,
+                is_mixed,
             }
             .fill(rest, coalesce, &bindings, &mut stale);
             if !self.out.is_empty()
@@ -233,7 +235,7 @@ impl VerdictBatch {
                 return Err(error);
             }
             if coalesce {
-                note_answers(rest.get(..part).unwrap_or_default(), &bindings);
+                note_answers(rest.get(..part).unwrap_or_default(), is_mixed, &bindings);
             }
             done += part;
         }
@@ -243,8 +245,11 @@ impl VerdictBatch {
 }
 
 /// The verdicts at the front that belong to the same binding, and the rest
-fn split_binding(entries: &[Entry]) -> Option<(BindingId, &[Entry], &[Entry])> {
+fn split_binding(entries: &[Entry], is_mixed: bool) -> Option<(BindingId, &[Entry], &[Entry])> {
     let binding = BindingId::from(entries.first()?.key);
+    if !is_mixed {
+        return Some((binding, entries, &[]));
+    }
     let len = entries
         .iter()
         .take_while(|entry| BindingId::from(entry.key) == binding)
@@ -253,12 +258,21 @@ fn split_binding(entries: &[Entry]) -> Option<(BindingId, &[Entry], &[Entry])> {
     Some((binding, group, rest))
 }
 
-fn note_answers(mut entries: &[Entry], bindings: &Bindings) {
-    while let Some((binding, group, rest)) = split_binding(entries) {
+fn note_answers(mut entries: &[Entry], is_mixed: bool, bindings: &Bindings) {
+    while let Some((binding, group, rest)) = split_binding(entries, is_mixed) {
         if let Some(binding) = bindings.current(binding) {
             let mut waiting = binding.waiting();
-            for entry in group.iter().filter(|entry| entry.is_answer) {
-                waiting.answer(entry.key.id);
+            let mut answered = group.iter().filter(|entry| entry.is_answer);
+            if let Some(Entry { key, .. }) = answered.next() {
+                let (mut first, mut last) = (key.id, key.id);
+                for Entry { key, .. } in answered {
+                    if key.id != last.wrapping_add(1) {
+                        waiting.answer(first, last);
+                        first = key.id;
+                    }
+                    last = key.id;
+                }
+                waiting.answer(first, last);
             }
         }
         entries = rest;
@@ -270,13 +284,7 @@ struct Part<'o> {
     raw: &'o [u8],
     out: &'o mut Vec<u8>,
     max_len: usize,
-}
-
-/// Equal verdicts on packets that follow each other in the queue
-struct Run {
-    common: BatchVerdict,
-    last: PacketKey,
-    is_single: bool,
+    is_mixed: bool,
 }
 
 impl Part<'_> {
@@ -289,7 +297,7 @@ impl Part<'_> {
         stale: &mut Option<PacketKey>,
     ) -> usize {
         let all = entries.len();
-        while let Some((id, group, rest)) = split_binding(entries) {
+        while let Some((id, group, rest)) = split_binding(entries, self.is_mixed) {
             let taken = match bindings.current(id) {
                 Some(binding) if coalesce => self.fill_runs(group, &binding.waiting()),
                 Some(_) => self.fill_runs(group, &Waiting::default()),
@@ -308,72 +316,55 @@ impl Part<'_> {
 
     /// Encodes one binding's verdicts
     ///
-    /// `ahead` counts the oldest waiting packets that have their verdict in this part: a batch verdict on the next one
-    /// finds them gone, since the kernel carries out the messages of a send in their order.
+    /// The cursor stands behind the oldest waiting packets that have their verdict in this part: a batch verdict on the
+    /// next one finds them gone, since the kernel carries out the messages of a send in their order.
     fn fill_runs(&mut self, entries: &[Entry], waiting: &Waiting) -> usize {
-        let mut ahead = 0;
-        let mut run: Option<Run> = None;
-        for (taken, entry) in entries.iter().enumerate() {
-            let is_next = waiting.nth(ahead) == Some(entry.key.id);
-            match (&mut run, entry.what) {
-                (Some(run), What::Common(common)) if is_next && run.common == common => {
-                    run.last = entry.key;
-                    run.is_single = false;
+        let mut cursor = waiting.cursor();
+        let mut rest = entries;
+        while let [entry, behind @ ..] = rest {
+            let len = match entry.what {
+                What::Common(_) => BatchVerdict::MAX_LEN,
+                What::Raw { start, end } => align(end - start),
+            };
+            if !self.out.is_empty() && self.out.len() + len > self.max_len {
+                break;
+            }
+            let is_next = entry.is_answer && cursor.advance_over(entry.key.id);
+            rest = behind;
+            match entry.what {
+                What::Raw { start, end } => {
+                    self.out
+                        .extend_from_slice(self.raw.get(start..end).unwrap_or_default());
+                    self.pad();
                 }
-                (_, what) => {
-                    self.end_run(run.take());
-                    let len = match what {
-                        What::Common(_) => BatchVerdict::MAX_LEN,
-                        What::Raw { start, end } => align(end - start),
-                    };
-                    if !self.out.is_empty() && self.out.len() + len > self.max_len {
-                        return taken;
+                // Whatever is not next in line, or may stay there, is no beginning of a run.
+                What::Common(common) if !is_next => self.encode(common, entry.key, false),
+                What::Common(common) => {
+                    let mut last = entry.key;
+                    while let [entry, behind @ ..] = rest
+                        && matches!(entry.what, What::Common(other) if other == common)
+                        && cursor.advance_over(entry.key.id)
+                    {
+                        last = entry.key;
+                        rest = behind;
                     }
-                    match what {
-                        What::Common(common) => {
-                            let new = Run {
-                                common,
-                                last: entry.key,
-                                is_single: true,
-                            };
-                            // Whatever is not next in line, or may stay there, is no beginning of a run.
-                            if is_next && entry.is_answer {
-                                run = Some(new);
-                            } else {
-                                self.end_run(Some(new));
-                            }
-                        }
-                        What::Raw { start, end } => {
-                            self.out
-                                .extend_from_slice(self.raw.get(start..end).unwrap_or_default());
-                            self.pad();
-                        }
-                    }
+                    self.encode(common, last, last != entry.key);
                 }
             }
-            ahead += usize::from(is_next && entry.is_answer);
         }
-        self.end_run(run);
-        entries.len()
+        entries.len() - rest.len()
     }
 
-    fn end_run(&mut self, run: Option<Run>) {
-        let Some(Run {
-            common,
-            last,
-            is_single,
-        }) = run
-        else {
-            return;
-        };
+    /// Encodes a verdict on one packet, or on all up to it
+    fn encode(&mut self, common: BatchVerdict, key: PacketKey, is_run: bool) {
         let start = self.out.len();
         self.out.resize(start + BatchVerdict::MAX_LEN, 0);
         let room = self.out.get_mut(start..).unwrap_or_default();
-        let header = verdict_header(last);
-        let len = if is_single {
-            common.encode_single(room, last.queue, last.id, header)
+        let header = verdict_header(key);
+        let len = if is_run {
+            common.encode(room, key.queue, key.id, header)
         } else {
-            common.encode(room, last.queue, last.id, header)
+            common.encode_single(room, key.queue, key.id, header)
         };
         // It always fits: `MAX_LEN` is room for any of these.
         self.out.truncate(start + len.unwrap_or(0));

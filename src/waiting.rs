@@ -8,55 +8,131 @@
 
 use std::collections::VecDeque;
 
-/// More packets than any sensible queue holds; beyond, somebody else must be answering them
-const MAX_WAITING: usize = 1 << 20;
+/// More packets than any sensible queue holds apart; beyond, somebody else must be answering them
+const MAX_RUNS: usize = 1 << 18;
 
 #[derive(Debug, Default)]
 pub(crate) struct Waiting {
-    /// The packets that were received and not answered, oldest first
-    ids: VecDeque<u32>,
+    /// The packets that were received and not answered, oldest first; no run is empty
+    runs: VecDeque<Run>,
     /// Packets may wait that are not in the list, so nothing can be said about any
     is_blind: bool,
 }
 
+/// Packets that the kernel has numbered one after the other
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    first: u32,
+    last: u32,
+}
+
 impl Waiting {
-    /// Notes a packet, which is later than all before
-    #[inline]
-    pub(crate) fn receive(&mut self, id: u32) {
-        let in_order = self.ids.back().is_none_or(|&last| is_before(last, id));
-        if self.is_blind {
-        } else if in_order && self.ids.len() < MAX_WAITING {
-            self.ids.push_back(id);
-        } else {
-            self.go_blind();
+    /// Notes packets that were numbered one after the other, and later than all before
+    pub(crate) fn receive(&mut self, first: u32, last: u32) {
+        let has_room = self.runs.len() < MAX_RUNS;
+        match self.runs.back_mut() {
+            _ if self.is_blind => {}
+            Some(newest) if newest.last.wrapping_add(1) == first => newest.last = last,
+            Some(newest) if !has_room || !is_before(newest.last, first) => self.go_blind(),
+            _ => self.runs.push_back(Run { first, last }),
         }
     }
 
     /// Notes that packets may wait which are not in the list
     pub(crate) fn go_blind(&mut self) {
         *self = Self {
-            ids: VecDeque::new(),
+            runs: VecDeque::new(),
             is_blind: true,
         };
     }
 
-    /// Notes that the kernel has had the verdict on a packet
-    #[inline]
-    pub(crate) fn answer(&mut self, id: u32) {
-        if self.ids.front() == Some(&id) {
-            self.ids.pop_front();
-        } else {
-            let place = self.ids.partition_point(|&other| is_before(other, id));
-            if self.ids.get(place) == Some(&id) {
-                self.ids.remove(place);
+    /// Notes that the kernel has had the verdicts on packets that were numbered one after the other
+    pub(crate) fn answer(&mut self, first: u32, last: u32) {
+        match self.runs.front_mut() {
+            Some(oldest) if oldest.first == first && oldest.last == last => {
+                self.runs.pop_front();
+            }
+            Some(oldest) if oldest.first == first && is_before(last, oldest.last) => {
+                oldest.first = last.wrapping_add(1);
+            }
+            Some(_) => {
+                let mut id = first;
+                self.answer_one(id);
+                while id != last {
+                    id = id.wrapping_add(1);
+                    self.answer_one(id);
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn answer_one(&mut self, id: u32) {
+        let place = self.runs.partition_point(|run| is_before(run.last, id));
+        let Some(run) = self.runs.get_mut(place) else {
+            return;
+        };
+        let Run { first, last } = *run;
+        if is_before(id, first) {
+            return;
+        }
+        match (id == first, id == last) {
+            (true, true) => {
+                self.runs.remove(place);
+            }
+            (true, false) => run.first = id.wrapping_add(1),
+            (false, true) => run.last = id.wrapping_sub(1),
+            (false, false) => {
+                run.last = id.wrapping_sub(1);
+                let first = id.wrapping_add(1);
+                self.runs.insert(place + 1, Run { first, last });
             }
         }
     }
 
-    /// The packet before which exactly `n` others wait
+    /// The waiting packets from the oldest on
+    pub(crate) fn cursor(&self) -> Cursor<'_> {
+        let mut cursor = Cursor {
+            runs: &self.runs,
+            run: 0,
+            next: None,
+            last: 0,
+        };
+        cursor.begin_run();
+        cursor
+    }
+}
+
+/// Goes through the waiting packets, oldest first
+#[derive(Debug)]
+pub(crate) struct Cursor<'w> {
+    runs: &'w VecDeque<Run>,
+    run: usize,
+    next: Option<u32>,
+    /// The last one of the run that `next` is in
+    last: u32,
+}
+
+impl Cursor<'_> {
+    /// Goes on to the packet behind this one if this is the next one; says whether it was
     #[inline]
-    pub(crate) fn nth(&self, n: usize) -> Option<u32> {
-        self.ids.get(n).copied()
+    pub(crate) fn advance_over(&mut self, id: u32) -> bool {
+        if self.next != Some(id) {
+            return false;
+        }
+        if id == self.last {
+            self.run += 1;
+            self.begin_run();
+        } else {
+            self.next = Some(id.wrapping_add(1));
+        }
+        true
+    }
+
+    fn begin_run(&mut self) {
+        let run = self.runs.get(self.run);
+        self.next = run.map(|run| run.first);
+        self.last = run.map_or(0, |run| run.last);
     }
 }
 
@@ -73,13 +149,20 @@ mod tests {
     fn waiting(ids: &[u32]) -> Waiting {
         let mut waiting = Waiting::default();
         for &id in ids {
-            waiting.receive(id);
+            waiting.receive(id, id);
         }
         waiting
     }
 
     fn ids(waiting: &Waiting) -> Vec<u32> {
-        (0..).map_while(|n| waiting.nth(n)).collect()
+        let mut ids = Vec::new();
+        let mut cursor = waiting.cursor();
+        while let Some(id) = cursor.next {
+            ids.push(id);
+            assert!(!cursor.advance_over(id.wrapping_sub(1)));
+            assert!(cursor.advance_over(id));
+        }
+        ids
     }
 
     #[test]
@@ -88,11 +171,24 @@ mod tests {
         for first in all {
             for second in all {
                 let mut waiting = waiting(&all);
-                waiting.answer(first);
-                waiting.answer(second);
-                waiting.answer(3); // never received
+                waiting.answer(first, first);
+                waiting.answer(second, second);
+                waiting.answer(3, 5); // never received
                 let left = all.into_iter().filter(|&id| id != first && id != second);
                 assert_eq!(ids(&waiting), Vec::from_iter(left));
+            }
+        }
+    }
+
+    #[test]
+    fn answers_to_many_across_runs() {
+        let all = [u32::MAX, 0, 1, 2, 5, 6, 9];
+        for from in 0..all.len() {
+            for to in from..all.len() {
+                let mut waiting = waiting(&all);
+                waiting.answer(all[from], all[to]);
+                let left = [&all[..from], &all[to + 1..]].concat();
+                assert_eq!(ids(&waiting), left);
             }
         }
     }
@@ -102,7 +198,7 @@ mod tests {
         for order in [[1, 3, 2], [1, 2, 2]] {
             let mut waiting = waiting(&order);
             assert_eq!(ids(&waiting), []);
-            waiting.receive(9);
+            waiting.receive(9, 9);
             assert_eq!(ids(&waiting), [], "for good");
         }
     }

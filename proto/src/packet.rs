@@ -18,7 +18,8 @@ use crate::consts::{
     NFQA_IFINDEX_PHYSINDEV, NFQA_IFINDEX_PHYSOUTDEV, NFQA_L2HDR, NFQA_MARK, NFQA_MAX,
     NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_PRIORITY, NFQA_SECCTX, NFQA_SKB_CSUM_NOTVERIFIED,
     NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO, NFQA_SKB_INFO, NFQA_TIMESTAMP, NFQA_UID, NFQA_VLAN,
-    NFQNL_MSG_PACKET, PACKET_HDR_LEN, PACKET_HW_LEN, TIMESTAMP_LEN, message_type,
+    NFQNL_MSG_PACKET, NLA_TYPE_MASK, PACKET_HDR_LEN, PACKET_HW_LEN, TIMESTAMP_LEN, align,
+    message_type,
 };
 use crate::error::{DecodeError, Header};
 use crate::types::{Family, Hook};
@@ -89,7 +90,21 @@ impl<'a> Packet<'a> {
     ///
     /// # Errors
     /// Not a packet message, broken lengths, an attribute shorter than its type, or no packet header.
+    #[inline]
     pub fn parse(message: &'a [u8]) -> Result<Self, DecodeError> {
+        match index(message) {
+            Some(at) => Ok(Self {
+                message,
+                at,
+                binding: 0,
+            }),
+            None => Self::parse_carefully(message),
+        }
+    }
+
+    /// Does all that [`parse`](Self::parse) says, and knows what is wrong
+    #[cold]
+    fn parse_carefully(message: &'a [u8]) -> Result<Self, DecodeError> {
         let short = |what, offset, needed| DecodeError::Short {
             what,
             offset,
@@ -119,12 +134,13 @@ impl<'a> Packet<'a> {
 
         let mut at = [0; NFQA_MAX as usize + 1];
         for attr in Attrs::new(attrs) {
-            let attr = attr.map_err(|error| error.at(ATTRS_OFFSET))?;
+            let attr = match attr {
+                Ok(attr) => attr,
+                Err(error) => return Err(error.at(ATTRS_OFFSET)),
+            };
             let kind = usize::from(attr.kind);
             if let (Some(slot), Some(&needed)) = (at.get_mut(kind), MIN_LEN.get(kind)) {
-                if attr.value.len() < needed || attr.kind == NFQA_VLAN {
-                    check(attr, needed)?;
-                }
+                check(attr, needed)?;
                 *slot = u16::try_from((attr.offset + ATTRS_OFFSET) / 4).unwrap_or_default();
             }
         }
@@ -226,6 +242,7 @@ impl<'a> Packet<'a> {
     #[must_use]
     #[doc(alias = "NFQA_PACKET_HDR")]
     #[doc(alias = "nfq_get_msg_packet_hdr")]
+    #[inline]
     pub fn hw_protocol(&self) -> u16 {
         BigEndian::read_u16(&self.header()[4..6])
     }
@@ -236,6 +253,7 @@ impl<'a> Packet<'a> {
     #[must_use]
     #[doc(alias = "NFQA_PACKET_HDR")]
     #[doc(alias = "nfq_get_msg_packet_hdr")]
+    #[inline]
     pub fn hook(&self) -> Hook {
         Hook(self.header()[6])
     }
@@ -282,6 +300,7 @@ impl<'a> Packet<'a> {
     #[must_use]
     #[doc(alias = "NFQA_IFINDEX_INDEV")]
     #[doc(alias = "nfq_get_indev")]
+    #[inline]
     pub fn indev(&self) -> Option<u32> {
         self.be32(NFQA_IFINDEX_INDEV)
     }
@@ -291,6 +310,7 @@ impl<'a> Packet<'a> {
     #[must_use]
     #[doc(alias = "NFQA_IFINDEX_OUTDEV")]
     #[doc(alias = "nfq_get_outdev")]
+    #[inline]
     pub fn outdev(&self) -> Option<u32> {
         self.be32(NFQA_IFINDEX_OUTDEV)
     }
@@ -415,6 +435,7 @@ impl<'a> Packet<'a> {
     #[must_use]
     #[doc(alias = "NFQA_CAP_LEN")]
     #[doc(alias = "cap_len")]
+    #[inline]
     pub fn capture_len(&self) -> Option<u32> {
         self.be32(NFQA_CAP_LEN)
     }
@@ -423,6 +444,7 @@ impl<'a> Packet<'a> {
     /// [`capture_len`](Self::capture_len). Replacing it would shorten the packet.
     #[must_use]
     #[doc(alias = "NFQA_CAP_LEN")]
+    #[inline]
     pub fn is_cut(&self) -> bool {
         self.capture_len().is_some()
     }
@@ -432,6 +454,7 @@ impl<'a> Packet<'a> {
     #[doc(alias = "NFQA_SKB_INFO")]
     #[doc(alias = "nfq_get_skbinfo")]
     #[doc(alias = "skbinfo")]
+    #[inline]
     pub fn skb_info(&self) -> SkbInfo {
         SkbInfo::from_bits_retain(self.be32(NFQA_SKB_INFO).unwrap_or(0))
     }
@@ -471,7 +494,12 @@ impl<'a> Packet<'a> {
 
     #[inline]
     fn fixed<const N: usize>(&self, kind: u16) -> Option<[u8; N]> {
-        self.attr(kind)?.first_chunk().copied()
+        // As long as it has to be: `parse` has seen it.
+        let word = *self.at.get(usize::from(kind)).filter(|&&word| word != 0)?;
+        let value = self
+            .message
+            .get(usize::from(word) * 4 + ATTR_HEADER_LEN..)?;
+        value.first_chunk().copied()
     }
 
     #[inline]
@@ -493,8 +521,50 @@ impl core::fmt::Debug for Packet<'_> {
     }
 }
 
-/// Checks the value of an attribute that is too short, or has others nested in it
-#[cold]
+/// Finds the attributes of a packet message that is as nearly all are: whole, with a packet header and without a VLAN tag
+///
+/// `None` if it is not.
+#[inline]
+fn index(message: &[u8]) -> Option<[u16; NFQA_MAX as usize + 1]> {
+    let (header, _) = message.split_first_chunk::<ATTRS_OFFSET>()?;
+    let kind = NativeEndian::read_u16(&header[4..]);
+    if kind != message_type(NFQNL_MSG_PACKET) || message.len() > MAX_MESSAGE_LEN {
+        return None;
+    }
+    let mut at = [0; NFQA_MAX as usize + 1];
+    let mut offset = ATTRS_OFFSET;
+    while let Some(rest) = message.get(offset..)
+        && let Some(&[l0, l1, k0, k1]) = rest.first_chunk()
+    {
+        let len = usize::from(u16::from_ne_bytes([l0, l1]));
+        let kind = usize::from(u16::from_ne_bytes([k0, k1]) & NLA_TYPE_MASK);
+        let least = LEAST_LEN.get(kind).copied().unwrap_or(ATTR_HEADER_LEN);
+        if len < least || len > rest.len() {
+            return None;
+        }
+        if let Some(slot) = at.get_mut(kind) {
+            *slot = u16::try_from(offset / 4).ok()?;
+        }
+        offset += align(len);
+    }
+    (at[NFQA_PACKET_HDR as usize] != 0).then_some(at)
+}
+
+/// The least `nla_len` of every attribute that has a getter; what has to be looked into has more than any can have
+const LEAST_LEN: [usize; NFQA_MAX as usize + 1] = {
+    let mut table = [0; NFQA_MAX as usize + 1];
+    let mut kind = 0;
+    while kind <= NFQA_MAX {
+        table[kind as usize] = match kind {
+            NFQA_VLAN => usize::MAX,
+            _ => ATTR_HEADER_LEN + min_len(kind),
+        };
+        kind += 1;
+    }
+    table
+};
+
+/// Checks the value of an attribute that has a getter
 fn check(attr: Attr<'_>, needed: usize) -> Result<(), DecodeError> {
     let had = attr.value.len();
     let offset = attr.offset + ATTRS_OFFSET;

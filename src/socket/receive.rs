@@ -83,8 +83,12 @@ impl Shared {
         }
     }
 
+    /// Sees the datagrams in the slots for the first time; says whether there is an event in them
+    ///
+    /// Most are the next packet of the same queue, so that is noted once for all that follow each other.
     fn note_slots(&self, state: &mut State, contents: &mut Contents) -> bool {
         let mut any = contents.overruns > 0;
+        let mut run: Option<(PacketKey, u32)> = None;
         let datagrams = contents.arena.chunks_exact(contents.slot_len);
         let received = contents.slots.iter_mut().take(contents.filled);
         for (received, slot) in received.zip(datagrams) {
@@ -93,7 +97,26 @@ impl Shared {
                 received.len = 0;
             }
             let datagram = slot.get(..received.len).unwrap_or_default();
-            any |= self.note(state, datagram);
+            let packet = single_packet(datagram);
+            match (&mut run, packet) {
+                (Some((first, last)), Some(key))
+                    if key.queue == first.queue && key.id == last.wrapping_add(1) =>
+                {
+                    *last = key.id;
+                    continue;
+                }
+                _ => {}
+            }
+            if let Some((first, last)) = run.take() {
+                any |= self.note_packets(state, first, last);
+            }
+            match packet {
+                Some(key) => run = Some((key, key.id)),
+                None => any |= self.note_messages(state, datagram),
+            }
+        }
+        if let Some((first, last)) = run {
+            any |= self.note_packets(state, first, last);
         }
         any
     }
@@ -182,7 +205,7 @@ impl Shared {
     #[inline]
     pub(super) fn note(&self, state: &mut State, datagram: &[u8]) -> bool {
         match single_packet(datagram) {
-            Some(key) => self.note_packet(state, key),
+            Some(key) => self.note_packets(state, key, key.id),
             None => self.note_messages(state, datagram),
         }
     }
@@ -202,7 +225,8 @@ impl Shared {
             any = true;
             match event {
                 Event::Packet(packet) => {
-                    self.note_packet(state, packet.key());
+                    let key = packet.key();
+                    self.note_packets(state, key, key.id);
                 }
                 Event::Refused(refusal) => {
                     state.stats.refused_verdicts += 1;
@@ -212,13 +236,13 @@ impl Shared {
                 Event::Malformed { key, .. } => {
                     state.stats.malformed += 1;
                     if let Some(key) = key {
-                        self.note_packet(state, key);
+                        self.note_packets(state, key, key.id);
                     }
                 }
                 Event::Truncated { key, .. } => {
                     state.stats.truncated += 1;
                     if let Some(key) = key {
-                        self.note_packet(state, key);
+                        self.note_packets(state, key, key.id);
                     }
                 }
             }
@@ -226,31 +250,30 @@ impl Shared {
         any
     }
 
-    #[inline]
-    fn note_packet(&self, state: &mut State, key: PacketKey) -> bool {
-        state.stats.packets += 1;
-        let Some(binding) = state.bindings.get(key.queue) else {
-            state.stats.discarded += 1;
+    /// Notes packets of one queue, numbered one after the other; says whether the queue is bound
+    fn note_packets(&self, state: &mut State, first: PacketKey, last: u32) -> bool {
+        let n = u64::from(last.wrapping_sub(first.id)) + 1;
+        state.stats.packets += n;
+        let Some(binding) = state.bindings.get(first.queue) else {
+            state.stats.discarded += n;
             return false;
         };
-        let gap = match binding.note(key.id) {
-            Noted::Next => 0,
-            Noted::After { gap } => gap,
+        match binding.note(first.id, last) {
+            Noted::Next => {}
             Noted::Late => {
-                state.stats.lost_packets = state.stats.lost_packets.saturating_sub(1);
-                0
+                state.stats.lost_packets = state.stats.lost_packets.saturating_sub(n);
             }
-        };
-        if gap > 0 {
-            state.stats.lost_packets += u64::from(gap);
-            // Older kernels don't say; then it may as well be somebody else who has received what is missing.
-            let drops = &mut state.drops;
-            if !sys::drops(self.as_fd()).is_ok_and(|count| drops.explain(gap, count)) {
-                binding.waiting().go_blind();
+            Noted::After { gap } => {
+                state.stats.lost_packets += u64::from(gap);
+                // Older kernels don't say; then it may as well be somebody else who has received what is missing.
+                let drops = &mut state.drops;
+                if !sys::drops(self.as_fd()).is_ok_and(|count| drops.explain(gap, count)) {
+                    binding.waiting().go_blind();
+                }
             }
         }
         if self.coalesces() {
-            binding.waiting().receive(key.id);
+            binding.waiting().receive(first.id, last);
         }
         true
     }

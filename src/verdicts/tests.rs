@@ -260,12 +260,12 @@ impl World {
         }
         // As `Shared::note_packet` does
         let binding = self.bindings.get(queue).unwrap();
-        if let Noted::After { gap } = binding.note(id)
+        if let Noted::After { gap } = binding.note(id, id)
             && !(id - gap..id).all(|missing| self.lost.contains(&(queue, missing)))
         {
             binding.waiting().go_blind();
         }
-        binding.waiting().receive(id);
+        binding.waiting().receive(id, id);
         self.held.push(binding.key(id));
     }
 
@@ -300,7 +300,7 @@ impl World {
                 .get(key.queue)
                 .unwrap()
                 .waiting()
-                .answer(key.id);
+                .answer(key.id, key.id);
         }
     }
 
@@ -375,7 +375,7 @@ fn messages(waiting: u32, decisions: &[(u32, Decision<'_>)]) -> Vec<(bool, u32)>
     bindings.insert(Binding::new(0, false));
     let binding = bindings.get(0).unwrap();
     for id in 1..=waiting {
-        binding.waiting().receive(id);
+        binding.waiting().receive(id, id);
     }
     let mut batch = VerdictBatch::new();
     for &(id, decision) in decisions {
@@ -456,7 +456,7 @@ fn queues_that_take_turns_have_a_run_each() {
     for id in 1..=10 {
         for queue in [5, 3] {
             let binding = bindings.get(queue).unwrap();
-            binding.waiting().receive(id);
+            binding.waiting().receive(id, id);
             batch.push(binding.key(id), Verdict::Accept).unwrap();
         }
     }
