@@ -12,5 +12,6 @@ mod lab;
 mod lifetime;
 mod packets;
 mod raw;
+mod runtimes;
 mod stream;
 mod verdicts;

@@ -1,14 +1,12 @@
 //! One stream of packets, answers and errors: nothing in it is lost, and nothing waits unseen
 
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mio::unix::SourceFd;
-use mio::{Interest, Poll, Token};
 use nfqnl::{
     CopyMode, Error, Event, Handle, Operation, PacketKey, QueueConfig, RecvBatch, Situation,
     Verdict,
@@ -56,44 +54,7 @@ fn settings_change_while_packets_wait_and_none_is_lost() {
     });
 }
 
-/// A loop that sleeps on the descriptor is woken for what a configuration call has read
-#[test]
-fn an_edge_triggered_loop_gets_packets_that_a_setting_met() {
-    isolated(|| {
-        let lab = Lab::new();
-        let handle = Handle::open().unwrap();
-        let queue = handle.bind_queue(QUEUE).unwrap();
-        let mut batch = RecvBatch::default();
-        let mut poll = Poll::new().unwrap();
-        let fd = handle.as_raw_fd();
-        let registry = poll.registry();
-        registry
-            .register(&mut SourceFd(&fd), Token(0), Interest::READABLE)
-            .unwrap();
-        let mut ready = mio::Events::with_capacity(1);
-        assert!(is_silent(&handle, &mut batch));
-        poll.poll(&mut ready, Some(Duration::from_millis(50)))
-            .unwrap();
-
-        for round in 0..10_u32 {
-            lab.send(&round.to_be_bytes());
-            // The packet's edge is spent before the setting reads the packet.
-            poll.poll(&mut ready, Some(TIMEOUT)).unwrap();
-            queue.set_maxlen(10 + round).unwrap();
-            poll.poll(&mut ready, Some(TIMEOUT)).unwrap();
-            assert!(!ready.is_empty(), "asleep while a packet is in the stash");
-            let mut seen = 0;
-            for packet in handle.try_recv(&mut batch).unwrap().packets() {
-                assert_eq!(udp_payload(&packet), round.to_be_bytes());
-                seen += 1;
-            }
-            assert_eq!(seen, 1);
-            assert!(is_silent(&handle, &mut batch), "and the loop drains it");
-        }
-    });
-}
-
-/// The same for a blocking `read` and `handle_packet`
+/// What a configuration call has read ends a blocking `read`, for `handle_packet`; see `runtimes` for event loops
 #[test]
 fn a_blocking_read_returns_for_packets_that_a_setting_met() {
     isolated(|| {
