@@ -148,6 +148,30 @@ impl RecvBatch {
         (events, &self.received.bindings)
     }
 
+    /// What has been received and not been looked at yet, taken out, and the bindings that it belongs to
+    #[cfg(feature = "tokio")]
+    pub(crate) fn take_rest(&mut self) -> (VecDeque<Stashed>, &Bindings) {
+        let Progress {
+            overruns,
+            datagram: first,
+            mut offset,
+        } = self.progress;
+        let mut rest = VecDeque::new();
+        rest.extend((overruns..self.received.overruns).map(|_| Stashed::Overrun));
+        for index in first.. {
+            let Some(datagram) = self.received.datagram(index) else {
+                break;
+            };
+            let datagram = datagram.get(std::mem::take(&mut offset)..);
+            match (self.received.stash.get(index), datagram) {
+                (Some(Stashed::Overrun), _) => rest.push_back(Stashed::Overrun),
+                (_, Some(bytes @ [_, ..])) => rest.push_back(Stashed::Datagram(bytes.into())),
+                _ => {}
+            }
+        }
+        (rest, &self.clear().bindings)
+    }
+
     /// What a receive call fills, emptied
     pub(crate) fn clear(&mut self) -> &mut Contents {
         self.progress = Progress::default();

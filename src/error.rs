@@ -152,6 +152,8 @@ pub enum Operation {
     GetRecvBuffer,
     /// Switching between blocking and non-blocking
     SetNonblocking,
+    /// Registering the descriptor with an asynchronous runtime
+    Register,
     /// Binding a protocol family
     BindPf(Family),
     /// Unbinding a protocol family
@@ -201,6 +203,7 @@ impl fmt::Display for Operation {
             Self::SetRecvBuffer => f.write_str("set receive buffer"),
             Self::GetRecvBuffer => f.write_str("read the receive buffer's size"),
             Self::SetNonblocking => f.write_str("set non-blocking"),
+            Self::Register => f.write_str("register with the runtime"),
             Self::BindPf(family) => write!(f, "bind {family}"),
             Self::UnbindPf(family) => write!(f, "unbind {family}"),
             Self::Bind(queue) => write!(f, "bind queue {queue}"),

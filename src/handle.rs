@@ -40,7 +40,7 @@ use crate::verdicts::VerdictBatch;
 /// no more events ([`RecvBatch::has_events`]).
 #[doc(alias = "nfq_handle")]
 pub struct Handle {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     /// The bindings as of the last call of `handle_packet`
     bindings: Bindings,
     /// What callbacks have set and is not sent yet

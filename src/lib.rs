@@ -41,11 +41,18 @@
 //! loses none.
 //!
 //! # Features
-//! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `nfqnl::proto::interop`. Off by default. They
-//!   follow the versions of that crate; a release of this one that raises it is no breaking one.
+//! None is on by default. mio, async-io and other runtimes need none: a [`Handle`] has a descriptor to wait for
+//! ([`AsFd`](std::os::fd::AsFd)) and [`try_recv`](Handle::try_recv); there is an example for each.
+//!
+//! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `nfqnl::proto::interop`. They follow the
+//!   versions of that crate; a release of this one that raises it is no breaking one.
+//! * `tokio`: `AsyncHandle`, for tokio 1.53.3 and later.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
+#[cfg(feature = "tokio")]
+mod async_handle;
 mod batch;
 mod bindings;
 mod data;
@@ -63,6 +70,8 @@ mod waiting;
 
 pub use nfqnl_proto as proto;
 
+#[cfg(feature = "tokio")]
+pub use async_handle::{AsyncHandle, PacketStream};
 pub use batch::{Events, RecvBatch};
 pub use data::QueueData;
 pub use error::{Error, Operation, Refusal, Result, Situation};

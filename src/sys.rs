@@ -9,6 +9,11 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr;
 
 use netlink_sys::Socket;
+#[cfg(feature = "tokio")]
+use tokio::io::unix::AsyncFd;
+
+#[cfg(feature = "tokio")]
+use crate::{async_handle::INTEREST, handle::Handle};
 
 /// How many datagrams one [`recv_many`] takes at most
 pub(crate) const RECV_MAX: usize = 64;
@@ -231,4 +236,16 @@ pub(crate) fn set_cloexec(fd: BorrowedFd<'_>) -> io::Result<()> {
 pub(crate) fn socket_from(fd: OwnedFd) -> Socket {
     // SAFETY: the descriptor was owned, and from here on `Socket` alone owns it.
     unsafe { Socket::from_raw_fd(fd.into_raw_fd()) }
+}
+
+/// Registers a handle with the tokio runtime that the caller runs in
+///
+/// Nobody may put another handle in place of it by the result's `get_mut`.
+#[cfg(feature = "tokio")]
+#[track_caller]
+pub(crate) fn register(handle: Handle) -> io::Result<AsyncFd<Handle>> {
+    // SAFETY: a `Handle` has one socket from beginning to end, which is closed when it is dropped, and no earlier;
+    // `AsyncHandle`, which alone calls this, lends the handle out shared alone, so it stays the same one.
+    let registered = unsafe { AsyncFd::register_with_interest(handle, INTEREST) };
+    registered.map_err(io::Error::from)
 }
