@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nfqnl::proto::{ConfigRequest, RequestHeader};
 use nfqnl::{Event, Handle, Packet, RecvBatch};
@@ -71,8 +73,35 @@ impl Lab {
         }
     }
 
+    /// Sends numbers from 0 on, in small bursts, and never so many beyond those received that they do not fit the
+    /// receive buffer
+    pub(crate) fn send_in_bursts(&self, total: u32, received: &AtomicU32) {
+        const FIT: u32 = 60;
+        let mut dice = Dice(2);
+        let mut sent = 0;
+        while sent < total {
+            let burst = (1 + dice.roll(20)).min(total - sent);
+            self.send_numbered(sent..sent + burst);
+            sent += burst;
+            thread::sleep(Duration::from_micros(dice.roll(500).into()));
+            while sent > received.load(Ordering::SeqCst) + FIT {
+                thread::yield_now();
+            }
+        }
+    }
+
     pub(crate) fn recv(&self) -> Option<Vec<u8>> {
         self.v4.recv()
+    }
+}
+
+/// Numbers that look random, the same ones each time
+pub(crate) struct Dice(pub(crate) u32);
+
+impl Dice {
+    pub(crate) fn roll(&mut self, sides: u32) -> u32 {
+        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (self.0 >> 16) % sides
     }
 }
 

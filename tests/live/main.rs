@@ -14,4 +14,5 @@ mod packets;
 mod raw;
 mod runtimes;
 mod stream;
+mod threads;
 mod verdicts;

@@ -100,7 +100,7 @@ mod tokio {
     use tokio::runtime::{Builder, Runtime};
     use tokio::time::{sleep, timeout};
 
-    use crate::lab::{Lab, QUEUE, is_silent, next_packet, udp_payload};
+    use crate::lab::{Dice, Lab, QUEUE, is_silent, next_packet, udp_payload};
 
     fn one_thread() -> Runtime {
         Builder::new_current_thread().enable_all().build().unwrap()
@@ -193,32 +193,6 @@ mod tokio {
         });
     }
 
-    /// Numbers that look random, the same ones each time
-    struct Dice(u32);
-
-    impl Dice {
-        fn roll(&mut self, sides: u32) -> u32 {
-            self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (self.0 >> 16) % sides
-        }
-    }
-
-    /// Sends numbers from 0 on, in small bursts, and never so many that they do not fit the receive buffer
-    fn send_in_bursts(lab: &Lab, total: u32, received: &AtomicU32) {
-        const FIT: u32 = 60;
-        let mut dice = Dice(2);
-        let mut sent = 0;
-        while sent < total {
-            let burst = (1 + dice.roll(20)).min(total - sent);
-            lab.send_numbered(sent..sent + burst);
-            sent += burst;
-            thread::sleep(Duration::from_micros(dice.roll(500).into()));
-            while sent > received.load(Ordering::SeqCst) + FIT {
-                thread::yield_now();
-            }
-        }
-    }
-
     #[test]
     fn a_receive_call_dropped_at_any_moment_loses_no_packet() {
         isolated(|| {
@@ -232,7 +206,7 @@ mod tokio {
                     let handle = open();
                     let _queue = handle.get_ref().bind_queue(QUEUE).unwrap();
                     let mut batch = RecvBatch::default();
-                    scope.spawn(|| send_in_bursts(&lab, N, &received));
+                    scope.spawn(|| lab.send_in_bursts(N, &received));
                     while next < N {
                         let (polls, by_timer) = (dice.roll(4), dice.roll(4) == 0);
                         let give_up = async {
@@ -279,7 +253,7 @@ mod tokio {
                 several_threads().block_on(async {
                     let handle = open();
                     let _queue = handle.get_ref().bind_queue(QUEUE).unwrap();
-                    scope.spawn(|| send_in_bursts(&lab, N, &received));
+                    scope.spawn(|| lab.send_in_bursts(N, &received));
                     while next_number < N {
                         let mut packets = handle.packets();
                         for _ in 0..dice.roll(30) {
@@ -445,7 +419,7 @@ mod tokio {
                     })
                     .collect();
                 thread::scope(|scope| {
-                    scope.spawn(|| send_in_bursts(&lab, N, &received));
+                    scope.spawn(|| lab.send_in_bursts(N, &received));
                 });
                 let all = async {
                     while received.load(Ordering::SeqCst) < N {
