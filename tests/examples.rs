@@ -136,3 +136,47 @@ fn the_demo_shows_and_accepts_the_packets_of_a_queue_until_it_is_ended() {
         assert_eq!(example.process.try_wait().unwrap(), None, "it goes on");
     });
 }
+
+#[test]
+fn batch_drops_marks_and_accepts() {
+    isolated(|| {
+        const DISCARD: u16 = 9;
+        const DNS: u16 = 53;
+        let table = Table::new(Family::Ip, "t").unwrap();
+        let input = table.chain("in", Hook::Input, 0).unwrap();
+        input.add(&Rule::new().udp().queue(7)).unwrap();
+        let later = table.chain("later", Hook::Input, 10).unwrap();
+        let marked = Rule::new().udp().dport(DNS).mark(1);
+        later.add(&marked.counted("marked")).unwrap();
+        let any_marked = Rule::new().udp().mark(1);
+        later.add(&any_marked.counted("any marked")).unwrap();
+        let sockets = [DISCARD, DNS, PORT].map(|port| Udp::bind(V4, port).unwrap());
+        let example = Example::start("batch", &["--queue", "7", "--count", "30"]);
+        example.expect("queue 7 is bound");
+        for round in 0..10 {
+            for socket in &sockets {
+                socket.send(&[round], socket.address()).unwrap();
+            }
+        }
+        assert!(example.wait().success());
+        let [discard, dns, other] = sockets;
+        assert_eq!((dns.drain(), other.drain()), (10, 10));
+        assert!(discard.is_silent());
+        assert_eq!(later.count("marked").unwrap(), 10);
+        assert_eq!(later.count("any marked").unwrap(), 10);
+    });
+}
+
+#[test]
+fn an_example_says_what_it_takes() {
+    isolated(|| {
+        for arguments in [
+            &["--queue"][..],
+            &["--queue", "one"],
+            &["--cuont", "4"],
+            &["4"],
+        ] {
+            assert!(!Example::start("batch", arguments).wait().success());
+        }
+    });
+}

@@ -1,5 +1,7 @@
-//! What several examples do with IP packets, by etherparse
+//! What several examples do: reading their command line, and looking into IP packets by etherparse
 #![allow(dead_code, reason = "no example uses all of it")]
+
+use std::error::Error;
 
 use etherparse::{NetHeaders, NetSlice, PacketHeaders, SlicedPacket, TransportSlice};
 
@@ -33,6 +35,33 @@ pub(crate) fn endpoints(packet: &[u8]) -> String {
         }
         _ => format!("{from} -> {to}"),
     }
+}
+
+/// The destination port of an IP packet, if it is UDP or TCP and has one
+pub(crate) fn destination_port(packet: &[u8]) -> Option<u16> {
+    match SlicedPacket::from_ip(packet).ok()?.transport? {
+        TransportSlice::Udp(udp) => Some(udp.destination_port()),
+        TransportSlice::Tcp(tcp) => Some(tcp.destination_port()),
+        _ => None,
+    }
+}
+
+/// The numbers on the command line, each behind its name; those that are not there are as given here
+pub(crate) fn numbers<const N: usize>(
+    options: [(&str, usize); N],
+) -> Result<[usize; N], Box<dyn Error + Send + Sync>> {
+    let names = options.map(|(name, _)| name);
+    let mut numbers = options.map(|(_, default)| default);
+    let mut arguments = std::env::args().skip(1);
+    while let Some(name) = arguments.next() {
+        let place = names.iter().position(|known| *known == name);
+        let number = arguments.next().and_then(|number| number.parse().ok());
+        match (place, number) {
+            (Some(place), Some(number)) => numbers[place] = number,
+            _ => return Err(format!("these take a number each: {}", names.join(", ")).into()),
+        }
+    }
+    Ok(numbers)
 }
 
 /// The same UDP packet with another payload, and with lengths and checksums that fit it; `None` if it is no UDP
