@@ -167,6 +167,39 @@ fn batch_drops_marks_and_accepts() {
     });
 }
 
+/// An example that accepts everything, in its own kind of loop: bursts, and packets one by one
+fn accepts_everything(name: &str) {
+    const BURST: u8 = 100;
+    const SINGLE: u8 = 10;
+    let sockets = sockets_into(7);
+    let count = (usize::from(BURST + SINGLE) * sockets.len()).to_string();
+    let example = Example::start(name, &["--queue", "7", "--count", &count]);
+    example.expect("queue 7 is bound");
+    for (socket, _) in &sockets {
+        for number in 0..BURST {
+            socket.send(&[number], socket.address()).unwrap();
+        }
+        for number in 0..BURST {
+            assert_eq!(socket.recv(), Some(vec![number]));
+        }
+        for number in 0..SINGLE {
+            socket.send(&[number], socket.address()).unwrap();
+            assert_eq!(socket.recv(), Some(vec![number]));
+        }
+    }
+    assert!(example.wait().success());
+}
+
+#[test]
+fn mio_accepts_everything() {
+    isolated(|| accepts_everything("mio"));
+}
+
+#[test]
+fn async_io_accepts_everything() {
+    isolated(|| accepts_everything("async_io"));
+}
+
 #[test]
 fn an_example_says_what_it_takes() {
     isolated(|| {
