@@ -200,6 +200,32 @@ fn async_io_accepts_everything() {
     isolated(|| accepts_everything("async_io"));
 }
 
+#[cfg(feature = "tokio")]
+#[test]
+fn tokio_accepts_everything_and_packets_that_are_looked_up_later() {
+    isolated(|| {
+        const DNS: u16 = 53;
+        accepts_everything("tokio");
+
+        let table = Table::new(Family::Ip, "more").unwrap();
+        let input = table.chain("in", Hook::Input, 0).unwrap();
+        let rule = |port| Rule::new().udp().dport(port).queue(8);
+        for port in [DNS, PORT + 1] {
+            input.add(&rule(port)).unwrap();
+        }
+        let [slow, fast] = [DNS, PORT + 1].map(|port| Udp::bind(V4, port).unwrap());
+        let example = Example::start("tokio", &["--queue", "8", "--count", "2"]);
+        example.expect("queue 8 is bound");
+        let begin = Instant::now();
+        slow.send(b"looked up", slow.address()).unwrap();
+        fast.send(b"accepted", fast.address()).unwrap();
+        assert_eq!(fast.recv().as_deref(), Some(&b"accepted"[..]));
+        assert_eq!(slow.recv().as_deref(), Some(&b"looked up"[..]));
+        assert!(begin.elapsed() >= Duration::from_millis(20));
+        assert!(example.wait().success());
+    });
+}
+
 #[test]
 fn an_example_says_what_it_takes() {
     isolated(|| {
