@@ -3,14 +3,16 @@
 //! Not among the live tests, which can be built for a target without building the examples for it.
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nfqnl_testkit::cpu;
 use nfqnl_testkit::netns::isolated;
-use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
+use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
 
 const PORT: u16 = 5000;
@@ -223,6 +225,84 @@ fn tokio_accepts_everything_and_packets_that_are_looked_up_later() {
         assert_eq!(slow.recv().as_deref(), Some(&b"looked up"[..]));
         assert!(begin.elapsed() >= Duration::from_millis(20));
         assert!(example.wait().success());
+    });
+}
+
+#[test]
+fn threads_serve_a_range_of_queues_and_workers_another_queue() {
+    isolated(|| {
+        const EACH: u8 = 20;
+        const TO_WORKERS: u16 = PORT + 1;
+        let table = Table::new(Family::Ip, "t").unwrap();
+        let input = table.chain("in", Hook::Input, 0).unwrap();
+        let options = QueueOptions {
+            bypass: false,
+            fanout: true,
+        };
+        let spread = Rule::new().udp().dport(PORT).queue_with(3..=4, options);
+        input.add(&spread).unwrap();
+        let to_workers = Rule::new().udp().dport(TO_WORKERS).queue(5);
+        input.add(&to_workers).unwrap();
+
+        let cpus = cpu::allowed().unwrap();
+        let cpus = &cpus[..cpus.len().min(4)];
+        let count = usize::from(EACH) * (cpus.len() + 1);
+        let count = count.to_string();
+        let arguments = [
+            "--queue", "3", "--queues", "2", "--pin", "1", "--count", &count,
+        ];
+        let example = Example::start("threads", &arguments);
+        for _ in 0..3 {
+            example.expect("is bound");
+        }
+
+        let mut expected = [0_usize; 2];
+        let socket = Udp::bind(V4, PORT).unwrap();
+        for &cpu in cpus {
+            let send = |number| socket.send(&[number], socket.address());
+            let sent = cpu::on(cpu, || (0..EACH).try_for_each(send));
+            sent.unwrap().unwrap();
+            for number in 0..EACH {
+                assert_eq!(socket.recv(), Some(vec![number]), "from CPU {cpu}");
+            }
+            expected[cpu % 2] += usize::from(EACH);
+        }
+        let target = Udp::bind(V4, TO_WORKERS).unwrap();
+        let sender = Udp::bind(V4, 0).unwrap();
+        let mut workers = BTreeSet::new();
+        for number in 0..EACH {
+            let from = if number < 2 { &target } else { &sender };
+            from.send(&[number], target.address()).unwrap();
+            let line = example.expect(&format!("accepts packet {}: UDP 127.0.0.1:", number + 1));
+            workers.insert((
+                from.address().port(),
+                line.split(' ').nth(1).unwrap().to_owned(),
+            ));
+            assert_eq!(target.recv(), Some(vec![number]));
+        }
+        assert_eq!(
+            workers.len(),
+            2,
+            "one worker for each connection: {workers:?}"
+        );
+        for (queue, packets) in (3..).zip([expected[0], expected[1], EACH.into()]) {
+            assert_eq!(
+                example.expect("queue"),
+                format!("queue {queue}: {packets} packets")
+            );
+        }
+        assert!(example.wait().success());
+    });
+}
+
+/// One thread that can't go on ends them all, and nobody waits for ever
+#[test]
+fn threads_end_when_one_of_them_fails() {
+    isolated(|| {
+        let other = nfqnl::Handle::open().unwrap();
+        let _queue = other.bind_queue(2).unwrap();
+        let example = Example::start("threads", &["--queues", "3"]);
+        assert!(!example.wait().success());
     });
 }
 
