@@ -215,9 +215,7 @@ impl VerdictBatch {
         }
         let mut stale = None;
         let mut done = 0;
-        while let Some(rest) = self.entries.get(done..)
-            && let Some(first) = rest.first()
-        {
+        while let Some(rest @ [first, ..]) = self.entries.get(done..) {
             let bindings = bindings();
             self.out.clear();
             let part = Part {
@@ -227,9 +225,11 @@ impl VerdictBatch {
                 is_mixed,
             }
             .fill(rest, coalesce, &bindings, &mut stale);
-            if !self.out.is_empty()
-                && let Err(error) = send(first.key, &self.out)
-            {
+            let sent = match &self.out[..] {
+                [] => Ok(()),
+                messages => send(first.key, messages),
+            };
+            if let Err(error) = sent {
                 self.entries.drain(..done);
                 self.is_mixed = true;
                 return Err(error);
@@ -341,10 +341,11 @@ impl Part<'_> {
                 What::Common(common) if !is_next => self.encode(common, entry.key, false),
                 What::Common(common) => {
                     let mut last = entry.key;
-                    while let [entry, behind @ ..] = rest
-                        && matches!(entry.what, What::Common(other) if other == common)
-                        && cursor.advance_over(entry.key.id)
-                    {
+                    while let [entry, behind @ ..] = rest {
+                        let is_equal = matches!(entry.what, What::Common(other) if other == common);
+                        if !is_equal || !cursor.advance_over(entry.key.id) {
+                            break;
+                        }
                         last = entry.key;
                         rest = behind;
                     }

@@ -533,8 +533,9 @@ fn index(message: &[u8]) -> Option<[u16; NFQA_MAX as usize + 1]> {
     }
     let mut at = [0; NFQA_MAX as usize + 1];
     let mut offset = ATTRS_OFFSET;
-    while let Some(rest) = message.get(offset..)
-        && let Some(&[l0, l1, k0, k1]) = rest.first_chunk()
+    while let Some((rest, &[l0, l1, k0, k1])) = message
+        .get(offset..)
+        .and_then(|rest| Some((rest, rest.first_chunk()?)))
     {
         let len = usize::from(u16::from_ne_bytes([l0, l1]));
         let kind = usize::from(u16::from_ne_bytes([k0, k1]) & NLA_TYPE_MASK);

@@ -282,10 +282,13 @@ impl Shared {
 /// A packet waits on that was thought to be answered, unless the kernel says that there is none, or has dropped it
 /// because it can't do what the verdict says
 fn note_refusal(refusal: &Refusal, bindings: &Bindings) {
-    if !matches!(refusal.errno(), libc::ENOENT | libc::EINVAL)
-        && let Some(key) = refusal.packet()
-        && let Some(binding) = bindings.current(key.into())
-    {
+    if matches!(refusal.errno(), libc::ENOENT | libc::EINVAL) {
+        return;
+    }
+    let binding = refusal
+        .packet()
+        .and_then(|key| bindings.current(key.into()));
+    if let Some(binding) = binding {
         binding.waiting().go_blind();
     }
 }
