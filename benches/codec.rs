@@ -1,0 +1,316 @@
+//! What the bytes cost: parsing a packet, reading its attributes, encoding verdicts and settings
+//!
+//! ```text
+//! cargo bench --bench codec [-- FILTER]
+//! ```
+//!
+//! The packets are those that a kernel sent (`proto/tests/data`). Beside each of ours stands the same work on the same
+//! bytes by netlink-packet-core, as programs of the rust-netlink stack would do it: `NetlinkBuffer` for the header,
+//! `NlasIterator` for the attributes, `Emitable` for what is sent. It knows nothing of queues, so it gets its attributes by
+//! walking to them.
+//!
+//! nfq 0.2.5 is not here, since its API offers no way in: bytes reach its parser by `Queue::recv` alone, and its verdicts
+//! leave by `Queue::verdict` alone, both on a socket that it has opened itself. `benches/compare` measures it whole.
+#![allow(clippy::unwrap_used, reason = "a benchmark may fail")]
+
+use std::hint::black_box;
+
+use criterion::{Criterion, Throughput};
+use netlink_packet_core::{Emitable, NetlinkBuffer, NetlinkHeader, Nla, NlasIterator};
+use nfqnl::consts::{
+    MESSAGE_HEADER_LEN, NFQA_IFINDEX_INDEV, NFQA_MARK, NFQA_PACKET_HDR, NFQA_PAYLOAD,
+    NFQA_VERDICT_HDR, NFQNL_MSG_VERDICT, NLM_F_REQUEST, message_type,
+};
+use nfqnl::proto::{BatchVerdict, ConfigRequest, Message, Messages, RequestHeader, encode_noop};
+use nfqnl::{
+    ConfigFlags, CopyMode, Decision, Packet, PacketKey, QueueConfig, Verdict, VerdictBatch,
+};
+
+macro_rules! golden {
+    ($name:literal) => {
+        (
+            $name,
+            include_bytes!(concat!("../proto/tests/data/", $name, ".bin")).as_slice(),
+        )
+    };
+}
+
+/// A packet that came in, one that goes through, one with a cut payload, one with none, a bridged one
+const PACKETS: [(&str, &[u8]); 5] = [
+    golden!("ipv4_input"),
+    golden!("forward"),
+    golden!("cut"),
+    golden!("meta"),
+    golden!("bridge"),
+];
+/// `struct nfgenmsg`, which stands between the netlink header and the attributes
+const FAMILY_HEADER_LEN: usize = 4;
+const HEADER: RequestHeader = RequestHeader {
+    ack: false,
+    seq: 7,
+    pid: 0,
+};
+const QUEUE: u16 = 258;
+const ID: u32 = 7;
+const MARK: u32 = 3;
+
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    parse(&mut criterion);
+    attributes(&mut criterion);
+    verdicts(&mut criterion);
+    requests(&mut criterion);
+    criterion.final_summary();
+}
+
+fn packet(datagram: &[u8]) -> Packet<'_> {
+    match Messages::new(datagram).next() {
+        Some(Ok(Message::Packet(packet))) => packet,
+        other => panic!("no packet, but {other:?}"),
+    }
+}
+
+/// The attributes of a packet as netlink-packet-core finds them
+fn their_attributes(datagram: &[u8]) -> NlasIterator<&[u8]> {
+    let buffer = NetlinkBuffer::new_checked(datagram).unwrap();
+    NlasIterator::new(&buffer.payload()[FAMILY_HEADER_LEN..])
+}
+
+fn parse(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("parse");
+    group.throughput(Throughput::Elements(1));
+    for (name, datagram) in PACKETS {
+        // Every message of the datagram, as a receive loop does
+        group.bench_function(format!("{name}/nfqnl"), |b| {
+            b.iter(|| {
+                for message in Messages::new(black_box(datagram)) {
+                    black_box(message.unwrap());
+                }
+            });
+        });
+        // The key alone: what batching needs
+        group.bench_function(format!("{name}/nfqnl-peek"), |b| {
+            b.iter(|| PacketKey::peek(black_box(datagram)).unwrap());
+        });
+        // A walk over the attributes; nothing is remembered of where they are
+        group.bench_function(format!("{name}/netlink-packet-core"), |b| {
+            b.iter(|| {
+                for attribute in their_attributes(black_box(datagram)) {
+                    black_box(attribute.unwrap());
+                }
+            });
+        });
+    }
+    group.finish();
+}
+
+/// What a typical program looks at
+fn common_getters(packet: &Packet<'_>) -> (u32, u32, usize, Option<u32>, u8) {
+    (
+        packet.id(),
+        packet.mark(),
+        packet.payload().len(),
+        packet.indev(),
+        packet.hook().0,
+    )
+}
+
+fn attributes(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("attributes");
+    group.throughput(Throughput::Elements(1));
+    for (name, datagram) in PACKETS {
+        let parsed = packet(datagram);
+        group.bench_function(format!("{name}/nfqnl"), |b| {
+            b.iter(|| common_getters(black_box(&parsed)));
+        });
+        group.bench_function(format!("{name}/nfqnl-with-parse"), |b| {
+            b.iter(|| common_getters(&packet(black_box(datagram))));
+        });
+        group.bench_function(format!("{name}/netlink-packet-core-with-parse"), |b| {
+            b.iter(|| {
+                let (mut id, mut mark, mut payload, mut indev, mut hook) = (0, 0, 0, None, 0);
+                for attribute in their_attributes(black_box(datagram)) {
+                    let attribute = attribute.unwrap();
+                    let value = attribute.value();
+                    let be32 = || u32::from_be_bytes(*value.first_chunk().unwrap());
+                    match attribute.kind() {
+                        NFQA_PACKET_HDR => (id, hook) = (be32(), value[6]),
+                        NFQA_MARK => mark = be32(),
+                        NFQA_PAYLOAD => payload = value.len(),
+                        NFQA_IFINDEX_INDEV => indev = Some(be32()),
+                        _ => {}
+                    }
+                }
+                (id, mark, payload, indev, hook)
+            });
+        });
+    }
+    let all = packet(PACKETS[0].1);
+    group.bench_function("every-getter/nfqnl", |b| {
+        b.iter(|| {
+            let packet = black_box(&all);
+            black_box((
+                packet.key(),
+                packet.family(),
+                packet.hw_protocol(),
+                packet.hook(),
+            ));
+            black_box((packet.mark(), packet.priority(), packet.timestamp()));
+            black_box((packet.indev(), packet.outdev(), packet.physindev()));
+            black_box((
+                packet.physoutdev(),
+                packet.hw_addr(),
+                packet.uid(),
+                packet.gid(),
+            ));
+            black_box((packet.security_context(), packet.vlan(), packet.l2_header()));
+            black_box((packet.conntrack(), packet.conntrack_info()));
+            black_box((
+                packet.cgroup_classid(),
+                packet.capture_len(),
+                packet.skb_info(),
+            ));
+            black_box(packet.payload());
+        });
+    });
+    group.finish();
+}
+
+fn verdicts(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("verdict");
+    group.throughput(Throughput::Elements(1));
+    let payload = [0x45; 1400];
+    for (name, mark, payload) in [
+        ("accept", None, None),
+        ("mark", Some(MARK), None),
+        ("payload-1400", None, Some(&payload[..])),
+    ] {
+        let mut decision = Decision::new(Verdict::Accept);
+        if let Some(mark) = mark {
+            decision = decision.with_mark(mark);
+        }
+        if let Some(payload) = payload {
+            decision = decision.with_payload(payload);
+        }
+        let mut ours = vec![0; decision.max_len()];
+        group.bench_function(format!("{name}/nfqnl"), |b| {
+            b.iter(|| {
+                black_box(&decision)
+                    .encode(&mut ours, QUEUE, ID, HEADER)
+                    .unwrap()
+            });
+        });
+        let mut theirs = vec![0; decision.max_len()];
+        group.bench_function(format!("{name}/netlink-packet-core"), |b| {
+            b.iter(|| {
+                let (mark, payload) = black_box((mark, payload));
+                their_verdict(&mut theirs, Verdict::Accept, mark, payload)
+            });
+        });
+        let len = decision.encode(&mut ours, QUEUE, ID, HEADER).unwrap();
+        assert_eq!(
+            their_verdict(&mut theirs, Verdict::Accept, mark, payload),
+            len
+        );
+        assert_eq!(ours[..len], theirs[..len], "the same message");
+    }
+
+    let batch = BatchVerdict::new(Verdict::Accept);
+    let mut buf = [0; BatchVerdict::MAX_LEN];
+    group.bench_function("batch/nfqnl", |b| {
+        b.iter(|| {
+            black_box(&batch)
+                .encode(&mut buf, QUEUE, ID, HEADER)
+                .unwrap()
+        });
+    });
+
+    const MANY: u32 = 32;
+    let mut collected = VerdictBatch::new();
+    group.throughput(Throughput::Elements(MANY.into()));
+    group.bench_function("collect-32/nfqnl", |b| {
+        b.iter(|| {
+            collected.clear();
+            for id in 0..MANY {
+                let key = PacketKey {
+                    queue: QUEUE,
+                    binding: 1,
+                    id,
+                };
+                collected.push(black_box(key), Verdict::Accept).unwrap();
+            }
+        });
+    });
+    group.finish();
+}
+
+/// An attribute as netlink-packet-core writes one
+struct TheirAttribute<'a>(u16, &'a [u8]);
+
+impl Nla for TheirAttribute<'_> {
+    fn kind(&self) -> u16 {
+        self.0
+    }
+
+    fn value_len(&self) -> usize {
+        self.1.len()
+    }
+
+    fn emit_value(&self, buffer: &mut [u8]) {
+        buffer.copy_from_slice(self.1);
+    }
+}
+
+/// The same message by netlink-packet-core
+fn their_verdict(
+    buf: &mut [u8],
+    verdict: Verdict,
+    mark: Option<u32>,
+    payload: Option<&[u8]>,
+) -> usize {
+    let mut verdict_header = [0; 8];
+    verdict_header[..4].copy_from_slice(&verdict.to_raw().to_be_bytes());
+    verdict_header[4..].copy_from_slice(&ID.to_be_bytes());
+    let mark = mark.map(u32::to_be_bytes);
+    let attributes = [
+        Some(TheirAttribute(NFQA_VERDICT_HDR, &verdict_header)),
+        mark.as_ref().map(|mark| TheirAttribute(NFQA_MARK, mark)),
+        payload.map(|payload| TheirAttribute(NFQA_PAYLOAD, payload)),
+    ];
+    let mut end = MESSAGE_HEADER_LEN + FAMILY_HEADER_LEN;
+    for attribute in attributes.iter().flatten() {
+        attribute.emit(&mut buf[end..]);
+        end += attribute.buffer_len();
+    }
+    let [high, low] = QUEUE.to_be_bytes();
+    buf[MESSAGE_HEADER_LEN..][..FAMILY_HEADER_LEN].copy_from_slice(&[0, 0, high, low]);
+    let mut header = NetlinkHeader::default();
+    header.length = u32::try_from(end).unwrap();
+    header.message_type = message_type(NFQNL_MSG_VERDICT);
+    header.flags = NLM_F_REQUEST;
+    header.sequence_number = HEADER.seq;
+    header.port_number = HEADER.pid;
+    header.emit(buf);
+    end
+}
+
+fn requests(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("request");
+    group.throughput(Throughput::Elements(1));
+    let config = QueueConfig::new()
+        .copy_mode(CopyMode::PACKET, u32::MAX)
+        .maxlen(4096)
+        .flags(ConfigFlags::GSO, ConfigFlags::GSO);
+    let mut buf = [0; ConfigRequest::MAX_LEN];
+    group.bench_function("bind-with-settings/nfqnl", |b| {
+        b.iter(|| {
+            ConfigRequest::bind(QUEUE, black_box(config))
+                .encode(&mut buf, HEADER)
+                .unwrap()
+        });
+    });
+    group.bench_function("noop/nfqnl", |b| {
+        b.iter(|| encode_noop(&mut buf, black_box(HEADER)).unwrap());
+    });
+    group.finish();
+}
