@@ -22,6 +22,7 @@
     reason = "not published: whoever adds a variant sees every match"
 )]
 
+pub mod alloc;
 pub mod cpu;
 pub mod hosts;
 pub mod link;
@@ -31,5 +32,6 @@ pub mod rules;
 pub mod signal;
 pub mod socket;
 mod sys;
+pub mod trace;
 pub mod traffic;
 pub mod user;

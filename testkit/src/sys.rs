@@ -1,6 +1,7 @@
 //! System calls that std and netlink-sys have not: all of this crate's `unsafe`
 #![allow(unsafe_code, reason = "system calls; the rest of the crate denies it")]
 
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::CStr;
 use std::io;
 use std::mem;
@@ -203,6 +204,184 @@ impl Thread {
             let signal = libc::c_long::from(libc::SIGALRM);
             libc::syscall(libc::SYS_tgkill, process, self.0, signal);
         }
+    }
+}
+
+/// The system's allocator, and a count of what is asked of it
+#[derive(Debug, Default)]
+pub struct CountingAllocator {
+    allocations: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+impl CountingAllocator {
+    /// With nothing counted
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            allocations: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+        }
+    }
+
+    /// How many times memory was taken in all threads, or a piece of it made longer or shorter
+    #[must_use]
+    pub fn allocations(&self) -> usize {
+        self.allocations.load(Ordering::Relaxed)
+    }
+
+    /// How many bytes are taken now
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn count(&self, layout: Layout) {
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(layout.size(), Ordering::Relaxed);
+    }
+}
+
+// SAFETY: everything is the system allocator's own, called with what the caller has promised. Counting touches two atomic
+// numbers: it allocates nothing, and does not panic.
+unsafe impl GlobalAlloc for CountingAllocator {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        self.count(layout);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        self.count(layout);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(size, Ordering::Relaxed);
+        self.bytes.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.realloc(memory, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        self.bytes.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+/// A thread of another process that this one traces
+#[derive(Debug)]
+pub(crate) struct Traced {
+    thread: libc::pid_t,
+    /// The signal that has stopped it, which it shall get when it goes on; 0 for none
+    signal: libc::c_int,
+}
+
+/// What a thread has stopped at
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// The entry of the system call with this number
+    Call(u64),
+    /// Anything else
+    Other,
+    /// It has ended
+    Ended,
+}
+
+impl Traced {
+    const SEIZE: libc::c_long = 0x4206;
+    const INTERRUPT: libc::c_long = 0x4207;
+    const GET_SYSCALL_INFO: libc::c_long = 0x420e;
+    const SYSCALL: libc::c_long = 24;
+    const DETACH: libc::c_long = 17;
+    /// `PTRACE_O_TRACESYSGOOD`: system calls stop with a signal number that is nothing else's
+    const MARK_CALLS: usize = 1;
+
+    /// Begins to trace a thread, and stops it
+    pub(crate) fn seize(thread: libc::pid_t) -> io::Result<Self> {
+        let options = ptr::without_provenance_mut(Self::MARK_CALLS);
+        ptrace(Self::SEIZE, thread, 0, options)?;
+        let traced = Self { thread, signal: 0 };
+        ptrace(Self::INTERRUPT, thread, 0, ptr::null_mut())?;
+        traced.wait()?;
+        Ok(traced)
+    }
+
+    /// Lets the stopped thread go on, and returns at its next stop
+    pub(crate) fn go_on(&mut self) -> io::Result<Stop> {
+        /// `SIGTRAP`, with the bit that [`Traced::MARK_CALLS`] asks for
+        const AT_CALL: libc::c_int = libc::SIGTRAP | 0x80;
+        let signal = usize::try_from(mem::take(&mut self.signal)).unwrap_or(0);
+        let signal = ptr::without_provenance_mut(signal);
+        ptrace(Self::SYSCALL, self.thread, 0, signal)?;
+        let status = self.wait()?;
+        if !libc::WIFSTOPPED(status) {
+            return Ok(Stop::Ended);
+        }
+        match libc::WSTOPSIG(status) {
+            AT_CALL => return Ok(self.call()?.map_or(Stop::Other, Stop::Call)),
+            // The numbers above are for stops without a signal.
+            signal if status >> 16 == 0 => self.signal = signal,
+            _ => {}
+        }
+        Ok(Stop::Other)
+    }
+
+    /// The system call that the thread is about to make; none if it has just made one. Linux 5.3
+    fn call(&self) -> io::Result<Option<u64>> {
+        /// `PTRACE_SYSCALL_INFO_ENTRY`
+        const ENTRY: u8 = 1;
+        /// As far as the number of `struct ptrace_syscall_info` (`linux/ptrace.h`)
+        #[repr(C)]
+        #[derive(Default)]
+        struct Info {
+            op: u8,
+            _pad: [u8; 3],
+            _arch: u32,
+            _instruction_pointer: u64,
+            _stack_pointer: u64,
+            number: u64,
+        }
+        let mut info = Info::default();
+        let room = mem::size_of_val(&info);
+        let place = (&raw mut info).cast();
+        ptrace(Self::GET_SYSCALL_INFO, self.thread, room, place)?;
+        Ok((info.op == ENTRY).then_some(info.number))
+    }
+
+    fn wait(&self) -> io::Result<libc::c_int> {
+        let mut status = 0;
+        // SAFETY: the kernel writes the status, which lives during the call.
+        check(unsafe { libc::waitpid(self.thread, &raw mut status, libc::__WALL) })?;
+        Ok(status)
+    }
+}
+
+/// Lets the thread run on as if nothing had been
+impl Drop for Traced {
+    fn drop(&mut self) {
+        let _ = ptrace(Self::DETACH, self.thread, 0, ptr::null_mut());
+    }
+}
+
+/// By number, since libraries differ in the type of a request
+fn ptrace(
+    request: libc::c_long,
+    thread: libc::pid_t,
+    address: usize,
+    data: *mut libc::c_void,
+) -> io::Result<()> {
+    let thread = libc::c_long::from(thread);
+    // SAFETY: of the requests above only `GET_SYSCALL_INFO` writes memory of this process: to `data`, which its caller has
+    // alive and exclusive, and no more than the size in `address`.
+    let result = unsafe { libc::syscall(libc::SYS_ptrace, request, thread, address, data) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
     }
 }
 
