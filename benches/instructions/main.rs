@@ -1,0 +1,167 @@
+//! How many instructions of user code a packet takes, counted by callgrind
+//!
+//! ```text
+//! benches/instructions/run [--profile DIRECTORY]    # installs valgrind if it is not there
+//! ```
+//!
+//! A process under valgrind handles real packets: it parses each, reads what programs commonly read, and accepts it
+//! through a batch. It does so for few packets and then again for many, and the difference counts: what starts and ends the
+//! process is in both. Every packet waits before it is asked for, so that every batch is full.
+//!
+//! Counted is everything in the process: this crate, the standard library, and libc around the system calls. The kernel is
+//! not. Fails if a packet takes more than [`AT_MOST`].
+
+use std::error::Error;
+use std::hint::black_box;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+
+use nfqnl::{CopyMode, Handle, Packet, QueueConfig, RecvBatch, Verdict, VerdictBatch};
+use nfqnl_testkit::netns;
+use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
+use nfqnl_testkit::traffic::{Udp, V4};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+const AT_MOST: f64 = 300.0;
+/// So many small packets fit a default receive buffer, and fill six default batches
+const PACKETS: usize = 192;
+const FEW_ROUNDS: usize = 10;
+const MANY_ROUNDS: usize = 60;
+const PORT: u16 = 5000;
+const QUEUE: u16 = 1;
+/// What [`AT_MOST`] is for
+const LOOP: &str = "loop";
+/// For comparison
+const CALLBACK: &str = "run_once";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| a != "--bench")
+        .collect();
+    let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--peer", style] => peer(style),
+        [] => count(None),
+        ["--profile", directory] => count(Some(Path::new(directory))),
+        _ => Err("usage: instructions [--profile DIRECTORY]".into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("instructions: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a typical program looks at
+fn common_getters(packet: &Packet<'_>) {
+    black_box((packet.id(), packet.mark(), packet.payload()));
+    black_box((packet.indev(), packet.hook()));
+}
+
+/// Handles [`PACKETS`] packets for every byte of the input
+fn peer(style: &str) -> Result<()> {
+    let mut handle = Handle::open()?;
+    let config = QueueConfig::new().copy_mode(CopyMode::PACKET, u32::MAX);
+    let _queue = if style == CALLBACK {
+        handle.create_queue_with(QUEUE, &config, |data| {
+            common_getters(data.packet());
+            data.set_verdict(Verdict::Accept, None);
+        })?
+    } else {
+        handle.bind_queue_with(QUEUE, &config)?
+    };
+    let mut batch = RecvBatch::default();
+    let mut verdicts = VerdictBatch::new();
+    println!("ready");
+    let mut input = std::io::stdin().lock();
+    while input.read(&mut [0])? > 0 {
+        let mut handled = 0;
+        while handled < PACKETS {
+            if style == CALLBACK {
+                handled += handle.run_once(&mut batch)?;
+                continue;
+            }
+            for packet in handle.recv(&mut batch)?.packets() {
+                common_getters(&packet);
+                verdicts.push(packet.key(), Verdict::Accept)?;
+            }
+            handled += verdicts.len();
+            handle.send(&mut verdicts)?;
+        }
+    }
+    Ok(())
+}
+
+fn count(profile: Option<&Path>) -> Result<()> {
+    netns::enter()?;
+    let table = Table::new(Family::Ip, "instructions")?;
+    let chain = table.chain("c", Hook::Input, 0)?;
+    chain.add(&Rule::new().udp().dport(PORT).queue(QUEUE))?;
+    let socket = Udp::bind(V4, PORT)?;
+    let mut of_loop = 0.0;
+    for style in [LOOP, CALLBACK] {
+        let few = instructions(&socket, style, FEW_ROUNDS, None)?;
+        let many = instructions(&socket, style, MANY_ROUNDS, profile)?;
+        let packets = (MANY_ROUNDS - FEW_ROUNDS) * PACKETS;
+        let each = (many - few) / packets as f64;
+        println!("{style}: {each:.1} instructions of user code per packet ({packets} packets)");
+        if style == LOOP {
+            of_loop = each;
+        }
+    }
+    if of_loop > AT_MOST {
+        return Err(format!("{of_loop:.1} instructions per packet; at most {AT_MOST}").into());
+    }
+    Ok(())
+}
+
+/// What callgrind counts while a process handles so many rounds of packets
+fn instructions(socket: &Udp, style: &str, rounds: usize, profile: Option<&Path>) -> Result<f64> {
+    let program = std::env::current_exe()?;
+    let directory: PathBuf = match profile {
+        Some(directory) => directory.into(),
+        None => std::env::temp_dir(),
+    };
+    let counts = directory.join(format!("callgrind.{}.{style}", std::process::id()));
+    let mut process = Command::new("valgrind")
+        .args(["--quiet", "--tool=callgrind"])
+        .arg(format!("--callgrind-out-file={}", counts.display()))
+        .arg(program)
+        .args(["--peer", style])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("valgrind: {error}"))?;
+    let mut input = process.stdin.take().ok_or("no input")?;
+    let output = process.stdout.take().ok_or("no output")?;
+    BufReader::new(output)
+        .lines()
+        .next()
+        .ok_or("the peer has ended")??;
+    for _ in 0..rounds {
+        for _ in 0..PACKETS {
+            socket.send(&[0; 36], socket.address())?;
+        }
+        input.write_all(b"\n")?;
+        for _ in 0..PACKETS {
+            socket.recv().ok_or("a packet was not accepted")?;
+        }
+    }
+    drop(input);
+    let status = process.wait()?;
+    if !status.success() {
+        return Err(format!("valgrind: {status}").into());
+    }
+    let text = std::fs::read_to_string(&counts)?;
+    if profile.is_some() {
+        println!("{}", counts.display());
+    } else {
+        std::fs::remove_file(&counts)?;
+    }
+    let total = text.lines().find_map(|line| line.strip_prefix("totals:"));
+    Ok(total.ok_or("no totals")?.trim().parse()?)
+}
