@@ -17,16 +17,28 @@ use std::io;
 
 pub use crate::sys::CountingAllocator;
 
-/// How many bytes of this process are in memory now, whatever they are for (`Rss` of `/proc/self/smaps_rollup`)
+/// How many bytes of this process are in memory now, programs and libraries included
 ///
 /// # Errors
 /// Without /proc, and before Linux 4.14.
 pub fn resident() -> io::Result<usize> {
+    in_memory("Rss:")
+}
+
+/// How many of them are its data: what it has touched of heap and stack, and no program
+///
+/// # Errors
+/// As [`resident`].
+pub fn touched() -> io::Result<usize> {
+    in_memory("Anonymous:")
+}
+
+fn in_memory(kind: &str) -> io::Result<usize> {
     const KIB: usize = 1024;
     let rollup = fs::read_to_string("/proc/self/smaps_rollup")?;
     rollup
         .lines()
-        .find_map(|line| line.strip_prefix("Rss:")?.strip_suffix("kB"))
+        .find_map(|line| line.strip_prefix(kind)?.strip_suffix("kB"))
         .and_then(|number| number.trim().parse::<usize>().ok())
         .map(|kib| kib * KIB)
         .ok_or_else(|| io::ErrorKind::InvalidData.into())
