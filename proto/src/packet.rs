@@ -533,12 +533,12 @@ fn index(message: &[u8]) -> Option<[u16; NFQA_MAX as usize + 1]> {
     }
     let mut at = [0; NFQA_MAX as usize + 1];
     let mut offset = ATTRS_OFFSET;
-    while let Some((rest, &[l0, l1, k0, k1])) = message
-        .get(offset..)
-        .and_then(|rest| Some((rest, rest.first_chunk()?)))
-    {
-        let len = usize::from(u16::from_ne_bytes([l0, l1]));
-        let kind = usize::from(u16::from_ne_bytes([k0, k1]) & NLA_TYPE_MASK);
+    while let Some(rest) = message.get(offset..) {
+        let Some(header) = rest.first_chunk::<ATTR_HEADER_LEN>() else {
+            break;
+        };
+        let len = usize::from(NativeEndian::read_u16(header));
+        let kind = usize::from(NativeEndian::read_u16(&header[2..]) & NLA_TYPE_MASK);
         let least = LEAST_LEN.get(kind).copied().unwrap_or(ATTR_HEADER_LEN);
         if len < least || len > rest.len() {
             return None;
