@@ -15,6 +15,12 @@ use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
 
+// For its own test, which says that it does not end well when it should not. Cargo could run that too, but would then
+// not build the program.
+#[allow(dead_code, reason = "only its test is wanted here")]
+#[path = "../examples/demo.rs"]
+mod demo;
+
 const PORT: u16 = 5000;
 
 /// A running example, and what it prints

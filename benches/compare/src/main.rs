@@ -1,0 +1,500 @@
+//! nfqnl beside its rivals, in one run: `benches/compare/run` builds them and starts this
+//!
+//! Each side is a process with a queue and a port of its own, in one network namespace. They take turns, several hundred
+//! times, and who is first changes from turn to turn. What is reported are medians, and ratios of medians.
+//!
+//! * Throughput: so many UDP packets are put in the queue of one side, and then it is told to handle them all while it
+//!   keeps the time.
+//! * Latency: one UDP packet goes from a socket through the queue to the same socket, again and again.
+//! * Goodput: a TCP connection over loopback with the MTU of Ethernet, each segment through the queue.
+
+mod peers;
+
+use std::error::Error;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nfqnl_testkit::rules::{Chain, Family, Hook, Rule, Table};
+use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4};
+use nfqnl_testkit::{link, netns};
+
+pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+const IP_AND_UDP: usize = 28;
+const FIRST_PORT: u16 = 5000;
+/// So many packets fit a default receive buffer of any side, of 64 bytes and of 1400
+const PACKETS: [(usize, usize); 2] = [(64, 192), (1400, 64)];
+const KINDS: [&str; 3] = ["accept", "drop", "mixed"];
+const MTU: u32 = 1500;
+
+/// A rival, or a style of ours
+struct Program {
+    name: &'static str,
+    command: Vec<String>,
+    /// What follows the common arguments
+    tail: &'static [&'static str],
+}
+
+/// What the sides are, in the order of the table; the first is what the others are compared with
+fn programs(built: &Path) -> Result<Vec<Program>> {
+    let of_c = |name: &str| vec![built.join(name).display().to_string()];
+    let own = std::env::current_exe()?.display().to_string();
+    let of_ours = |style: &str| vec![own.clone(), "--peer".into(), style.into()];
+    let program = |name, command, tail| Program {
+        name,
+        command,
+        tail,
+    };
+    let mut all = vec![
+        program(C, of_c("libnetfilter_queue"), &[]),
+        program("C libmnl", of_c("libmnl"), &[]),
+        program(NFQ, of_ours("nfq"), &[]),
+        program("floor: 32, single", of_c("floor"), &["32", "single"]),
+        program("floor: 32, runs", of_c("floor"), &["32", "runs"]),
+        program("floor: 64, runs", of_c("floor"), &["64", "runs"]),
+        program("nfqnl handle_packet", of_ours("handle_packet"), &[]),
+        program("nfqnl run_once", of_ours("run_once"), &[]),
+        program(LOOP, of_ours("loop"), &[]),
+    ];
+    let python = built.join("python");
+    if python.join("ok").exists() {
+        let command = vec![
+            python.join("bin/python").display().to_string(),
+            concat!(env!("CARGO_MANIFEST_DIR"), "/peers/python.py").to_owned(),
+        ];
+        all.insert(3, program("python NetfilterQueue", command, &[]));
+    }
+    Ok(all)
+}
+
+const C: &str = "C libnetfilter_queue";
+const NFQ: &str = "nfq 0.2.5";
+const LOOP: &str = "nfqnl loop";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match arguments[..] {
+        ["--peer", ref arguments @ ..] => peers::run(arguments),
+        [built] => compare(Path::new(built), false),
+        [built, "--quick"] => compare(Path::new(built), true),
+        _ => Err("to be started by benches/compare/run [--quick]".into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("compare: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compare(built: &Path, is_quick: bool) -> Result<()> {
+    netns::enter()?;
+    link::set_mtu("lo", MTU)?;
+    let table = Table::new(Family::Ip, "compare")?;
+    let chain = table.chain("c", Hook::Input, 0)?;
+    let programs = programs(built)?;
+    let (rounds, round_trips, seconds) = if is_quick {
+        (4, 50, 0.1)
+    } else {
+        (200, 200, 1.0)
+    };
+    let mut misses = Vec::new();
+
+    for (len, packets) in PACKETS {
+        for kind in KINDS {
+            let measured = throughput(&chain, &programs, kind, len, packets, rounds)?;
+            print_throughput(kind, len, packets, rounds, &measured);
+            misses.extend(missed(kind, len, &measured));
+        }
+    }
+    let measured = latency(
+        &chain,
+        &programs,
+        round_trips,
+        if is_quick { 2 } else { 20 },
+    )?;
+    misses.extend(print_latency(&measured));
+    misses.extend(goodput(
+        &chain,
+        &programs,
+        seconds,
+        if is_quick { 1 } else { 5 },
+    )?);
+
+    if is_quick {
+        println!("\nA quick run judges nothing.");
+        return Ok(());
+    }
+    for miss in &misses {
+        println!("\nMISSED: {miss}");
+    }
+    if misses.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("{} targets missed", misses.len()).into())
+    }
+}
+
+/// What a side needed for a packet, in nanoseconds: medians
+struct Measured {
+    name: &'static str,
+    wall: f64,
+    cpu: f64,
+}
+
+fn throughput(
+    chain: &Chain<'_>,
+    programs: &[Program],
+    kind: &str,
+    len: usize,
+    packets: usize,
+    rounds: usize,
+) -> Result<Vec<Measured>> {
+    let mut sides = Side::start_all(chain, programs, kind, "-")?;
+    for round in 0..rounds {
+        let n = sides.len();
+        for place in 0..n {
+            let side = sides.get_mut((place + round) % n).ok_or("no side")?;
+            side.run_round(kind, len, packets)?;
+        }
+    }
+    chain.flush()?;
+    let each = |samples: &mut Vec<f64>| median(samples) / packets as f64;
+    Ok(sides
+        .iter_mut()
+        .map(|side| Measured {
+            name: side.name,
+            wall: each(&mut side.wall),
+            cpu: each(&mut side.cpu),
+        })
+        .collect())
+}
+
+fn print_throughput(kind: &str, len: usize, packets: usize, rounds: usize, all: &[Measured]) {
+    println!("\n### {kind}, {len} bytes ({rounds} rounds of {packets} packets)\n");
+    println!("| | ns per packet | CPU ns per packet | packets, {C} = 1 |");
+    println!("|---|---:|---:|---:|");
+    let base = wall(all, C);
+    for Measured { name, wall, cpu } in all {
+        println!("| {name} | {wall:.0} | {cpu:.0} | {:.2} |", base / wall);
+    }
+}
+
+fn wall(all: &[Measured], name: &str) -> f64 {
+    all.iter()
+        .find(|side| side.name == name)
+        .map_or(f64::NAN, |side| side.wall)
+}
+
+/// The targets of throughput that were missed
+fn missed(kind: &str, len: usize, all: &[Measured]) -> Vec<String> {
+    let floor = all
+        .iter()
+        .filter(|side| side.name.starts_with("floor"))
+        .map(|side| side.wall)
+        .fold(f64::INFINITY, f64::min);
+    let (c, nfq) = (wall(all, C), wall(all, NFQ));
+    let targets: &[(&str, &str, f64, f64)] = match kind {
+        "accept" => &[
+            (LOOP, C, c, 1.7),
+            (LOOP, NFQ, nfq, 1.45),
+            (LOOP, "the best floor", floor, 0.95),
+            ("nfqnl run_once", C, c, 1.6),
+            ("nfqnl handle_packet", C, c, 0.98),
+        ],
+        "mixed" => &[(LOOP, C, c, 1.5)],
+        _ => &[],
+    };
+    targets
+        .iter()
+        .filter_map(|&(ours, theirs, base, least)| {
+            let ratio = base / wall(all, ours);
+            (ratio < least).then(|| {
+                format!("{kind}, {len} bytes: {ours} has {ratio:.2} times the packets of {theirs}, not {least}")
+            })
+        })
+        .collect()
+}
+
+/// What a round trip took, in microseconds
+struct RoundTrips {
+    name: &'static str,
+    p50: f64,
+    p99: f64,
+}
+
+fn latency(
+    chain: &Chain<'_>,
+    programs: &[Program],
+    round_trips: usize,
+    rounds: usize,
+) -> Result<Vec<RoundTrips>> {
+    let mut sides = Side::start_all(chain, programs, "accept", "-")?;
+    for round in 0..rounds {
+        let n = sides.len();
+        for place in 0..n {
+            let side = sides.get_mut((place + round) % n).ok_or("no side")?;
+            side.run_round_trips(round_trips)?;
+        }
+    }
+    chain.flush()?;
+    Ok(sides
+        .iter_mut()
+        .map(|side| {
+            side.wall.sort_by(f64::total_cmp);
+            let at = |percent: usize| {
+                let index = side.wall.len() * percent / 100;
+                side.wall.get(index).copied().unwrap_or(f64::NAN) / 1000.0
+            };
+            RoundTrips {
+                name: side.name,
+                p50: at(50),
+                p99: at(99),
+            }
+        })
+        .collect())
+}
+
+fn print_latency(all: &[RoundTrips]) -> Option<String> {
+    println!("\n### latency of one 64-byte UDP packet through the queue\n");
+    println!("| | p50 µs | p99 µs |\n|---|---:|---:|");
+    for RoundTrips { name, p50, p99 } in all {
+        println!("| {name} | {p50:.1} | {p99:.1} |");
+    }
+    let p50 = |name| {
+        all.iter()
+            .find(|side| side.name == name)
+            .map_or(f64::NAN, |side| side.p50)
+    };
+    let (ours, theirs) = (p50(LOOP), p50(C));
+    // Less is not told apart here.
+    (ours > theirs * 1.02)
+        .then(|| format!("latency: {LOOP} has a p50 of {ours:.1} µs, {C} {theirs:.1}"))
+}
+
+fn goodput(
+    chain: &Chain<'_>,
+    programs: &[Program],
+    seconds: f64,
+    rounds: usize,
+) -> Result<Option<String>> {
+    println!("\n### TCP goodput over loopback, MTU {MTU}, every segment through the queue\n");
+    println!("| | without GSO, Gbit/s | with GSO, Gbit/s | ratio |\n|---|---:|---:|---:|");
+    let mut miss = None;
+    for program in programs
+        .iter()
+        .filter(|program| [C, LOOP].contains(&program.name))
+    {
+        let mut rates = [Vec::new(), Vec::new()];
+        for _ in 0..rounds {
+            for (gso, rates) in ["-", "gso"].into_iter().zip(&mut rates) {
+                let side = Side::start(chain, program, 0, "accept", gso, &Rule::new().tcp())?;
+                rates.push(side.tcp_rate(seconds)?);
+                chain.flush()?;
+            }
+        }
+        let [without, with] = rates.map(|mut rates| median(&mut rates));
+        let ratio = with / without;
+        println!(
+            "| {} | {without:.2} | {with:.2} | {ratio:.1} |",
+            program.name
+        );
+        if program.name == LOOP && ratio < 10.0 {
+            miss = Some(format!(
+                "goodput: with GSO {ratio:.1} times that without, not 10"
+            ));
+        }
+    }
+    Ok(miss)
+}
+
+fn median(samples: &mut [f64]) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A process that handles packets, the socket that sends them to it, and its times
+struct Side {
+    name: &'static str,
+    socket: Udp,
+    port: u16,
+    commands: ChildStdin,
+    answers: Receiver<String>,
+    process: Child,
+    /// In nanoseconds
+    wall: Vec<f64>,
+    cpu: Vec<f64>,
+    /// The packets it has had: their ids are counted from 1
+    seen: usize,
+}
+
+impl Side {
+    fn start_all(
+        chain: &Chain<'_>,
+        programs: &[Program],
+        kind: &str,
+        gso: &str,
+    ) -> Result<Vec<Self>> {
+        let start = |(index, program): (usize, &Program)| {
+            Self::start(
+                chain,
+                program,
+                u16::try_from(index)?,
+                kind,
+                gso,
+                &Rule::new().udp(),
+            )
+        };
+        programs.iter().enumerate().map(start).collect()
+    }
+
+    fn start(
+        chain: &Chain<'_>,
+        program: &Program,
+        queue: u16,
+        kind: &str,
+        gso: &str,
+        rule: &Rule,
+    ) -> Result<Self> {
+        let port = FIRST_PORT + queue;
+        chain.add(&rule.clone().dport(port).queue(queue))?;
+        let [executable, leading @ ..] = &program.command[..] else {
+            return Err("no command".into());
+        };
+        let mut process = Command::new(PathBuf::from(executable))
+            .args(leading)
+            .args([&queue.to_string(), kind, "0", gso])
+            .args(program.tail)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|error| format!("{executable}: {error}"))?;
+        let output = BufReader::new(process.stdout.take().ok_or("no output")?);
+        let (send, answers) = mpsc::channel();
+        thread::spawn(move || {
+            output
+                .lines()
+                .map_while(|line| line.ok())
+                .try_for_each(|line| send.send(line))
+        });
+        let side = Self {
+            name: program.name,
+            socket: Udp::bind(V4, port)?,
+            port,
+            commands: process.stdin.take().ok_or("no input")?,
+            answers,
+            process,
+            wall: Vec::new(),
+            cpu: Vec::new(),
+            seen: 0,
+        };
+        side.answer()?; // "ready"
+        Ok(side)
+    }
+
+    fn answer(&self) -> Result<String> {
+        let answer = self.answers.recv_timeout(2 * TIMEOUT);
+        answer.map_err(|_| format!("{} does not answer", self.name).into())
+    }
+
+    fn run_round(&mut self, kind: &str, len: usize, packets: usize) -> Result<()> {
+        let payload = vec![0; len - IP_AND_UDP];
+        for _ in 0..packets {
+            self.socket.send(&payload, self.socket.address())?;
+        }
+        writeln!(self.commands, "{packets}")?;
+        let answer = self.answer()?;
+        let mut numbers = answer.split(' ').map(str::parse::<f64>);
+        let mut number = || {
+            numbers
+                .next()
+                .ok_or("no number")?
+                .map_err(|error| error.to_string())
+        };
+        self.wall.push(number()?);
+        self.cpu.push(number()?);
+        if number()? != (packets * len) as f64 {
+            return Err(format!("{}: {answer:?}, wrong number of bytes", self.name).into());
+        }
+        let ids = self.seen + 1..=self.seen + packets;
+        self.seen += packets;
+        let accepted = match kind {
+            "drop" => 0,
+            "mixed" => ids.filter(|id| id % 8 != 0).count(),
+            _ => packets,
+        };
+        let mut buf = [0; 2048];
+        for _ in 0..accepted {
+            let received = self.socket.recv_into(&mut buf, TIMEOUT);
+            received.ok_or_else(|| format!("{}: a packet was not accepted", self.name))?;
+        }
+        if kind == "drop"
+            && self
+                .socket
+                .recv_into(&mut buf, Duration::from_millis(1))
+                .is_some()
+        {
+            return Err(format!("{}: a packet was not dropped", self.name).into());
+        }
+        Ok(())
+    }
+
+    fn run_round_trips(&mut self, round_trips: usize) -> Result<()> {
+        let payload = [0; 64 - IP_AND_UDP];
+        let to = self.socket.address();
+        let mut buf = [0; 2048];
+        writeln!(self.commands, "{round_trips}")?;
+        for _ in 0..round_trips {
+            let begin = Instant::now();
+            self.socket.send(&payload, to)?;
+            let received = self.socket.recv_into(&mut buf, TIMEOUT);
+            received.ok_or_else(|| format!("{}: a packet was not accepted", self.name))?;
+            self.wall.push(begin.elapsed().as_nanos() as f64);
+        }
+        self.answer()?;
+        Ok(())
+    }
+
+    /// Gbit/s of a TCP connection for so many seconds
+    fn tcp_rate(mut self, seconds: f64) -> Result<f64> {
+        writeln!(self.commands, "{}", u32::MAX)?; // until it is killed
+        let listener = TcpListener::bind((V4, self.port))?;
+        let receiver = thread::spawn(move || -> std::io::Result<(u64, Duration)> {
+            let (mut stream, _) = listener.accept()?;
+            stream.set_read_timeout(Some(TIMEOUT))?;
+            let mut buf = vec![0; 1 << 18];
+            let (mut bytes, begin) = (0, Instant::now());
+            loop {
+                match stream.read(&mut buf)? {
+                    0 => return Ok((bytes, begin.elapsed())),
+                    len => bytes += len as u64,
+                }
+            }
+        });
+        let mut stream = TcpStream::connect_timeout(&(V4, self.port).into(), TIMEOUT)?;
+        stream.set_write_timeout(Some(TIMEOUT))?;
+        let data = vec![0; 1 << 18];
+        let end = Instant::now() + Duration::from_secs_f64(seconds);
+        while Instant::now() < end {
+            stream.write_all(&data)?;
+        }
+        drop(stream);
+        let received = receiver.join().map_err(|_| "the receiver panicked")?;
+        let (bytes, time) = received?;
+        Ok(bytes as f64 * 8.0 / 1e9 / time.as_secs_f64())
+    }
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}

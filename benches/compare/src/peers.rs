@@ -1,0 +1,184 @@
+//! The Rust sides of the comparison, as processes with the protocol of `peers/peer.h`
+
+use std::cell::Cell;
+use std::io::Write;
+use std::net::UdpSocket;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use nfqnl::{
+    ConfigFlags, CopyMode, Handle, QueueConfig, QueueData, RecvBatch, Verdict, VerdictBatch,
+};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::Result;
+
+const MIXED_MARK: u32 = 7;
+
+/// What is decided on packets
+#[derive(Clone, Copy)]
+enum Kind {
+    Accept,
+    Drop,
+    Mixed,
+}
+
+impl Kind {
+    /// Verdict and mark; with mixed verdicts 1 in 8 is dropped, and 1 in 8 marked
+    fn decide(self, id: u32) -> (Verdict, Option<u32>) {
+        match (self, id % 8) {
+            (Self::Drop, _) | (Self::Mixed, 0) => (Verdict::Drop, None),
+            (Self::Mixed, 4) => (Verdict::Accept, Some(MIXED_MARK)),
+            _ => (Verdict::Accept, None),
+        }
+    }
+}
+
+/// Runs one of them
+pub(crate) fn run(arguments: &[&str]) -> Result<()> {
+    let [style, queue, kind, _recv_buffer, gso] = *arguments else {
+        return Err("usage: --peer STYLE QUEUE KIND RECEIVE_BUFFER gso|-".into());
+    };
+    let queue = queue.parse()?;
+    let wants_gso = gso == "gso";
+    let kind = match kind {
+        "accept" => Kind::Accept,
+        "drop" => Kind::Drop,
+        "mixed" => Kind::Mixed,
+        _ => return Err("unknown kind".into()),
+    };
+    match style {
+        "handle_packet" => handle_packet(queue, kind, wants_gso),
+        "run_once" => run_once(queue, kind, wants_gso),
+        "loop" => batch_loop(queue, kind, wants_gso),
+        "nfq" => nfq(queue, kind, wants_gso),
+        _ => Err("unknown style".into()),
+    }
+}
+
+/// Handles packets as often as it is asked; `handle` receives once and says how many packets and bytes it saw
+fn serve(mut handle: impl FnMut() -> Result<(usize, u64)>) -> Result<()> {
+    println!("ready");
+    for line in std::io::stdin().lines() {
+        let wanted: usize = line?.trim().parse()?;
+        let (cpu, begin) = (cpu_time(), Instant::now());
+        let (mut packets, mut bytes) = (0, 0);
+        while packets < wanted {
+            let (more_packets, more_bytes) = handle()?;
+            packets += more_packets;
+            bytes += more_bytes;
+        }
+        let elapsed = begin.elapsed().as_nanos();
+        println!("{elapsed} {} {bytes}", cpu_time() - cpu);
+        std::io::stdout().flush()?;
+    }
+    Ok(())
+}
+
+/// User and system time of this process, in nanoseconds
+fn cpu_time() -> i64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec * 1_000_000_000 + time.tv_nsec
+}
+
+fn config(wants_gso: bool) -> QueueConfig {
+    let gso = if wants_gso {
+        ConfigFlags::GSO
+    } else {
+        ConfigFlags::empty()
+    };
+    QueueConfig::new()
+        .copy_mode(CopyMode::PACKET, 0xffff)
+        .flags(ConfigFlags::GSO, gso)
+}
+
+fn callback(kind: Kind, bytes: &Arc<AtomicU64>) -> impl FnMut(&mut QueueData<'_>) + Send + 'static {
+    let bytes = Arc::clone(bytes);
+    move |data| {
+        // Nobody else writes it meanwhile: an addition as in C.
+        let sum = bytes.load(Ordering::Relaxed) + data.get_payload().len() as u64;
+        bytes.store(sum, Ordering::Relaxed);
+        let (verdict, mark) = kind.decide(data.get_packet_id());
+        data.set_verdict(verdict, mark);
+    }
+}
+
+/// What the callbacks have added up, from 0 again; without a locked instruction, which C has not either
+fn take(bytes: &AtomicU64) -> u64 {
+    let sum = bytes.load(Ordering::Relaxed);
+    bytes.store(0, Ordering::Relaxed);
+    sum
+}
+
+/// Callbacks, and the caller's own `recv`
+fn handle_packet(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
+    let bytes = Arc::new(AtomicU64::new(0));
+    let mut handle = nfqnl::open()?;
+    let _queue = handle.create_queue_with(queue, &config(wants_gso), callback(kind, &bytes))?;
+    // Only for its `recv`, which is the system call that the C programs make.
+    let socket = UdpSocket::from(handle.as_fd().try_clone_to_owned()?);
+    let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
+    serve(|| {
+        let Ok(len) = socket.recv(&mut buf) else {
+            return Ok((0, 0));
+        };
+        let packets = handle.handle_packet(buf.get(..len).unwrap_or_default())?;
+        Ok((packets, take(&bytes)))
+    })
+}
+
+/// Callbacks, batched
+fn run_once(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
+    let bytes = Arc::new(AtomicU64::new(0));
+    let mut handle = nfqnl::open()?;
+    let _queue = handle.create_queue_with(queue, &config(wants_gso), callback(kind, &bytes))?;
+    let mut batch = RecvBatch::default();
+    serve(|| {
+        let packets = handle.run_once(&mut batch)?;
+        Ok((packets, take(&bytes)))
+    })
+}
+
+/// A loop with batches
+fn batch_loop(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
+    let handle = Handle::open()?;
+    let _queue = handle.bind_queue_with(queue, &config(wants_gso))?;
+    let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+    let bytes = Cell::new(0);
+    serve(|| {
+        for packet in handle.recv(&mut batch)?.packets() {
+            bytes.set(bytes.get() + packet.payload().len() as u64);
+            match kind.decide(packet.id()) {
+                (verdict, None) => verdicts.push(packet.key(), verdict)?,
+                (verdict, Some(mark)) => verdicts.push(packet.key(), verdict.with_mark(mark))?,
+            }
+        }
+        let packets = verdicts.len();
+        handle.send(&mut verdicts)?;
+        Ok((packets, bytes.take()))
+    })
+}
+
+/// The crate `nfq`
+fn nfq(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
+    let mut nfq = nfq::Queue::open()?;
+    nfq.bind(queue)?;
+    nfq.set_copy_range(queue, 0xffff)?;
+    nfq.set_recv_gso(queue, wants_gso)?;
+    serve(|| {
+        let mut message = nfq.recv()?;
+        let bytes = message.get_payload().len() as u64;
+        let (verdict, mark) = kind.decide(message.get_packet_id());
+        if let Some(mark) = mark {
+            message.set_nfmark(mark);
+        }
+        message.set_verdict(match verdict {
+            Verdict::Drop => nfq::Verdict::Drop,
+            _ => nfq::Verdict::Accept,
+        });
+        nfq.verdict(message)?;
+        Ok((1, bytes))
+    })
+}
