@@ -25,6 +25,9 @@ pub(crate) struct Received {
     pub(crate) len: usize,
     /// Whether the kernel sent it, and not another process
     pub(crate) from_kernel: bool,
+    /// The binding that it is a packet of, if it is one whole packet message and nothing else; 0 otherwise, and until
+    /// somebody has looked
+    pub(crate) binding: u16,
 }
 
 /// Receives what is there, up to one datagram for each of `slots`, without waiting
@@ -73,6 +76,7 @@ pub(crate) fn recv_many<'s>(
                 .unwrap_or(usize::MAX)
                 .min(vec.iov_len),
             from_kernel: header.msg_hdr.msg_namelen == NAME_LEN && name.nl_pid == 0,
+            binding: 0,
         };
     }
     Ok(n)

@@ -56,16 +56,33 @@ impl PacketKey {
         if NativeEndian::read_u16(&header[4..]) != message_type(NFQNL_MSG_PACKET) {
             return None;
         }
-        let header_attr = Attrs::new(attrs)
-            .map_while(Result::ok)
-            .find(|a| a.kind == NFQA_PACKET_HDR)?;
-        let id = BigEndian::read_u32(header_attr.value.first_chunk::<4>()?);
         Some(Self {
             queue: BigEndian::read_u16(&header[18..]),
             binding: 0,
-            id,
+            id: peek_id(attrs)?,
         })
     }
+}
+
+/// The packet's id, from the beginning of the attributes
+#[inline]
+fn peek_id(attrs: &[u8]) -> Option<u32> {
+    // The kernel puts the packet header first.
+    let first = attrs.first_chunk::<8>()?;
+    let (len, kind) = (
+        NativeEndian::read_u16(first),
+        NativeEndian::read_u16(&first[2..]),
+    );
+    if len >= 8 && kind == NFQA_PACKET_HDR {
+        return Some(BigEndian::read_u32(&first[4..]));
+    }
+    let header = Attrs::new(attrs)
+        .map_while(Result::ok)
+        .find(|a| a.kind == NFQA_PACKET_HDR)?;
+    header
+        .value
+        .first_chunk::<4>()
+        .map(|id| BigEndian::read_u32(id))
 }
 
 /// A packet that the kernel holds until it gets a verdict (`NFQNL_MSG_PACKET`)

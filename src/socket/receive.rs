@@ -87,8 +87,14 @@ impl Shared {
     ///
     /// Most are the next packet of the same queue, so that is noted once for all that follow each other.
     fn note_slots(&self, state: &mut State, contents: &mut Contents) -> bool {
+        /// Packets of one binding, numbered one after the other
+        struct Run {
+            first: PacketKey,
+            last: u32,
+            binding: u16,
+        }
         let mut any = contents.overruns > 0;
-        let mut run: Option<(PacketKey, u32)> = None;
+        let mut run: Option<Run> = None;
         let datagrams = contents.arena.chunks_exact(contents.slot_len);
         let received = contents.slots.iter_mut().take(contents.filled);
         for (received, slot) in received.zip(datagrams) {
@@ -98,25 +104,31 @@ impl Shared {
             }
             let datagram = slot.get(..received.len).unwrap_or_default();
             let packet = single_packet(datagram);
-            match (&mut run, packet) {
-                (Some((first, last)), Some(key))
-                    if key.queue == first.queue && key.id == last.wrapping_add(1) =>
-                {
-                    *last = key.id;
+            if let (Some(run), Some(key)) = (&mut run, packet) {
+                if key.queue == run.first.queue && key.id == run.last.wrapping_add(1) {
+                    run.last = key.id;
+                    received.binding = run.binding;
                     continue;
                 }
-                _ => {}
             }
-            if let Some((first, last)) = run.take() {
-                any |= self.note_packets(state, first, last);
+            if let Some(run) = run.take() {
+                any |= self.note_packets(state, run.first, run.last);
             }
             match packet {
-                Some(key) => run = Some((key, key.id)),
+                Some(first) => {
+                    let binding = state.bindings.get(first.queue);
+                    received.binding = binding.map_or(0, |binding| binding.id.number);
+                    run = Some(Run {
+                        first,
+                        last: first.id,
+                        binding: received.binding,
+                    });
+                }
                 None => any |= self.note_messages(state, datagram),
             }
         }
-        if let Some((first, last)) = run {
-            any |= self.note_packets(state, first, last);
+        if let Some(run) = run {
+            any |= self.note_packets(state, run.first, run.last);
         }
         any
     }

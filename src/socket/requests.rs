@@ -128,7 +128,11 @@ impl Shared {
         let mut received = [Received::default()];
         match sys::recv_many(self.as_fd(), std::iter::once(&mut *buf), &mut received) {
             Ok(_) => {
-                let [Received { len, from_kernel }] = received;
+                let [
+                    Received {
+                        len, from_kernel, ..
+                    },
+                ] = received;
                 let datagram = buf.get(..len).unwrap_or_default();
                 if !from_kernel {
                     state.stats.foreign += 1;
