@@ -25,7 +25,7 @@ use nfqnl_testkit::traffic::{Udp, V4};
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const AT_MOST: f64 = 620.0;
-/// So many small packets fit a default receive buffer, and fill six default batches
+/// So many small packets fit a default receive buffer, and fill default batches to the last slot
 const PACKETS: usize = 192;
 const FEW_ROUNDS: usize = 10;
 const MANY_ROUNDS: usize = 60;
