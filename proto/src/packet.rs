@@ -73,7 +73,7 @@ fn peek_id(attrs: &[u8]) -> Option<u32> {
         NativeEndian::read_u16(first),
         NativeEndian::read_u16(&first[2..]),
     );
-    if len >= 8 && kind == NFQA_PACKET_HDR {
+    if len >= 8 && usize::from(len) <= attrs.len() && kind == NFQA_PACKET_HDR {
         return Some(BigEndian::read_u32(&first[4..]));
     }
     let header = Attrs::new(attrs)
