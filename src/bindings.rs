@@ -161,6 +161,10 @@ impl Bindings {
         self.0.iter().any(|binding| binding.has_callback)
     }
 
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Binding> {
+        self.0.iter().map(|binding| &**binding)
+    }
+
     pub(crate) fn ids(&self) -> impl Iterator<Item = BindingId> + '_ {
         self.0.iter().map(|binding| binding.id)
     }

@@ -158,8 +158,10 @@ impl HandleBuilder {
 
     /// Whether runs of equal verdicts may leave as one message ([`VerdictBatch`]); they do, unless set otherwise
     ///
-    /// That is never wrong as long as nobody reads packets from a copy of the descriptor behind this handle's back and
-    /// answers them by itself. It ends by itself where it could be: with the first call of
+    /// That is never wrong under two conditions; turn it off where they may not hold. Nobody reads packets from a copy of
+    /// the descriptor behind this handle's back. And whoever sends verdicts has `CAP_NET_ADMIN`: what is sent without it
+    /// the kernel refuses, and the packets go on waiting; until that refusal is received, or if it is lost in an overrun,
+    /// a later run may catch them. It ends by itself where it could be: with the first call of
     /// [`handle_packet`](Handle::handle_packet), and for a binding of which packets are missing that the kernel has not
     /// counted as lost (before Linux 4.12: with the first loss).
     #[doc(alias = "nfq_set_verdict_batch")]
@@ -571,16 +573,22 @@ impl Handle {
         self.call_back(batch)
     }
 
-    /// The same without waiting: 0 if nothing is there
+    /// The same without waiting: 0 if no packet is there
     ///
-    /// A loop that is told of readiness only once (edge-triggered epoll) calls this until it returns 0 and
-    /// [`RecvBatch::has_events`] is false.
+    /// 0 means that the socket was empty, so a loop that is told of readiness only once (edge-triggered epoll) calls this
+    /// until then. An error says nothing about that: call again.
     ///
     /// # Errors
     /// As [`run_once`](Self::run_once).
     pub fn try_run_once(&mut self, batch: &mut RecvBatch) -> Result<usize> {
-        self.shared.fill(batch)?;
-        self.call_back(batch)
+        // What is no packet may be all that a batch has, with packets behind it.
+        while self.shared.fill(batch)? {
+            match self.call_back(batch)? {
+                0 => {}
+                packets => return Ok(packets),
+            }
+        }
+        Ok(0)
     }
 
     fn call_back(&mut self, batch: &mut RecvBatch) -> Result<usize> {

@@ -97,9 +97,13 @@ impl Shared {
     /// count of endings stood so
     fn unbind_bare(&self, present: BindingId, endings: u64) -> Result<()> {
         let mut state = self.state();
-        let is_unbound = |&(queue, place)| queue == present.queue && place > endings;
-        if !self.forget(&mut state, present) && state.ended.iter().any(is_unbound) {
-            return Ok(());
+        if !self.forget(&mut state, present) {
+            // Others may have unbound the queue meanwhile, and bound it again, which must not be undone.
+            let is_bound = state.bindings.get(present.queue).is_some();
+            let mut later = state.ended.iter().filter(|(_, place)| *place > endings);
+            if is_bound || later.any(|(queue, _)| *queue == present.queue) {
+                return Ok(());
+            }
         }
         let pending = self.begin_unbind(&mut state, present.queue)?;
         drop(state);

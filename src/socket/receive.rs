@@ -291,17 +291,16 @@ impl Shared {
     }
 }
 
-/// A packet waits on that was thought to be answered, unless the kernel says that there is none, or has dropped it
-/// because it can't do what the verdict says
+/// Packets wait on that were thought to be answered, unless the kernel says that there is none, or has dropped it because
+/// it can't do what the verdict says
+///
+/// Which ones is not known: without `CAP_NET_ADMIN` the kernel looks at no verdict of a send, whatever queues they are
+/// for, and refuses the first in the name of all.
 fn note_refusal(refusal: &Refusal, bindings: &Bindings) {
-    if matches!(refusal.errno(), libc::ENOENT | libc::EINVAL) {
-        return;
-    }
-    let binding = refusal
-        .packet()
-        .and_then(|key| bindings.current(key.into()));
-    if let Some(binding) = binding {
-        binding.waiting().go_blind();
+    if !matches!(refusal.errno(), libc::ENOENT | libc::EINVAL) {
+        for binding in bindings.iter() {
+            binding.waiting().go_blind();
+        }
     }
 }
 

@@ -9,7 +9,9 @@ use nfqnl::{
 };
 use nfqnl_testkit::link;
 use nfqnl_testkit::netns::isolated;
-use nfqnl_testkit::rules::{Hook, Rule};
+use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
+use nfqnl_testkit::traffic::{Udp, V4};
+use nfqnl_testkit::user::without_net_admin;
 
 use crate::examples::with_udp_payload;
 use crate::lab::{
@@ -438,5 +440,73 @@ fn packets_of_the_callers_own_loop_are_never_answered_in_runs() {
             .unwrap();
         assert_eq!(lab.recv().as_deref(), Some(&0_u32.to_be_bytes()[..]));
         assert_eq!(handle.stats().lost_packets, 0, "it came late");
+    });
+}
+
+/// Without the capability the kernel looks at no verdict of a send, and refuses the first in the name of all
+#[test]
+fn after_a_send_without_the_capability_no_queue_has_runs() {
+    isolated(|| {
+        const OTHER: u16 = 2;
+        let lab = Lab::new();
+        let table = Table::new(Family::Ip, "other").unwrap();
+        let chain = table.chain("queue", Hook::Input, 0).unwrap();
+        chain
+            .add(&Rule::new().udp().dport(PORT + 1).queue(OTHER))
+            .unwrap();
+        let other = Udp::bind(V4, PORT + 1).unwrap();
+        let handle = Handle::open().unwrap();
+        let _queues = [QUEUE, OTHER].map(|num| handle.bind_queue(num).unwrap());
+        let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+        lab.send(b"refused by name");
+        for number in 0..3 {
+            other.send(&[number], other.address()).unwrap();
+        }
+        let all = keys(&handle, &mut batch, 4);
+        for &key in &all[..2] {
+            verdicts.push(key, Verdict::Drop).unwrap();
+        }
+        without_net_admin(|| handle.send(&mut verdicts)).unwrap();
+        handle.sync().unwrap();
+        assert!(!is_silent(&handle, &mut batch), "refused");
+        for &key in &all[2..] {
+            verdicts.push(key, Verdict::Accept).unwrap();
+        }
+        handle.send(&mut verdicts).unwrap();
+        for number in 1..3 {
+            assert_eq!(other.recv().as_deref(), Some(&[number][..]));
+        }
+        assert!(other.is_silent(), "the one to be dropped still waits");
+    });
+}
+
+#[test]
+fn try_run_once_returns_0_only_when_nothing_is_left() {
+    isolated(|| {
+        const REFUSED: usize = 2 * RecvBatch::DEFAULT_SLOTS;
+        let lab = Lab::new();
+        let mut handle = Handle::open().unwrap();
+        let _queue = handle
+            .create_queue_with(QUEUE, &WHOLE_PACKETS, |data| {
+                data.set_verdict(Verdict::Accept, None);
+            })
+            .unwrap();
+        let mut batch = RecvBatch::default();
+        lab.send(b"gone");
+        let gone = next_packet(&handle, &mut batch).key();
+        link::down("lo").unwrap();
+        link::up("lo").unwrap();
+        for is_stashed in [true, false] {
+            for _ in 0..REFUSED {
+                handle.verdict(gone, Verdict::Accept).unwrap();
+            }
+            if is_stashed {
+                handle.sync().unwrap();
+            }
+            lab.send(b"behind them");
+            assert_eq!(handle.try_run_once(&mut batch).unwrap(), 1);
+            assert_eq!(handle.try_run_once(&mut batch).unwrap(), 0);
+            assert_eq!(lab.recv().as_deref(), Some(&b"behind them"[..]));
+        }
     });
 }
