@@ -11,7 +11,7 @@ use crate::waiting::Waiting;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BindingId {
     pub(crate) queue: u16,
-    /// The number in the keys of its packets; unique in the process until 65535 bindings later
+    /// The number in the keys of its packets; unique in the process until 65535 attempts to bind later
     pub(crate) number: u16,
 }
 
@@ -38,14 +38,6 @@ pub(crate) struct Binding {
 }
 
 static NEXT: AtomicU16 = AtomicU16::new(1);
-
-impl BindingId {
-    /// Gives the number back of a binding that never was, if no other has been made since
-    pub(crate) fn give_back(self) {
-        let next = self.number.wrapping_add(1);
-        let _ = NEXT.compare_exchange(next, self.number, Ordering::Relaxed, Ordering::Relaxed);
-    }
-}
 
 impl Binding {
     pub(crate) fn new(queue: u16, has_callback: bool) -> Self {

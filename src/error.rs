@@ -140,6 +140,13 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether a send failed for the length of what was sent
+    pub(crate) fn is_too_long(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.raw_os_error() == Some(libc::EMSGSIZE))
+    }
+}
+
 /// What was being done when an error came
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

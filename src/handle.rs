@@ -380,8 +380,9 @@ impl Handle {
     ///
     /// # Errors
     /// [`Error::Stale`] names the first packet whose binding of its queue has ended; such verdicts are given up, and
-    /// everything else has been sent. [`Error::Io`]: the send failed (`ENOBUFS`: the kernel is out of memory); what was
-    /// not sent stays in the batch, and nothing of it was, so call again to go on.
+    /// everything else has been sent. So is one that is longer than the socket's send buffer, with [`Error::Io`] and
+    /// `EMSGSIZE`: its packet goes on waiting. Any other [`Error::Io`]: the send failed (`ENOBUFS`: the kernel is out of
+    /// memory); what was not sent stays in the batch, and nothing of it was, so call again to go on.
     #[doc(alias = "nfq_set_verdict_batch")]
     #[doc(alias = "nfq_set_verdict_batch2")]
     pub fn send(&self, verdicts: &mut VerdictBatch) -> Result<()> {
@@ -529,8 +530,9 @@ impl Handle {
     ///
     /// # Errors
     /// [`Error::Truncated`] if the buffer was too small: the packet still waits. [`Error::Decode`] if these are no
-    /// netlink messages. [`Error::Io`] and [`Error::Stale`] if a verdict could not be sent. Everything else in the
-    /// datagram is dealt with before the first error is returned.
+    /// netlink messages. [`Error::Io`] if a verdict could not be sent, as by [`send`](Self::send); one on a queue
+    /// that has ended is no error, since its packet has ended with it. Everything else in the datagram is dealt with before
+    /// the first error is returned.
     #[doc(alias = "nfq_handle_packet")]
     pub fn handle_packet(&mut self, datagram: &[u8]) -> Result<usize> {
         let (was_old, stashed) = self.shared.take_in(datagram, &mut self.bindings);
@@ -563,11 +565,11 @@ impl Handle {
     ///
     /// # Errors
     /// [`Error::Truncated`] if a slot of the batch was too small: the packet still waits. [`Error::Io`] if the receive
-    /// or the send fails; verdicts that were not sent are sent by the next call. [`Error::Stale`] if a queue was unbound
-    /// under its packets. [`Error::Decode`] for malformed messages. Everything in the batch is dealt with before the
+    /// or the send fails; verdicts that were not sent are sent by the next call, but for one that is too long, as by
+    /// [`send`](Self::send). A queue that has ended under its packets is no error. [`Error::Decode`] for malformed messages. Everything in the batch is dealt with before the
     /// first error is returned.
     pub fn run_once(&mut self, batch: &mut RecvBatch) -> Result<usize> {
-        while !self.shared.fill(batch)? {
+        while !self.fill(batch)? {
             self.shared.wait(None)?;
         }
         self.call_back(batch)
@@ -582,13 +584,24 @@ impl Handle {
     /// As [`run_once`](Self::run_once).
     pub fn try_run_once(&mut self, batch: &mut RecvBatch) -> Result<usize> {
         // What is no packet may be all that a batch has, with packets behind it.
-        while self.shared.fill(batch)? {
+        while self.fill(batch)? {
             match self.call_back(batch)? {
                 0 => {}
                 packets => return Ok(packets),
             }
         }
         Ok(0)
+    }
+
+    /// Fills the batch, and drops the callbacks of queues that have ended
+    fn fill(&mut self, batch: &mut RecvBatch) -> Result<bool> {
+        let filled = self.shared.fill(batch)?;
+        let (_, bindings) = batch.parts();
+        if !bindings.is(&self.bindings) {
+            self.bindings.clone_from(bindings);
+            self.callbacks().retain(bindings);
+        }
+        Ok(filled)
     }
 
     fn call_back(&mut self, batch: &mut RecvBatch) -> Result<usize> {

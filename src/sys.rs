@@ -211,8 +211,16 @@ fn option(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {
 const INT_LEN: libc::socklen_t = 4;
 const _: () = assert!(mem::size_of::<libc::c_int>() == 4);
 
-/// Waits until everything that runs in the kernel under an RCU read lock now has ended (`synchronize_rcu`). Linux 4.3,
-/// and not with `nohz_full`
+/// Whether one CPU is all that there is, or that can be counted
+pub(crate) fn is_single_cpu() -> bool {
+    // SAFETY: no memory is involved.
+    unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) < 2 }
+}
+
+/// Waits until everything that runs in the kernel under an RCU read lock now has ended (`synchronize_rcu`)
+///
+/// Not with `nohz_full`, where it is refused, nor with one CPU, where it returns at once. Linux 4.3; before 4.20 a kernel
+/// that preempts itself may not wait long enough.
 pub(crate) fn wait_for_rcu() -> io::Result<()> {
     /// `MEMBARRIER_CMD_GLOBAL` (`linux/membarrier.h`)
     const GLOBAL: libc::c_int = 1;

@@ -1,6 +1,6 @@
 //! Collected verdicts, and how they become few messages
 
-use nfqnl_proto::{BatchVerdict, Decision, PacketKey, Verdict, consts::align};
+use nfqnl_proto::{BatchVerdict, Decision, EncodeError, PacketKey, Verdict, consts::align};
 
 use crate::bindings::{BindingId, Bindings};
 use crate::error::{Error, Result};
@@ -106,13 +106,18 @@ impl VerdictBatch {
         if let Some(payload) = decision.payload() {
             check_payload(payload)?;
         }
+        let header = verdict_header(key);
+        // Nothing is too long, or it is refused before there is memory for it.
+        let len = match decision.encode(&mut [], key.queue, key.id, header) {
+            Ok(len) => len,
+            Err(EncodeError::NoSpace { needed, .. }) => needed,
+            Err(error) => return Err(error.into()),
+        };
         let start = self.raw.len();
-        self.raw.resize(start + decision.max_len(), 0);
+        let end = start + len;
+        self.raw.resize(end, 0);
         let room = self.raw.get_mut(start..).unwrap_or_default();
-        let encoded = decision.encode(room, key.queue, key.id, verdict_header(key));
-        let end = start + encoded.as_ref().unwrap_or(&0);
-        self.raw.truncate(end);
-        encoded?;
+        decision.encode(room, key.queue, key.id, header)?;
         Ok(What::Raw { start, end })
     }
 
@@ -198,8 +203,9 @@ impl VerdictBatch {
     /// Sends everything by `send`, a part at a time, each at most `max_len` bytes unless a single message is longer
     ///
     /// `bindings` lends the bindings that stand, for the whole of a part. What was sent is no longer in the batch, and
-    /// what belongs to a binding that has ended is not either; the first such packet is returned as the error, after
-    /// everything else has been sent. If `send` fails, what was not sent stays.
+    /// neither is what can't be: it belongs to a binding that has ended, or is too long for any system call. The first of
+    /// these is returned as the error, after everything else has been sent. If `send` fails in another way, what was not
+    /// sent stays.
     pub(crate) fn send<B: std::ops::Deref<Target = Bindings>>(
         &mut self,
         max_len: usize,
@@ -213,34 +219,48 @@ impl VerdictBatch {
             self.entries
                 .sort_by_key(|entry| (entry.key.queue, entry.key.binding));
         }
-        let mut stale = None;
+        let mut given_up = None;
+        let mut limit = max_len;
         let mut done = 0;
-        while let Some(rest @ [first, ..]) = self.entries.get(done..) {
+        while let Some(rest @ [_, ..]) = self.entries.get(done..) {
             let bindings = bindings();
             self.out.clear();
-            let part = Part {
+            let mut part = Part {
                 raw: &self.raw,
                 out: &mut self.out,
-                max_len,
+                first: None,
+                max_len: limit,
                 is_mixed,
-            }
-            .fill(rest, coalesce, &bindings, &mut stale);
-            let sent = match &self.out[..] {
-                [] => Ok(()),
-                messages => send(first.key, messages),
             };
-            if let Err(error) = sent {
-                self.entries.drain(..done);
-                self.is_mixed = true;
-                return Err(error);
+            let len = part.fill(rest, coalesce, &bindings, &mut given_up);
+            let sent = match part.first {
+                Some(first) => send(first, part.out),
+                None => Ok(()),
+            };
+            match sent {
+                Ok(()) if coalesce => {
+                    note_answers(rest.get(..len).unwrap_or_default(), is_mixed, &bindings);
+                }
+                Ok(()) => {}
+                // One message at a time, then, to see which it is
+                Err(error) if error.is_too_long() && limit > 0 => {
+                    limit = 0;
+                    continue;
+                }
+                Err(error) if error.is_too_long() => {
+                    given_up.get_or_insert(error);
+                    limit = max_len;
+                }
+                Err(error) => {
+                    self.entries.drain(..done);
+                    self.is_mixed = true;
+                    return Err(error);
+                }
             }
-            if coalesce {
-                note_answers(rest.get(..part).unwrap_or_default(), is_mixed, &bindings);
-            }
-            done += part;
+            done += len;
         }
         self.clear();
-        stale.map_or(Ok(()), |key| Err(Error::Stale { key }))
+        given_up.map_or(Ok(()), Err)
     }
 }
 
@@ -283,6 +303,8 @@ fn note_answers(mut entries: &[Entry], is_mixed: bool, bindings: &Bindings) {
 struct Part<'o> {
     raw: &'o [u8],
     out: &'o mut Vec<u8>,
+    /// The packet of the first message in it
+    first: Option<PacketKey>,
     max_len: usize,
     is_mixed: bool,
 }
@@ -290,11 +312,11 @@ struct Part<'o> {
 impl Part<'_> {
     /// Encodes as many verdicts as there is room for, and says how many that were
     fn fill(
-        mut self,
+        &mut self,
         mut entries: &[Entry],
         coalesce: bool,
         bindings: &Bindings,
-        stale: &mut Option<PacketKey>,
+        given_up: &mut Option<Error>,
     ) -> usize {
         let all = entries.len();
         while let Some((id, group, rest)) = split_binding(entries, self.is_mixed) {
@@ -302,7 +324,9 @@ impl Part<'_> {
                 Some(binding) if coalesce => self.fill_runs(group, &binding.waiting()),
                 Some(_) => self.fill_runs(group, &Waiting::default()),
                 None => {
-                    *stale = stale.or(group.first().map(|entry| entry.key));
+                    if let Some(&Entry { key, .. }) = group.first() {
+                        given_up.get_or_insert(Error::Stale { key });
+                    }
                     group.len()
                 }
             };
@@ -331,6 +355,7 @@ impl Part<'_> {
             }
             let is_next = entry.is_answer && cursor.advance_over(entry.key.id);
             rest = behind;
+            self.first.get_or_insert(entry.key);
             match entry.what {
                 What::Raw { start, end } => {
                     self.out

@@ -43,13 +43,19 @@ impl Shared {
         let id = binding.id;
         self.change_bindings(&mut state, |bindings| bindings.insert(binding));
         let pending = self.begin(&mut state, op, Some(&ConfigRequest::bind(queue, config)));
+        let pending = match pending {
+            Ok(pending) => pending,
+            Err(error) => {
+                self.forget(&mut state, id); // nothing was sent
+                return Err(error);
+            }
+        };
         drop(state);
-        let result = pending.and_then(|pending| self.finish(pending));
+        let result = self.finish(pending);
         match &result {
             Ok(()) => {}
             Err(Error::Refused(_)) => {
                 self.forget(&mut self.state(), id);
-                id.give_back();
             }
             // The kernel may have bound it.
             Err(_) => self.post_unbind(id),
@@ -64,10 +70,11 @@ impl Shared {
     /// (`nfqnl_enqueue_packet` in `net/netfilter/nfnetlink_queue.c`). So it may come after the unbinding is
     /// acknowledged, and after the next binding is.
     fn outwait_endings(&self, op: Operation) -> Result<()> {
-        /// Much longer than the kernel takes to queue a packet, where there is no better way
+        /// Much longer than the kernel takes to queue a packet, where there is no better way: with one CPU the kernel
+        /// answers the membarrier at once, though a sender may have been preempted amid that
         const LONG: Duration = Duration::from_millis(100);
         let endings = self.state().endings;
-        if sys::wait_for_rcu().is_err() {
+        if sys::wait_for_rcu().is_err() || sys::is_single_cpu() {
             std::thread::sleep(LONG);
         }
         self.sync(op)?; // reads them all, and sees that they belong to no queue

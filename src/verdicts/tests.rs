@@ -537,3 +537,16 @@ fn a_send_is_split_and_what_fails_stays() {
     send(&mut batch, usize::MAX).unwrap();
     assert_eq!(sent, Vec::from_iter(0..100));
 }
+
+#[test]
+fn what_can_not_be_sent_takes_no_memory() {
+    let mut batch = VerdictBatch::new();
+    let long = vec![0x45; 1 << 24];
+    let key = Binding::new(0, false).key(1);
+    assert!(
+        batch
+            .push(key, Verdict::Accept.with_payload(&long))
+            .is_err()
+    );
+    assert!(batch.is_empty() && batch.raw.capacity() < 1 << 10);
+}

@@ -10,6 +10,7 @@ use nfqnl::{
 use nfqnl_testkit::link;
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
+use nfqnl_testkit::socket::set_send_buffer;
 use nfqnl_testkit::traffic::{Udp, V4};
 use nfqnl_testkit::user::without_net_admin;
 
@@ -508,5 +509,59 @@ fn try_run_once_returns_0_only_when_nothing_is_left() {
             assert_eq!(handle.try_run_once(&mut batch).unwrap(), 0);
             assert_eq!(lab.recv().as_deref(), Some(&b"behind them"[..]));
         }
+    });
+}
+
+/// A verdict that no system call takes must not be in the way of the others
+#[test]
+fn a_verdict_longer_than_the_send_buffer_is_given_up_and_the_others_sent() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        set_send_buffer(&handle, 4096).unwrap();
+        let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+        lab.send_numbered(0..200);
+        let all = keys(&handle, &mut batch, 200);
+        let long = vec![0x45; 60_000];
+        for (i, &key) in all.iter().enumerate() {
+            match i {
+                1 => verdicts.push(key, Verdict::Accept.with_payload(&long)),
+                // Different each time, so that they are too many messages for one call
+                _ => verdicts.push(key, Verdict::Accept.with_mark(u32::try_from(i).unwrap())),
+            }
+            .unwrap();
+        }
+        match handle.send(&mut verdicts).unwrap_err() {
+            Error::Io { op, source, .. } => {
+                assert_eq!(op, Operation::Verdict(all[1]));
+                assert_eq!(source.raw_os_error(), Some(libc::EMSGSIZE));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(verdicts.is_empty());
+        for i in (0..200_u32).filter(|&i| i != 1) {
+            assert_eq!(lab.recv().as_deref(), Some(&i.to_be_bytes()[..]));
+        }
+        handle.verdict(all[1], Verdict::Accept).unwrap();
+        assert_eq!(
+            lab.recv().as_deref(),
+            Some(&1_u32.to_be_bytes()[..]),
+            "it waited"
+        );
+    });
+}
+
+#[test]
+fn the_callback_of_a_queue_that_has_ended_is_dropped_by_the_next_turn() {
+    isolated(|| {
+        let mut handle = Handle::open().unwrap();
+        let (send, hung_up) = mpsc::channel::<()>();
+        let queue = handle
+            .create_queue_with(QUEUE, &WHOLE_PACKETS, move |_| send.send(()).unwrap())
+            .unwrap();
+        queue.destroy().unwrap();
+        handle.try_run_once(&mut RecvBatch::default()).unwrap();
+        assert_eq!(hung_up.try_recv(), Err(mpsc::TryRecvError::Disconnected));
     });
 }
