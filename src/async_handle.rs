@@ -16,7 +16,7 @@ use crate::batch::{Events, RecvBatch};
 use crate::error::{Error, Operation, Result};
 use crate::handle::Handle;
 use crate::owned::OwnedPacket;
-use crate::sys;
+use crate::sys::{self, Wait};
 use crate::verdicts::VerdictBatch;
 
 /// What tells that there is something to receive
@@ -98,7 +98,7 @@ impl AsyncHandle {
     pub async fn recv<'b>(&self, batch: &'b mut RecvBatch) -> Result<Events<'b>> {
         // The descriptor does not tell of what is left in a batch.
         if !batch.has_events() {
-            let receive = |handle: &Handle| match handle.shared.fill(batch) {
+            let receive = |handle: &Handle| match handle.shared.fill(batch, Wait::No) {
                 // The socket was empty, and the runtime may wait for it again.
                 Ok(false) => Err(io::ErrorKind::WouldBlock.into()),
                 filled => Ok(filled),

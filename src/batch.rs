@@ -1,13 +1,15 @@
 //! A caller-owned batch of received datagrams, and the events in it
 
 use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
 
 use nfqnl_proto::consts::{MAX_PAYLOAD, align};
 use nfqnl_proto::{CopyMode, Messages, Packet, PacketKey};
 
 use crate::bindings::Bindings;
 use crate::event::{Event, next_event};
-use crate::sys::{RECV_MAX, Received};
+use crate::sys::{self, RECV_MAX, Wait};
 
 /// Room for what one receive call takes: slots of equal length, one datagram each
 ///
@@ -37,7 +39,10 @@ pub struct RecvBatch {
 pub(crate) struct Contents {
     pub(crate) arena: Box<[u8]>,
     pub(crate) slot_len: usize,
-    pub(crate) slots: Box<[Received]>,
+    /// How much of each slot is filled
+    pub(crate) lens: Box<[usize]>,
+    /// The packet in each slot, over no bytes, if the datagram is one of a bound queue and nothing else, as nearly all are
+    pub(crate) packets: Box<[Option<Packet<'static>>]>,
     /// How many slots are filled
     pub(crate) filled: usize,
     /// Overruns that were reported on the way
@@ -45,6 +50,7 @@ pub(crate) struct Contents {
     /// What a configuration call met before, older than the slots
     pub(crate) stash: VecDeque<Stashed>,
     pub(crate) bindings: Bindings,
+    pace: Pace,
 }
 
 /// Something that a configuration call received while it waited for its answer
@@ -94,11 +100,13 @@ impl RecvBatch {
                 // Zeroed memory that was never used is not there yet.
                 arena: vec![0; slots.saturating_mul(slot_len)].into_boxed_slice(),
                 slot_len,
-                slots: vec![Received::default(); slots].into_boxed_slice(),
+                lens: vec![0; slots].into_boxed_slice(),
+                packets: vec![None; slots].into_boxed_slice(),
                 filled: 0,
                 overruns: 0,
                 stash: VecDeque::new(),
                 bindings: Bindings::default(),
+                pace: Pace::default(),
             },
             progress: Progress::default(),
         }
@@ -205,57 +213,31 @@ impl<'b> Events<'b> {
     ///
     /// Everything else is passed over, and counted in [`Handle::stats`](crate::Handle::stats): also packets that came
     /// truncated or malformed, which go on waiting. Match the [`Event`]s to answer these.
-    pub fn packets(self) -> impl Iterator<Item = Packet<'b>> {
-        self.filter_map(Event::packet)
+    #[must_use]
+    pub fn packets(self) -> Packets<'b> {
+        Packets { events: self }
     }
-}
 
-impl Contents {
-    /// The packet in a slot, if it was seen to be one and nothing else, as nearly all datagrams are
+    /// The packet that is next, if the next datagram is one and nothing else
     #[inline]
-    fn sole_packet(&self, index: usize) -> Option<Packet<'_>> {
-        let received = self.slots.get(..self.filled)?.get(index)?;
-        if received.binding == 0 || !self.stash.is_empty() {
+    fn next_sole_packet(&mut self) -> Option<Packet<'b>> {
+        let (received, progress) = (self.received, &mut *self.progress);
+        if progress.overruns < received.overruns || !received.stash.is_empty() {
             return None;
         }
-        let slot = self.arena.get(index.checked_mul(self.slot_len)?..)?;
-        let packet = Packet::parse(slot.get(..received.len)?).ok()?;
-        Some(packet.with_binding(received.binding))
+        let index = progress.datagram;
+        let packet = received.packets.get(..received.filled)?.get(index)?.as_ref()?;
+        let slot = received.arena.get(index.checked_mul(received.slot_len)?..)?;
+        progress.datagram = index + 1;
+        Some(packet.over(slot.get(..*received.lens.get(index)?)?))
     }
 
-    /// The datagrams, from the stash and then from the slots
-    #[inline]
-    fn datagram(&self, index: usize) -> Option<&[u8]> {
-        if let Some(stashed) = self.stash.get(index) {
-            return Some(match stashed {
-                Stashed::Datagram(bytes) => bytes,
-                Stashed::Overrun => &[],
-            });
-        }
-        let index = index - self.stash.len();
-        let received = self.slots.get(..self.filled)?.get(index)?;
-        let start = index.checked_mul(self.slot_len)?;
-        Some(
-            self.arena
-                .get(start..start + received.len)
-                .unwrap_or_default(),
-        )
-    }
-}
-
-impl<'b> Iterator for Events<'b> {
-    type Item = Event<'b>;
-
-    #[inline]
-    fn next(&mut self) -> Option<Event<'b>> {
+    /// The next event, whatever it is
+    fn next_of_any_kind(&mut self) -> Option<Event<'b>> {
         let (received, progress) = (self.received, &mut *self.progress);
         if progress.overruns < received.overruns {
             progress.overruns += 1;
             return Some(Event::Overrun);
-        }
-        if let Some(packet) = received.sole_packet(progress.datagram) {
-            progress.datagram += 1;
-            return Some(Event::Packet(packet));
         }
         loop {
             let index = progress.datagram;
@@ -278,4 +260,109 @@ impl<'b> Iterator for Events<'b> {
     }
 }
 
+impl<'b> Iterator for Events<'b> {
+    type Item = Event<'b>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Event<'b>> {
+        match self.next_sole_packet() {
+            Some(packet) => Some(Event::Packet(packet)),
+            None => self.next_of_any_kind(),
+        }
+    }
+}
+
 impl std::iter::FusedIterator for Events<'_> {}
+
+/// The packets of a batch, in the order they came; made by [`Events::packets`]
+#[derive(Debug)]
+pub struct Packets<'b> {
+    events: Events<'b>,
+}
+
+impl<'b> Iterator for Packets<'b> {
+    type Item = Packet<'b>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Packet<'b>> {
+        loop {
+            if let Some(packet) = self.events.next_sole_packet() {
+                return Some(packet);
+            }
+            if let Event::Packet(packet) = self.events.next_of_any_kind()? {
+                return Some(packet);
+            }
+        }
+    }
+}
+
+impl std::iter::FusedIterator for Packets<'_> {}
+
+/// How the next waiting receive call does best
+///
+/// Asking for many costs a little where only one comes, and a packet's round trip should not pay for it. So after a call
+/// that asked for many and got one, the next few ask for one.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pace {
+    /// So many calls ask for one
+    singles: u8,
+    /// So many more than that, the next time
+    step: u8,
+}
+
+impl Pace {
+    const MOST: u8 = 16;
+
+    /// How many to ask for
+    fn wanted(&mut self, slots: usize) -> usize {
+        match self.singles.checked_sub(1) {
+            Some(left) => {
+                self.singles = left;
+                1
+            }
+            None => slots,
+        }
+    }
+
+    /// Notes how many came of how many were asked for
+    fn note(&mut self, wanted: usize, came: usize) {
+        if came > 1 {
+            self.step = 0;
+        } else if wanted > 1 {
+            self.step = (2 * self.step).clamp(1, Self::MOST);
+            self.singles = self.step;
+        }
+    }
+}
+
+impl Contents {
+    /// Receives into the slots what is there
+    pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>, wait: Wait) -> io::Result<()> {
+        self.filled = 0;
+        let wanted = match wait {
+            Wait::No => self.lens.len(),
+            Wait::ForFirst => self.pace.wanted(self.lens.len()),
+        };
+        let slots = self.arena.chunks_exact_mut(self.slot_len);
+        let lens = self.lens.get_mut(..wanted).unwrap_or_default();
+        self.filled = sys::recv_many(fd, wait, slots, lens)?;
+        if wait == Wait::ForFirst {
+            self.pace.note(wanted, self.filled);
+        }
+        Ok(())
+    }
+
+    /// The datagrams, from the stash and then from the slots
+    fn datagram(&self, index: usize) -> Option<&[u8]> {
+        if let Some(stashed) = self.stash.get(index) {
+            return Some(match stashed {
+                Stashed::Datagram(bytes) => bytes,
+                Stashed::Overrun => &[],
+            });
+        }
+        let index = index - self.stash.len();
+        let len = *self.lens.get(..self.filled)?.get(index)?;
+        let slot = self.arena.get(index.checked_mul(self.slot_len)?..)?;
+        Some(slot.get(..len).unwrap_or_default())
+    }
+}

@@ -69,9 +69,10 @@ pub(crate) fn next_event<'b>(
     messages: &mut Messages<'b>,
     bindings: &Bindings,
 ) -> Option<Event<'b>> {
-    if let Some(packet) = sole_packet(messages.rest(), bindings) {
+    if let Some(packet) = sole_packet(messages.rest()) {
         *messages = Messages::new(&[]);
-        return Some(Event::Packet(packet));
+        let binding = bindings.get(packet.queue())?;
+        return Some(Event::Packet(packet.with_binding(binding.id.number)));
     }
     loop {
         let rest = messages.rest();
@@ -99,16 +100,14 @@ pub(crate) fn next_event<'b>(
     }
 }
 
-/// The packet, if these bytes are one whole packet message of a bound queue, as nearly all datagrams are
+/// The packet, if these bytes are one whole packet message, as nearly all datagrams are
 #[inline]
-fn sole_packet<'b>(datagram: &'b [u8], bindings: &Bindings) -> Option<Packet<'b>> {
+pub(crate) fn sole_packet(datagram: &[u8]) -> Option<Packet<'_>> {
     let len = u32::from_ne_bytes(*datagram.first_chunk()?);
     if usize::try_from(len) != Ok(datagram.len()) {
         return None;
     }
-    let packet = Packet::parse(datagram).ok()?;
-    let binding = bindings.get(packet.queue())?;
-    Some(packet.with_binding(binding.id.number))
+    Packet::parse(datagram).ok()
 }
 
 /// The netlink header of a verdict: it says which packet a refusal is about, with no table kept

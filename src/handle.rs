@@ -23,7 +23,7 @@ use crate::queue::Queue;
 use crate::sender::VerdictSender;
 use crate::socket::Shared;
 use crate::stats::Stats;
-use crate::sys;
+use crate::sys::{self, Wait};
 use crate::verdicts::VerdictBatch;
 
 /// A connection to the kernel's packet queues
@@ -224,6 +224,7 @@ impl HandleBuilder {
             })?;
         }
         let shared = Shared::new(socket, self.ack_timeout, self.coalesce).map_err(open_error)?;
+        shared.discard_foreign()?;
         Ok(Handle {
             shared: Arc::new(shared),
             bindings: Bindings::default(),
@@ -434,7 +435,7 @@ impl Handle {
     /// # Errors
     /// [`Error::Io`] if the system call fails in a way that is no [`Event`].
     pub fn recv<'b>(&self, batch: &'b mut RecvBatch) -> Result<Events<'b>> {
-        while !self.shared.fill(batch)? {
+        while !self.shared.fill(batch, Wait::ForFirst)? {
             self.shared.wait(None)?;
         }
         Ok(batch.events())
@@ -449,7 +450,7 @@ impl Handle {
         batch: &'b mut RecvBatch,
         deadline: Instant,
     ) -> Result<Events<'b>> {
-        while !self.shared.fill(batch)? && self.shared.wait(Some(deadline))? {}
+        while !self.shared.fill(batch, Wait::No)? && self.shared.wait(Some(deadline))? {}
         Ok(batch.events())
     }
 
@@ -461,7 +462,7 @@ impl Handle {
     /// # Errors
     /// As [`recv`](Self::recv).
     pub fn try_recv<'b>(&self, batch: &'b mut RecvBatch) -> Result<Events<'b>> {
-        self.shared.fill(batch)?;
+        self.shared.fill(batch, Wait::No)?;
         Ok(batch.events())
     }
 }
@@ -569,7 +570,7 @@ impl Handle {
     /// [`send`](Self::send). A queue that has ended under its packets is no error. [`Error::Decode`] for malformed messages. Everything in the batch is dealt with before the
     /// first error is returned.
     pub fn run_once(&mut self, batch: &mut RecvBatch) -> Result<usize> {
-        while !self.fill(batch)? {
+        while !self.fill(batch, Wait::ForFirst)? {
             self.shared.wait(None)?;
         }
         self.call_back(batch)
@@ -584,7 +585,7 @@ impl Handle {
     /// As [`run_once`](Self::run_once).
     pub fn try_run_once(&mut self, batch: &mut RecvBatch) -> Result<usize> {
         // What is no packet may be all that a batch has, with packets behind it.
-        while self.fill(batch)? {
+        while self.fill(batch, Wait::No)? {
             match self.call_back(batch)? {
                 0 => {}
                 packets => return Ok(packets),
@@ -594,8 +595,8 @@ impl Handle {
     }
 
     /// Fills the batch, and drops the callbacks of queues that have ended
-    fn fill(&mut self, batch: &mut RecvBatch) -> Result<bool> {
-        let filled = self.shared.fill(batch)?;
+    fn fill(&mut self, batch: &mut RecvBatch, wait: Wait) -> Result<bool> {
+        let filled = self.shared.fill(batch, wait)?;
         let (_, bindings) = batch.parts();
         if !bindings.is(&self.bindings) {
             self.bindings.clone_from(bindings);

@@ -72,7 +72,7 @@ pub use nfqnl_proto as proto;
 
 #[cfg(feature = "tokio")]
 pub use async_handle::{AsyncHandle, PacketStream};
-pub use batch::{Events, RecvBatch};
+pub use batch::{Events, Packets, RecvBatch};
 pub use data::QueueData;
 pub use error::{Error, Operation, Refusal, Result, Situation};
 pub use event::Event;

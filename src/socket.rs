@@ -3,9 +3,10 @@
 //! The kernel ties a queue to the socket that bound it, so acknowledgements and packets arrive in one stream, in any
 //! order. The rules that keep them apart without losing any:
 //!
-//! * Whoever reads a datagram does so under the lock on [`State`], and has dealt with every answer to a request in it
-//!   before the lock is given back. So a request that finds the socket empty, and no answer, knows that there is
-//!   none, unless callers receive on the descriptor themselves and have it in their hands.
+//! * One thread reads at a time, and what it has read is seen by [`Shared::note`] before the next may read: so datagrams
+//!   are seen in the order they came, and a request that finds the socket empty, and no answer, knows that there is
+//!   none, unless callers receive on the descriptor themselves and have it in their hands. Reading is done under the lock
+//!   on [`State`], but for a wait: then `has_reader` stands for the lock.
 //! * A request that reads packets on its way puts them in the stash. The stash is served before the socket.
 //! * Verdicts share the socket, and no lock with those who receive but one on a binding's list of waiting packets, which
 //!   nobody holds over a system call.
@@ -49,8 +50,8 @@ pub(crate) struct Shared {
     /// Whether somebody receives on the descriptor and passes on what came
     is_read_outside: AtomicBool,
     state: Mutex<State>,
-    /// Signalled when an answer to a request has come
-    answered: Condvar,
+    /// Signalled when an answer to a request has come, and when a reader is back
+    changed: Condvar,
     /// Read by verdicts, across their send: once a writer has changed it, no verdict on an older binding is on its way
     bindings: RwLock<Bindings>,
     long_verdict: Mutex<VerdictBatch>,
@@ -61,6 +62,10 @@ struct State {
     /// The same as in `Shared`, for those who have this lock
     bindings: Bindings,
     stash: VecDeque<Stashed>,
+    /// Whether a thread waits in the kernel to receive: until it is back nobody else reads
+    has_reader: bool,
+    /// How many threads wait for `changed`
+    sleepers: usize,
     requests: Vec<Request>,
     last_seq: u32,
     /// Queues that were unbound, of which packets may still come, each with its place among all that ever were
@@ -88,7 +93,7 @@ impl Shared {
             coalesce,
             is_read_outside: AtomicBool::new(false),
             state: Mutex::new(state),
-            answered: Condvar::new(),
+            changed: Condvar::new(),
             bindings: RwLock::default(),
             long_verdict: Mutex::default(),
         })

@@ -18,66 +18,53 @@ use crate::{async_handle::INTEREST, handle::Handle};
 /// How many datagrams one [`recv_many`] takes at most
 pub(crate) const RECV_MAX: usize = 64;
 
-/// One received datagram
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Received {
-    /// How many bytes of it are in its slot
-    pub(crate) len: usize,
-    /// Whether the kernel sent it, and not another process
-    pub(crate) from_kernel: bool,
-    /// The binding that it is a packet of, if it is one whole packet message and nothing else; 0 otherwise, and until
-    /// somebody has looked
-    pub(crate) binding: u16,
+/// Whether a receive call waits if nothing is there
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    No,
+    /// For one datagram, and not for those behind it; not if the descriptor is non-blocking
+    ForFirst,
 }
 
-/// Receives what is there, up to one datagram for each of `slots`, without waiting
+/// Receives what is there, up to one datagram for each of `slots` and `lens`, and at most [`RECV_MAX`]
 ///
-/// Datagram `i` goes to the start of slot `i`, cut if it is longer: its netlink header then says how long it was.
-/// At most [`RECV_MAX`] are received. Returns how many.
+/// Datagram `i` goes to the start of slot `i`, cut if it is longer: its netlink header then says how long it was. `lens[i]`
+/// says how much of the slot it takes. Returns how many came.
 pub(crate) fn recv_many<'s>(
     fd: BorrowedFd<'_>,
+    wait: Wait,
     slots: impl Iterator<Item = &'s mut [u8]>,
-    received: &mut [Received],
+    lens: &mut [usize],
 ) -> io::Result<usize> {
-    let mut names = [const { MaybeUninit::uninit() }; RECV_MAX];
     let mut vecs = [const { MaybeUninit::uninit() }; RECV_MAX];
     let mut headers = [const { MaybeUninit::uninit() }; RECV_MAX];
 
-    let parts = headers.iter_mut().zip(&mut vecs).zip(&mut names);
     let mut wanted: libc::c_uint = 0;
-    for (((header, vec), name), slot) in parts.zip(slots).take(received.len()) {
-        header.write(header_for(vec.write(iovec_of(slot)), name.write(NO_NAME)));
+    let parts = headers.iter_mut().zip(&mut vecs).zip(slots);
+    for ((header, vec), slot) in parts.take(lens.len()) {
+        header.write(header_for(vec.write(iovec_of(slot))));
         wanted += 1;
     }
-    // SAFETY: the first `wanted` headers are written, and point to an address and an iovec of this frame; each iovec
-    // points to a slot that is mutably borrowed for `'s`, with its length. The kernel writes there only during the call.
+    let flags = match wait {
+        Wait::No => libc::MSG_DONTWAIT,
+        Wait::ForFirst => libc::MSG_WAITFORONE,
+    };
+    // SAFETY: the first `wanted` headers are written, and point to an iovec of this frame, and that to a slot that is
+    // mutably borrowed for `'s`, with its length. The kernel writes there only during the call.
     let n = unsafe {
         libc::recvmmsg(
             fd.as_raw_fd(),
             headers.as_mut_ptr().cast(),
             wanted,
-            libc::MSG_DONTWAIT as _,
+            flags as _,
             ptr::null_mut(),
         )
     };
     let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
-    let parts = headers.iter().zip(&vecs).zip(&names);
-    for (received, ((header, vec), name)) in received.iter_mut().zip(parts).take(n) {
-        // SAFETY: of at most `wanted` parts, which were written, the kernel has filled the first `n`.
-        let (header, vec, name) = unsafe {
-            (
-                header.assume_init_ref(),
-                vec.assume_init_ref(),
-                name.assume_init_ref(),
-            )
-        };
-        *received = Received {
-            len: usize::try_from(header.msg_len)
-                .unwrap_or(usize::MAX)
-                .min(vec.iov_len),
-            from_kernel: header.msg_hdr.msg_namelen == NAME_LEN && name.nl_pid == 0,
-            binding: 0,
-        };
+    for (len, header) in lens.iter_mut().zip(&headers).take(n) {
+        // SAFETY: of at most `wanted` headers, which were written, the kernel has filled in the first `n`.
+        let header = unsafe { header.assume_init_ref() };
+        *len = usize::try_from(header.msg_len).unwrap_or(usize::MAX);
     }
     Ok(n)
 }
@@ -89,25 +76,35 @@ fn iovec_of(slot: &mut [u8]) -> libc::iovec {
     }
 }
 
-fn header_for(vec: &mut libc::iovec, name: &mut libc::sockaddr_nl) -> libc::mmsghdr {
+fn header_for(vec: &mut libc::iovec) -> libc::mmsghdr {
     // SAFETY: a `mmsghdr` is integers and pointers, for which all zeroes is a value.
     let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
     header.msg_hdr.msg_iov = vec;
     header.msg_hdr.msg_iovlen = 1;
-    header.msg_hdr.msg_name = ptr::from_mut(name).cast();
-    header.msg_hdr.msg_namelen = NAME_LEN;
     header
 }
 
-const NAME_LEN: libc::socklen_t = 12;
-const _: () = assert!(mem::size_of::<libc::sockaddr_nl>() == 12);
-/// An address that the kernel has not written: its port is nobody's
-const NO_NAME: libc::sockaddr_nl = {
+/// Receives one datagram if there is one, and says how long it is, and whether the kernel has sent it
+pub(crate) fn recv_and_sender(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<(usize, bool)> {
+    const LEN: libc::socklen_t = 12;
+    const _: () = assert!(mem::size_of::<libc::sockaddr_nl>() == LEN as usize);
     // SAFETY: a `sockaddr_nl` is integers, for which all zeroes is a value.
     let mut name: libc::sockaddr_nl = unsafe { mem::zeroed() };
-    name.nl_pid = u32::MAX;
-    name
-};
+    let mut name_len = LEN;
+    // SAFETY: buffer and address are exclusive and alive during the call, and their sizes are given.
+    let len = unsafe {
+        libc::recvfrom(
+            fd.as_raw_fd(),
+            buf.as_mut_ptr().cast(),
+            buf.len(),
+            libc::MSG_DONTWAIT,
+            (&raw mut name).cast(),
+            &raw mut name_len,
+        )
+    };
+    let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
+    Ok((len, name_len == LEN && name.nl_pid == 0))
+}
 
 /// Waits until the descriptor is readable or has an error; `false` when `timeout` milliseconds ran out (-1: never)
 pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: libc::c_int) -> io::Result<bool> {

@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::sync::{MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nfqnl_proto::{Message, Messages, PacketKey};
 
@@ -12,8 +13,11 @@ use super::{Shared, State};
 use crate::batch::{Contents, RecvBatch, Stashed};
 use crate::bindings::{Bindings, Noted};
 use crate::error::{Error, Operation, Refusal, Result};
-use crate::event::{Event, next_event};
-use crate::sys;
+use crate::event::{Event, next_event, sole_packet};
+use crate::sys::{self, Wait};
+
+/// How long a call waits for another thread before it looks again
+pub(super) const RECHECK: Duration = Duration::from_millis(5);
 
 /// The kernel's count of messages that it could not put in the receive buffer, set against gaps in the ids
 #[derive(Debug, Default)]
@@ -39,25 +43,45 @@ impl Drops {
 }
 
 impl Shared {
-    /// Fills the batch with what is there, without waiting; says whether it has any events
+    /// Fills the batch with what is there; says whether it has any events
     ///
-    /// Returns `false` only when the socket is empty.
-    pub(crate) fn fill(&self, batch: &mut RecvBatch) -> Result<bool> {
+    /// Returns `false` only when the socket is empty, and then only if it shall not wait, or the descriptor is
+    /// non-blocking.
+    pub(crate) fn fill(&self, batch: &mut RecvBatch, wait: Wait) -> Result<bool> {
         if batch.has_events() {
             return Ok(true);
         }
         let contents = batch.clear();
-        let mut state = self.state();
-        state.refresh(&mut contents.bindings);
-        if !state.stash.is_empty() {
-            std::mem::swap(&mut contents.stash, &mut state.stash);
-            return Ok(true);
-        }
         loop {
-            let slots = contents.arena.chunks_exact_mut(contents.slot_len);
-            match sys::recv_many(self.as_fd(), slots, &mut contents.slots) {
-                Ok(n) => {
-                    contents.filled = n;
+            let mut state = self.state();
+            if !state.stash.is_empty() {
+                state.refresh(&mut contents.bindings);
+                std::mem::swap(&mut contents.stash, &mut state.stash);
+                return Ok(true);
+            }
+            let received = if state.has_reader {
+                // Another thread waits in the kernel. What is there now, it is about to take.
+                let at_most = match wait {
+                    Wait::ForFirst => Duration::MAX,
+                    Wait::No if self.is_readable()? => RECHECK,
+                    Wait::No => return Ok(contents.overruns > 0),
+                };
+                drop(self.wait_for_others(state, at_most));
+                continue;
+            } else if wait == Wait::No || contents.overruns > 0 {
+                contents.receive(self.as_fd(), Wait::No)
+            } else {
+                state.has_reader = true;
+                drop(state);
+                let received = contents.receive(self.as_fd(), wait);
+                state = self.state();
+                state.has_reader = false;
+                self.tell_others(&state);
+                received
+            };
+            state.refresh(&mut contents.bindings);
+            match received {
+                Ok(()) => {
                     if self.note_slots(&mut state, contents) {
                         return Ok(true);
                     }
@@ -68,10 +92,7 @@ impl Shared {
                         contents.overruns += 1;
                     }
                     Some(libc::EINTR) => {}
-                    Some(libc::EAGAIN) => {
-                        contents.filled = 0;
-                        return Ok(contents.overruns > 0);
-                    }
+                    Some(libc::EAGAIN) => return Ok(contents.overruns > 0),
                     _ => {
                         return Err(Error::Io {
                             op: Operation::Receive,
@@ -91,46 +112,76 @@ impl Shared {
         struct Run {
             first: PacketKey,
             last: u32,
-            binding: u16,
+            /// `None` if the queue is not bound
+            binding: Option<u16>,
         }
         let mut any = contents.overruns > 0;
         let mut run: Option<Run> = None;
-        let datagrams = contents.arena.chunks_exact(contents.slot_len);
-        let received = contents.slots.iter_mut().take(contents.filled);
-        for (received, slot) in received.zip(datagrams) {
-            if !received.from_kernel {
-                state.stats.foreign += 1;
-                received.len = 0;
-            }
-            let datagram = slot.get(..received.len).unwrap_or_default();
-            let packet = single_packet(datagram);
-            if let (Some(run), Some(key)) = (&mut run, packet) {
-                if key.queue == run.first.queue && key.id == run.last.wrapping_add(1) {
+        let slots = contents.arena.chunks_exact(contents.slot_len);
+        let parts = slots.zip(&contents.lens).zip(&mut contents.packets);
+        for ((slot, &len), place) in parts.take(contents.filled) {
+            let datagram = slot.get(..len).unwrap_or_default();
+            let Some(packet) = sole_packet(datagram) else {
+                *place = None;
+                if let Some(run) = run.take() {
+                    any |= self.note_packets(state, run.first, run.last);
+                }
+                any |= self.note_messages(state, datagram);
+                continue;
+            };
+            let key = packet.key();
+            let binding = match &mut run {
+                Some(run) if run.first.queue == key.queue && run.last.wrapping_add(1) == key.id => {
                     run.last = key.id;
-                    received.binding = run.binding;
-                    continue;
+                    run.binding
                 }
-            }
-            if let Some(run) = run.take() {
-                any |= self.note_packets(state, run.first, run.last);
-            }
-            match packet {
-                Some(first) => {
-                    let binding = state.bindings.get(first.queue);
-                    received.binding = binding.map_or(0, |binding| binding.id.number);
+                _ => {
+                    if let Some(run) = run.take() {
+                        any |= self.note_packets(state, run.first, run.last);
+                    }
+                    let binding = state.bindings.get(key.queue);
+                    let binding = binding.map(|binding| binding.id.number);
                     run = Some(Run {
-                        first,
-                        last: first.id,
-                        binding: received.binding,
+                        first: key,
+                        last: key.id,
+                        binding,
                     });
+                    binding
                 }
-                None => any |= self.note_messages(state, datagram),
-            }
+            };
+            *place = binding.map(|binding| packet.with_binding(binding).over(&[]));
         }
         if let Some(run) = run {
             any |= self.note_packets(state, run.first, run.last);
         }
         any
+    }
+
+    /// Waits, as long as `at_most`, for another thread to come back from the kernel or to see an answer
+    pub(super) fn wait_for_others<'s>(
+        &self,
+        mut state: MutexGuard<'s, State>,
+        at_most: Duration,
+    ) -> MutexGuard<'s, State> {
+        state.sleepers += 1;
+        let wait = self.changed.wait_timeout(state, at_most);
+        state = wait.unwrap_or_else(PoisonError::into_inner).0;
+        state.sleepers -= 1;
+        state
+    }
+
+    /// Wakes those who [wait](Self::wait_for_others)
+    fn tell_others(&self, state: &State) {
+        if state.sleepers > 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    fn is_readable(&self) -> Result<bool> {
+        sys::wait_readable(self.as_fd(), 0).map_err(|source| Error::Io {
+            op: Operation::Receive,
+            source,
+        })
     }
 
     /// Waits for something to receive, until the deadline if there is one; `false` when it has passed
@@ -216,8 +267,8 @@ impl Shared {
     /// Says whether there is an event in it.
     #[inline]
     pub(super) fn note(&self, state: &mut State, datagram: &[u8]) -> bool {
-        match single_packet(datagram) {
-            Some(key) => self.note_packets(state, key, key.id),
+        match sole_packet(datagram) {
+            Some(packet) => self.note_packets(state, packet.key(), packet.id()),
             None => self.note_messages(state, datagram),
         }
     }
@@ -228,7 +279,7 @@ impl Shared {
             answered |= matches!(message, Ok(Message::Reply(reply)) if state.note_answer(&reply));
         }
         if answered {
-            self.answered.notify_all();
+            self.tell_others(state);
         }
         let bindings = state.bindings.clone();
         let mut messages = Messages::new(datagram);
@@ -312,17 +363,6 @@ impl State {
             bindings.clone_from(&self.bindings);
         }
         is_old
-    }
-}
-
-/// The key of a datagram that is one whole packet message, as nearly all are
-#[inline]
-fn single_packet(datagram: &[u8]) -> Option<PacketKey> {
-    let len = u32::from_ne_bytes(*datagram.first_chunk()?);
-    if usize::try_from(len) == Ok(datagram.len()) {
-        PacketKey::peek(datagram)
-    } else {
-        None
     }
 }
 

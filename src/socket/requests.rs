@@ -1,17 +1,18 @@
 //! Requests, and the answers to them: configuration and sync
 
+use std::io;
 use std::os::fd::AsFd;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nfqnl_proto::consts::{MESSAGE_HEADER_LEN, NFQNL_MSG_CONFIG, NLMSG_NOOP, message_type};
 use nfqnl_proto::{ConfigRequest, Reply, RequestHeader, encode_noop};
 
+use super::receive::RECHECK;
 use super::{Shared, State};
 use crate::batch::{RecvBatch, Stashed};
 use crate::error::{Error, Operation, Refusal, Result};
-use crate::sys::{self, Received};
+use crate::sys::{self, Wait};
 
 /// A request that was sent, and its answer when that has come
 #[derive(Debug)]
@@ -31,9 +32,6 @@ pub(super) struct Pending {
 
 /// A request reads whatever comes on the way, so it needs room for any message
 const REQUEST_BUFFER_LEN: usize = RecvBatch::DEFAULT_SLOT_LEN;
-
-/// How long a request that found the socket empty waits before it looks again
-const RECHECK: Duration = Duration::from_millis(5);
 
 impl Shared {
     /// Sends a configuration request and waits for the answer
@@ -105,7 +103,7 @@ impl Shared {
                 return Ok(answer?);
             }
             let waited = begin.elapsed();
-            let is_empty = self.read_to_stash(&mut state, &mut buf)?;
+            let is_empty = !state.has_reader && self.read_to_stash(&mut state, &mut buf)?;
             // Nobody else has it, and it is not there: the kernel had no room for it.
             let is_lost = is_empty
                 && drops != sys::drops(self.as_fd()).ok()
@@ -115,28 +113,50 @@ impl Shared {
                 let answer = state.take_answer(seq);
                 return Ok(answer.ok_or(Error::NoAck { op, waited })??);
             }
-            if is_empty {
+            if is_empty || state.has_reader {
                 let left = self.ack_timeout.saturating_sub(waited);
-                let wait = self.answered.wait_timeout(state, left.min(RECHECK));
-                state = wait.unwrap_or_else(PoisonError::into_inner).0;
+                state = self.wait_for_others(state, left.min(RECHECK));
             }
         }
     }
 
     /// Reads one datagram, and says whether there was none
     fn read_to_stash(&self, state: &mut State, buf: &mut [u8]) -> Result<bool> {
-        let mut received = [Received::default()];
-        match sys::recv_many(self.as_fd(), std::iter::once(&mut *buf), &mut received) {
-            Ok(_) => {
-                let [
-                    Received {
-                        len, from_kernel, ..
-                    },
-                ] = received;
-                let datagram = buf.get(..len).unwrap_or_default();
-                if !from_kernel {
+        let mut len = [0];
+        let slot = std::iter::once(&mut *buf);
+        let received = sys::recv_many(self.as_fd(), Wait::No, slot, &mut len);
+        let [len] = len;
+        self.stash(state, received.map(|_| buf.get(..len).unwrap_or_default()))
+    }
+
+    /// Throws away what other processes have sent to the socket before it was connected, after which none can
+    ///
+    /// A message of the kernel that came before then is seen as any is.
+    pub(crate) fn discard_foreign(&self) -> Result<()> {
+        let mut buf = vec![0; REQUEST_BUFFER_LEN];
+        let mut state = self.state();
+        loop {
+            let is_empty = match sys::recv_and_sender(self.as_fd(), &mut buf) {
+                Ok((_, false)) => {
                     state.stats.foreign += 1;
-                } else if self.note(state, datagram) {
+                    false
+                }
+                Ok((len, true)) => {
+                    self.stash(&mut state, Ok(buf.get(..len).unwrap_or_default()))?
+                }
+                Err(error) => self.stash(&mut state, Err(error))?,
+            };
+            if is_empty {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Sees what was received, keeps it if there is an event in it, and says whether nothing was there
+    fn stash(&self, state: &mut State, received: io::Result<&[u8]>) -> Result<bool> {
+        match received {
+            Ok(datagram) => {
+                if self.note(state, datagram) {
                     state.stash.push_back(Stashed::Datagram(datagram.into()));
                 }
                 Ok(false)
