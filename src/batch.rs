@@ -226,8 +226,14 @@ impl<'b> Events<'b> {
             return None;
         }
         let index = progress.datagram;
-        let packet = received.packets.get(..received.filled)?.get(index)?.as_ref()?;
-        let slot = received.arena.get(index.checked_mul(received.slot_len)?..)?;
+        let packet = received
+            .packets
+            .get(..received.filled)?
+            .get(index)?
+            .as_ref()?;
+        let slot = received
+            .arena
+            .get(index.checked_mul(received.slot_len)?..)?;
         progress.datagram = index + 1;
         Some(packet.over(slot.get(..*received.lens.get(index)?)?))
     }
@@ -313,25 +319,20 @@ pub(crate) struct Pace {
 impl Pace {
     const MOST: u8 = 16;
 
-    /// How many to ask for
-    fn wanted(&mut self, slots: usize) -> usize {
-        match self.singles.checked_sub(1) {
-            Some(left) => {
-                self.singles = left;
-                1
-            }
-            None => slots,
-        }
+    /// Whether to ask for one
+    fn wants_one(&mut self) -> bool {
+        let left = self.singles.checked_sub(1);
+        self.singles = left.unwrap_or(0);
+        left.is_some()
     }
 
-    /// Notes how many came of how many were asked for
-    fn note(&mut self, wanted: usize, came: usize) {
-        if came > 1 {
-            self.step = 0;
-        } else if wanted > 1 {
-            self.step = (2 * self.step).clamp(1, Self::MOST);
-            self.singles = self.step;
-        }
+    /// Notes how many came when many were asked for
+    fn note(&mut self, came: usize) {
+        self.step = match came {
+            1 => (2 * self.step).clamp(1, Self::MOST),
+            _ => 0,
+        };
+        self.singles = self.step;
     }
 }
 
@@ -339,15 +340,17 @@ impl Contents {
     /// Receives into the slots what is there
     pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>, wait: Wait) -> io::Result<()> {
         self.filled = 0;
-        let wanted = match wait {
-            Wait::No => self.lens.len(),
-            Wait::ForFirst => self.pace.wanted(self.lens.len()),
-        };
-        let slots = self.arena.chunks_exact_mut(self.slot_len);
-        let lens = self.lens.get_mut(..wanted).unwrap_or_default();
-        self.filled = sys::recv_many(fd, wait, slots, lens)?;
+        let mut slots = self.arena.chunks_exact_mut(self.slot_len);
+        if wait == Wait::ForFirst && self.pace.wants_one() {
+            if let (Some(slot), Some(len)) = (slots.next(), self.lens.first_mut()) {
+                *len = sys::recv_one(fd, wait, slot)?;
+                self.filled = 1;
+            }
+            return Ok(());
+        }
+        self.filled = sys::recv_many(fd, wait, slots, &mut self.lens)?;
         if wait == Wait::ForFirst {
-            self.pace.note(wanted, self.filled);
+            self.pace.note(self.filled);
         }
         Ok(())
     }

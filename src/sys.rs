@@ -84,19 +84,30 @@ fn header_for(vec: &mut libc::iovec) -> libc::mmsghdr {
     header
 }
 
-/// Receives one datagram if there is one, and says how long it is, and whether the kernel has sent it
-pub(crate) fn recv_and_sender(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<(usize, bool)> {
+/// Receives one datagram, and says how much of `slot` it takes: `recv(2)`, which is cheaper than asking for many
+pub(crate) fn recv_one(fd: BorrowedFd<'_>, wait: Wait, slot: &mut [u8]) -> io::Result<usize> {
+    let flags = match wait {
+        Wait::No => libc::MSG_DONTWAIT,
+        Wait::ForFirst => 0,
+    };
+    // SAFETY: the slot is exclusive and alive during the call, and its size is given.
+    let len = unsafe { libc::recv(fd.as_raw_fd(), slot.as_mut_ptr().cast(), slot.len(), flags) };
+    usize::try_from(len).map_err(|_| io::Error::last_os_error())
+}
+
+/// The same without waiting; says too whether the kernel has sent it, and not another process
+pub(crate) fn recv_with_sender(fd: BorrowedFd<'_>, slot: &mut [u8]) -> io::Result<(usize, bool)> {
     const LEN: libc::socklen_t = 12;
     const _: () = assert!(mem::size_of::<libc::sockaddr_nl>() == LEN as usize);
     // SAFETY: a `sockaddr_nl` is integers, for which all zeroes is a value.
     let mut name: libc::sockaddr_nl = unsafe { mem::zeroed() };
     let mut name_len = LEN;
-    // SAFETY: buffer and address are exclusive and alive during the call, and their sizes are given.
+    // SAFETY: slot and address are exclusive and alive during the call, and their sizes are given.
     let len = unsafe {
         libc::recvfrom(
             fd.as_raw_fd(),
-            buf.as_mut_ptr().cast(),
-            buf.len(),
+            slot.as_mut_ptr().cast(),
+            slot.len(),
             libc::MSG_DONTWAIT,
             (&raw mut name).cast(),
             &raw mut name_len,

@@ -122,11 +122,11 @@ impl Shared {
 
     /// Reads one datagram, and says whether there was none
     fn read_to_stash(&self, state: &mut State, buf: &mut [u8]) -> Result<bool> {
-        let mut len = [0];
-        let slot = std::iter::once(&mut *buf);
-        let received = sys::recv_many(self.as_fd(), Wait::No, slot, &mut len);
-        let [len] = len;
-        self.stash(state, received.map(|_| buf.get(..len).unwrap_or_default()))
+        let received = sys::recv_one(self.as_fd(), Wait::No, buf);
+        self.stash(
+            state,
+            received.map(|len| buf.get(..len).unwrap_or_default()),
+        )
     }
 
     /// Throws away what other processes have sent to the socket before it was connected, after which none can
@@ -136,7 +136,7 @@ impl Shared {
         let mut buf = vec![0; REQUEST_BUFFER_LEN];
         let mut state = self.state();
         loop {
-            let is_empty = match sys::recv_and_sender(self.as_fd(), &mut buf) {
+            let is_empty = match sys::recv_with_sender(self.as_fd(), &mut buf) {
                 Ok((_, false)) => {
                     state.stats.foreign += 1;
                     false

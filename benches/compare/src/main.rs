@@ -31,6 +31,8 @@ const FIRST_PORT: u16 = 5000;
 /// So many packets fit a default receive buffer of any side, of 64 bytes and of 1400
 const PACKETS: [(usize, usize); 2] = [(64, 192), (1400, 64)];
 const KINDS: [&str; 3] = ["accept", "drop", "mixed"];
+const LATENCY: &str = "latency";
+const GOODPUT: &str = "goodput";
 const MTU: u32 = 1500;
 
 /// A rival, or a style of ours
@@ -82,9 +84,12 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match arguments[..] {
         ["--peer", ref arguments @ ..] => peers::run(arguments),
-        [built] => compare(Path::new(built), false),
-        [built, "--quick"] => compare(Path::new(built), true),
-        _ => Err("to be started by benches/compare/run [--quick]".into()),
+        [built] => compare(Path::new(built), false, None),
+        [built, "--quick"] => compare(Path::new(built), true, None),
+        [built, "--only", what] if KINDS.contains(&what) || [LATENCY, GOODPUT].contains(&what) => {
+            compare(Path::new(built), false, Some(what))
+        }
+        _ => Err("to be started by benches/compare/run [--quick | --only KIND]".into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -95,16 +100,17 @@ fn main() -> ExitCode {
     }
 }
 
-fn compare(built: &Path, is_quick: bool) -> Result<()> {
+fn compare(built: &Path, is_quick: bool, only: Option<&str>) -> Result<()> {
     netns::enter()?;
     let first = *cpu::allowed()?.first().ok_or("no CPU")?;
     cpu::on(first, || {
-        compare_here(built, is_quick).map_err(|error| error.to_string())
+        compare_here(built, is_quick, only).map_err(|error| error.to_string())
     })??;
     Ok(())
 }
 
-fn compare_here(built: &Path, is_quick: bool) -> Result<()> {
+fn compare_here(built: &Path, is_quick: bool, only: Option<&str>) -> Result<()> {
+    let is_wanted = |what: &str| only.is_none_or(|only| only == what);
     link::set_mtu("lo", MTU)?;
     let table = Table::new(Family::Ip, "compare")?;
     let chain = table.chain("c", Hook::Input, 0)?;
@@ -117,25 +123,21 @@ fn compare_here(built: &Path, is_quick: bool) -> Result<()> {
     let mut misses = Vec::new();
 
     for (len, packets) in PACKETS {
-        for kind in KINDS {
+        for kind in KINDS.into_iter().filter(|kind| is_wanted(kind)) {
             let measured = throughput(&chain, &programs, kind, len, packets, rounds)?;
             print_throughput(kind, len, packets, rounds, &measured);
             misses.extend(missed(kind, len, &measured));
         }
     }
-    let measured = latency(
-        &chain,
-        &programs,
-        round_trips,
-        if is_quick { 2 } else { 20 },
-    )?;
-    misses.extend(print_latency(&measured));
-    misses.extend(goodput(
-        &chain,
-        &programs,
-        seconds,
-        if is_quick { 1 } else { 5 },
-    )?);
+    if is_wanted(LATENCY) {
+        let rounds = if is_quick { 2 } else { 20 };
+        let measured = latency(&chain, &programs, round_trips, rounds)?;
+        misses.extend(print_latency(&measured));
+    }
+    if is_wanted(GOODPUT) {
+        let rounds = if is_quick { 1 } else { 5 };
+        misses.extend(goodput(&chain, &programs, seconds, rounds)?);
+    }
 
     if is_quick {
         println!("\nA quick run judges nothing.");
