@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use nfqnl_proto::consts::{MAX_PAYLOAD, align};
-use nfqnl_proto::{CopyMode, Messages, Packet, PacketKey};
+use nfqnl_proto::{CopyMode, Messages, Packet, PacketIndex, PacketKey};
 
 use crate::bindings::Bindings;
 use crate::event::{Event, next_event};
@@ -41,8 +41,8 @@ pub(crate) struct Contents {
     pub(crate) slot_len: usize,
     /// How much of each slot is filled
     pub(crate) lens: Box<[usize]>,
-    /// The packet in each slot, over no bytes, if the datagram is one of a bound queue and nothing else, as nearly all are
-    pub(crate) packets: Box<[Option<Packet<'static>>]>,
+    /// The index of the packet in each slot, if the datagram is one of a bound queue and nothing else, as nearly all are
+    pub(crate) packets: Box<[PacketIndex]>,
     /// How many slots are filled
     pub(crate) filled: usize,
     /// Overruns that were reported on the way
@@ -101,7 +101,7 @@ impl RecvBatch {
                 arena: vec![0; slots.saturating_mul(slot_len)].into_boxed_slice(),
                 slot_len,
                 lens: vec![0; slots].into_boxed_slice(),
-                packets: vec![None; slots].into_boxed_slice(),
+                packets: vec![PacketIndex::default(); slots].into_boxed_slice(),
                 filled: 0,
                 overruns: 0,
                 stash: VecDeque::new(),
@@ -225,17 +225,15 @@ impl<'b> Events<'b> {
         if progress.overruns < received.overruns || !received.stash.is_empty() {
             return None;
         }
-        let index = progress.datagram;
-        let packet = received
-            .packets
-            .get(..received.filled)?
-            .get(index)?
-            .as_ref()?;
-        let slot = received
-            .arena
-            .get(index.checked_mul(received.slot_len)?..)?;
-        progress.datagram = index + 1;
-        Some(packet.over(slot.get(..*received.lens.get(index)?)?))
+        let place = progress.datagram;
+        let index = received.packets.get(..received.filled)?.get(place)?;
+        if index.binding() == 0 {
+            return None;
+        }
+        let slot = received.arena.get(place * received.slot_len..)?;
+        let bytes = slot.get(..*received.lens.get(place)?)?;
+        progress.datagram = place + 1;
+        Some(index.over(bytes))
     }
 
     /// The next event, whatever it is

@@ -78,11 +78,34 @@ impl Binding {
         self.has_ended.store(true, Ordering::Relaxed);
     }
 
-    /// Notes that packets have come that were numbered one after the other
+    /// Notes packets that have come and were numbered one after the other
     ///
+    /// `tracks` if it matters which ones wait; then `is_lost` says whether so many that were left out before them are lost,
+    /// and nobody else has them.
+    #[inline]
+    pub(crate) fn note_received(
+        &self,
+        first: u32,
+        last: u32,
+        tracks: bool,
+        is_lost: impl FnOnce(u32) -> bool,
+    ) -> Noted {
+        let noted = self.note(first, last);
+        let is_lost = match noted {
+            Noted::After { gap } if tracks => is_lost(gap),
+            _ => true,
+        };
+        match (tracks, is_lost) {
+            (true, true) => self.waiting().receive(first, last),
+            (true, false) => self.waiting().go_blind(),
+            (false, _) => {}
+        }
+        noted
+    }
+
     /// The kernel numbers packets without gaps; a message that did not fit the receive buffer has used its number up.
     #[inline]
-    pub(crate) fn note(&self, first: u32, last: u32) -> Noted {
+    fn note(&self, first: u32, last: u32) -> Noted {
         let noted = match first.wrapping_sub(self.last_id.load(Ordering::Relaxed)) {
             0 | 1 => Noted::Next, // 0: once more
             step if step <= u32::MAX / 2 => Noted::After { gap: step - 1 },
@@ -90,6 +113,32 @@ impl Binding {
         };
         self.last_id.store(last, Ordering::Relaxed);
         noted
+    }
+}
+
+/// Packets of one queue that the kernel has numbered one after the other
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stretch {
+    pub(crate) first: PacketKey,
+    pub(crate) last: u32,
+}
+
+impl Stretch {
+    pub(crate) const fn new(key: PacketKey) -> Self {
+        Self {
+            first: key,
+            last: key.id,
+        }
+    }
+
+    /// Takes one more packet in, if it is the next one; says whether it is
+    #[inline]
+    pub(crate) fn extend(&mut self, key: PacketKey) -> bool {
+        let is_next = key.queue == self.first.queue && key.id == self.last.wrapping_add(1);
+        if is_next {
+            self.last = key.id;
+        }
+        is_next
     }
 }
 

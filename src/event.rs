@@ -1,7 +1,9 @@
 //! What receiving yields: packets, and everything else that can come out of the socket
 
 use nfqnl_proto::consts::{NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, message_type};
-use nfqnl_proto::{DecodeError, Message, Messages, Packet, PacketKey, Reply, RequestHeader};
+use nfqnl_proto::{
+    DecodeError, Message, Messages, Packet, PacketIndex, PacketKey, Reply, RequestHeader,
+};
 
 use crate::bindings::Bindings;
 use crate::error::{Operation, Refusal};
@@ -71,15 +73,12 @@ pub(crate) fn next_event<'b>(
 ) -> Option<Event<'b>> {
     if let Some(packet) = sole_packet(messages.rest()) {
         *messages = Messages::new(&[]);
-        let binding = bindings.get(packet.queue())?;
-        return Some(Event::Packet(packet.with_binding(binding.id.number)));
+        return packet_event(packet, bindings);
     }
     loop {
         let rest = messages.rest();
         let event = match messages.next()? {
-            Ok(Message::Packet(packet)) => bindings
-                .get(packet.queue())
-                .map(|binding| Event::Packet(packet.with_binding(binding.id.number))),
+            Ok(Message::Packet(packet)) => packet_event(packet, bindings),
             Ok(Message::Reply(reply)) => refusal(&reply).map(Event::Refused),
             Ok(Message::Overrun) => Some(Event::Overrun),
             Ok(_) => None,
@@ -100,14 +99,26 @@ pub(crate) fn next_event<'b>(
     }
 }
 
+/// What a packet is: nothing, if its queue is not bound (any more)
+#[inline]
+pub(crate) fn packet_event<'b>(packet: Packet<'b>, bindings: &Bindings) -> Option<Event<'b>> {
+    let binding = bindings.get(packet.queue())?;
+    Some(Event::Packet(packet.with_binding(binding.id.number)))
+}
+
 /// The packet, if these bytes are one whole packet message, as nearly all datagrams are
 #[inline]
 pub(crate) fn sole_packet(datagram: &[u8]) -> Option<Packet<'_>> {
-    let len = u32::from_ne_bytes(*datagram.first_chunk()?);
-    if usize::try_from(len) != Ok(datagram.len()) {
-        return None;
-    }
-    Packet::parse(datagram).ok()
+    let mut index = PacketIndex::default();
+    index_sole_packet(datagram, &mut index).then(|| index.over(datagram))
+}
+
+/// The same in place: says whether these bytes are one, and `index` is its index
+#[inline]
+pub(crate) fn index_sole_packet(datagram: &[u8], index: &mut PacketIndex) -> bool {
+    let len = datagram.first_chunk().map(|len| u32::from_ne_bytes(*len));
+    let is_sole = len.is_some_and(|len| usize::try_from(len) == Ok(datagram.len()));
+    is_sole && index.parse(datagram).is_ok()
 }
 
 /// The netlink header of a verdict: it says which packet a refusal is about, with no table kept
@@ -124,6 +135,16 @@ pub(crate) fn verdict_header(key: PacketKey) -> RequestHeader {
     }
 }
 
+/// The same for a batch verdict that was sent before, and may have been refused
+///
+/// No packet has the number 0 but one in four billion, and mostly none waits for this verdict: that is no event.
+pub(crate) fn said_again_header(key: PacketKey) -> RequestHeader {
+    RequestHeader {
+        seq: 0,
+        ..verdict_header(key)
+    }
+}
+
 fn refusal(reply: &Reply<'_>) -> Option<Refusal> {
     const VERDICT: u16 = message_type(NFQNL_MSG_VERDICT);
     const VERDICT_BATCH: u16 = message_type(NFQNL_MSG_VERDICT_BATCH);
@@ -135,6 +156,7 @@ fn refusal(reply: &Reply<'_>) -> Option<Refusal> {
     };
     let op = match reply.request_type {
         VERDICT => Operation::Verdict(key),
+        VERDICT_BATCH if reply.errno == libc::ENOENT && reply.seq == 0 => return None,
         VERDICT_BATCH => Operation::BatchVerdict(key),
         _ => return None,
     };

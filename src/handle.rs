@@ -17,7 +17,7 @@ use crate::batch::{Events, RecvBatch, Stashed};
 use crate::bindings::{BindingId, Bindings};
 use crate::data::QueueData;
 use crate::error::{Error, Operation, Result};
-use crate::event::{Event, next_event};
+use crate::event::{Event, next_event, packet_event, sole_packet};
 use crate::owned::OwnedPacket;
 use crate::queue::Queue;
 use crate::sender::VerdictSender;
@@ -536,15 +536,24 @@ impl Handle {
     /// the first error is returned.
     #[doc(alias = "nfq_handle_packet")]
     pub fn handle_packet(&mut self, datagram: &[u8]) -> Result<usize> {
-        let (was_old, stashed) = self.shared.take_in(datagram, &mut self.bindings);
+        let packet = sole_packet(datagram);
+        let taken_in = self
+            .shared
+            .take_in(datagram, packet.as_ref(), &mut self.bindings);
+        let (was_old, stashed) = taken_in;
         if was_old {
             let bindings = self.bindings.clone();
             self.callbacks().retain(&bindings);
         }
         let mut turn = self.turn(None);
-        match stashed {
-            None => turn.handle_datagram(datagram),
-            Some(all) => turn.rest = all,
+        match (stashed, packet) {
+            (Some(all), _) => turn.rest = all,
+            (None, Some(packet)) => {
+                if let Some(event) = packet_event(packet, turn.bindings) {
+                    turn.handle(event);
+                }
+            }
+            (None, None) => turn.handle_datagram(datagram),
         }
         while let Some(next) = turn.rest.pop_front() {
             match next {

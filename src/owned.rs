@@ -1,6 +1,6 @@
 //! Packets that outlive their receive buffer
 
-use nfqnl_proto::{Packet, PacketKey};
+use nfqnl_proto::{Packet, PacketIndex, PacketKey};
 
 /// A copy of a packet, for other threads and later times
 ///
@@ -9,8 +9,7 @@ use nfqnl_proto::{Packet, PacketKey};
 #[derive(Clone)]
 pub struct OwnedPacket {
     bytes: Box<[u8]>,
-    /// The packet's attributes, over no bytes
-    view: Packet<'static>,
+    index: PacketIndex,
 }
 
 impl OwnedPacket {
@@ -19,14 +18,14 @@ impl OwnedPacket {
     pub fn new(packet: &Packet<'_>) -> Self {
         Self {
             bytes: packet.as_bytes().into(),
-            view: packet.over(&[]),
+            index: packet.index(),
         }
     }
 
     /// The packet
     #[must_use]
     pub fn packet(&self) -> Packet<'_> {
-        self.view.over(&self.bytes)
+        self.index.over(&self.bytes)
     }
 
     /// What it is answered by

@@ -35,7 +35,7 @@ use crate::stats::Stats;
 use crate::sys;
 use crate::verdicts::VerdictBatch;
 
-use self::receive::Drops;
+pub(crate) use self::receive::Drops;
 use self::requests::Request;
 
 /// The socket, and everything that its users share
@@ -157,17 +157,26 @@ impl Shared {
     fn common_verdict(&self, key: PacketKey, common: BatchVerdict) -> Result<()> {
         let mut out = [0; BatchVerdict::MAX_LEN];
         let len = common.encode_single(&mut out, key.queue, key.id, verdict_header(key))?;
+        let message = out.get(..len).unwrap_or_default();
         let bindings = self.bindings();
         let binding = bindings.current(key.into()).ok_or(Error::Stale { key })?;
-        self.send(Operation::Verdict(key), out.get(..len).unwrap_or_default())?;
-        if self.coalesces() && common.verdict() != Verdict::Stolen {
-            binding.waiting().answer(key.id, key.id);
+        if !self.coalesces() || common.verdict() == Verdict::Stolen {
+            return self.send(Operation::Verdict(key), message);
         }
+        let verdict = Some(common);
+        let needs_proof = binding.waiting().needs_proof_alone(verdict);
+        let is_proven = self.send_and_prove(key, message, needs_proof)?;
+        binding
+            .waiting()
+            .note_sent(key.id, key.id, verdict, is_proven);
         Ok(())
     }
 
     /// Sends one verdict of any length, by memory that is kept for it unless another thread has that now
     fn long_verdict(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
+        if let (Some(binding), true) = (self.bindings().current(key.into()), self.coalesces()) {
+            binding.waiting().needs_proof_alone(None);
+        }
         let mut own = VerdictBatch::new();
         let mut kept = self.long_verdict.try_lock();
         let batch = kept.as_deref_mut().unwrap_or(&mut own);
@@ -197,8 +206,18 @@ impl Shared {
             self.max_send,
             self.coalesces(),
             || self.bindings(),
-            |first, messages| self.send(Operation::Verdict(first), messages),
+            |first, messages, needs_proof| self.send_and_prove(first, messages, needs_proof),
         )
+    }
+
+    /// Sends verdicts; if `needs_proof`, says whether it is certain that the kernel has not refused them all
+    ///
+    /// It does if the thread has not `CAP_NET_ADMIN` meanwhile, and may have it a moment before or after: privileges that
+    /// one thread drops or regains by `setuid` libc changes in all of them, by a signal.
+    fn send_and_prove(&self, first: PacketKey, messages: &[u8], needs_proof: bool) -> Result<bool> {
+        let was_capable = needs_proof && sys::has_net_admin();
+        self.send(Operation::Verdict(first), messages)?;
+        Ok(was_capable && sys::has_net_admin())
     }
 
     fn send(&self, op: Operation, message: &[u8]) -> Result<()> {

@@ -241,6 +241,20 @@ pub(crate) fn wait_for_rcu() -> io::Result<()> {
     }
 }
 
+/// Whether the calling thread has `CAP_NET_ADMIN` in its user namespace
+pub(crate) fn has_net_admin() -> bool {
+    /// `_LINUX_CAPABILITY_VERSION_3` (`linux/capability.h`)
+    const VERSION: u32 = 0x2008_0522;
+    /// `CAP_NET_ADMIN`
+    const BIT: u32 = 12;
+    let mut header = [VERSION, 0]; // struct __user_cap_header_struct: version, and 0 for the calling thread
+    let mut sets = [[0_u32; 3]; 2]; // struct __user_cap_data_struct: effective, permitted, inheritable, 32 bits each
+    // SAFETY: the kernel reads and writes the header and writes two structs of three integers, for this version.
+    let result = unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) };
+    let [[effective, ..], _] = sets;
+    result == 0 && effective & 1 << BIT != 0
+}
+
 /// Sets or clears close-on-exec
 pub(crate) fn set_cloexec(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: no memory is involved.

@@ -1,11 +1,15 @@
 //! Collected verdicts, and how they become few messages
 
-use nfqnl_proto::{BatchVerdict, Decision, EncodeError, PacketKey, Verdict, consts::align};
+use std::ops::Deref;
+
+use nfqnl_proto::{
+    BatchVerdict, Decision, EncodeError, PacketKey, RequestHeader, Verdict, consts::align,
+};
 
 use crate::bindings::{BindingId, Bindings};
 use crate::error::{Error, Result};
-use crate::event::verdict_header;
-use crate::waiting::Waiting;
+use crate::event::{said_again_header, verdict_header};
+use crate::waiting::{Unproven, Waiting};
 
 /// Verdicts to be sent together
 ///
@@ -43,31 +47,74 @@ use crate::waiting::Waiting;
 #[derive(Debug, Default)]
 pub struct VerdictBatch {
     entries: Vec<Entry>,
+    /// How many verdicts that is
+    len: usize,
     /// Encoded messages of those verdicts that are more than a [`BatchVerdict`]
     raw: Vec<u8>,
     /// Whether there are verdicts on several queues, or bindings of one
     is_mixed: bool,
     /// What is sent next
     out: Vec<u8>,
+    /// What is said again in it: for each of these bindings, the usual verdict on all packets up to this one
+    said_again: Vec<(BindingId, u32)>,
 }
 
+/// The same verdict on packets that were numbered one after the other
 #[derive(Clone, Copy, Debug)]
 struct Entry {
-    key: PacketKey,
+    first: PacketKey,
+    /// From 1 to [`Entry::MOST`]
+    len: u8,
     what: What,
-    /// Whether the packet is no longer there once the kernel has had this verdict: it refuses STOLEN, and the packet
-    /// goes on waiting
-    is_answer: bool,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum What {
     Common(BatchVerdict),
-    /// Where its message stands in `raw`
+    /// Where its message stands in `raw`; on one packet
     Raw {
         start: usize,
         end: usize,
+        verdict: Verdict,
     },
+}
+
+impl Entry {
+    /// So many that a part has room for the verdicts of one entry, each in a message of its own
+    const MOST: u8 = 64;
+
+    fn binding(&self) -> BindingId {
+        self.first.into()
+    }
+
+    fn last_id(&self) -> u32 {
+        behind(self.first, u32::from(self.len) - 1).id
+    }
+
+    /// The verdict, if a batch verdict can say all of it
+    fn common(&self) -> Option<BatchVerdict> {
+        match self.what {
+            What::Common(verdict) => Some(verdict),
+            What::Raw { .. } => None,
+        }
+    }
+
+    /// Whether the packets are no longer there once the kernel has had this: it refuses STOLEN, and they go on waiting
+    fn is_answer(&self) -> bool {
+        let verdict = match self.what {
+            What::Common(common) => common.verdict(),
+            What::Raw { verdict, .. } => verdict,
+        };
+        verdict != Verdict::Stolen
+    }
+
+    /// How many bytes its messages take at most
+    fn encoded_len(&self) -> usize {
+        match self.what {
+            What::Common(_) => usize::from(self.len) * BatchVerdict::MAX_LEN,
+            What::Raw { start, end, .. } => align(end - start),
+        }
+    }
 }
 
 impl VerdictBatch {
@@ -88,18 +135,29 @@ impl VerdictBatch {
             Some(common) => What::Common(common),
             None => self.encode_raw(key, &decision)?,
         };
-        let binding = BindingId::from(key);
-        self.is_mixed |= self
-            .entries
-            .last()
-            .is_some_and(|last| BindingId::from(last.key) != binding);
-        let is_answer = decision.verdict() != Verdict::Stolen;
-        self.entries.push(Entry {
-            key,
-            what,
-            is_answer,
-        });
+        self.add(key, what);
         Ok(())
+    }
+
+    #[inline]
+    fn add(&mut self, key: PacketKey, what: What) {
+        self.len += 1;
+        if let Some(newest) = self.entries.last_mut() {
+            let is_same_binding = newest.binding() == BindingId::from(key);
+            let follows = key.id == newest.last_id().wrapping_add(1);
+            let has_room = newest.len < Entry::MOST;
+            if is_same_binding && follows && has_room && newest.what == what {
+                newest.len += 1;
+                return;
+            }
+            self.is_mixed |= !is_same_binding;
+        }
+        let first = key;
+        self.entries.push(Entry {
+            first,
+            len: 1,
+            what,
+        });
     }
 
     fn encode_raw(&mut self, key: PacketKey, decision: &Decision<'_>) -> Result<What> {
@@ -118,13 +176,17 @@ impl VerdictBatch {
         self.raw.resize(end, 0);
         let room = self.raw.get_mut(start..).unwrap_or_default();
         decision.encode(room, key.queue, key.id, header)?;
-        Ok(What::Raw { start, end })
+        Ok(What::Raw {
+            start,
+            end,
+            verdict: decision.verdict(),
+        })
     }
 
     /// How many verdicts are in it
     #[must_use]
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.len
     }
 
     /// The only verdict in it, if that is no more than verdict, mark and priority
@@ -133,11 +195,11 @@ impl VerdictBatch {
         match self.entries[..] {
             [
                 Entry {
-                    key,
+                    first,
+                    len: 1,
                     what: What::Common(common),
-                    ..
                 },
-            ] => Some((key, common)),
+            ] => Some((first, common)),
             _ => None,
         }
     }
@@ -145,29 +207,45 @@ impl VerdictBatch {
     /// Whether none is in it
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.len == 0
     }
 
     /// Takes all verdicts out, unsent; the memory is kept
     pub fn clear(&mut self) {
         self.entries.clear();
+        self.len = 0;
         self.raw.clear();
         self.is_mixed = false;
     }
 
-    /// Adds a verdict in place of the one at `index`, if there is one; if that fails, nothing is changed
+    /// Adds a verdict, in place of the last if there are more than `before`; if that fails, nothing is changed
     #[inline]
     pub(crate) fn set<'p>(
         &mut self,
-        index: usize,
+        before: usize,
         key: PacketKey,
         decision: impl Into<Decision<'p>>,
     ) -> Result<()> {
-        self.push(key, decision)?;
-        if self.entries.len() > index + 1 {
-            self.entries.swap_remove(index);
+        let decision = decision.into();
+        let what = match decision.as_batch() {
+            Some(common) => What::Common(common),
+            None => self.encode_raw(key, &decision)?,
+        };
+        if self.len > before {
+            self.remove_last();
         }
+        self.add(key, what);
         Ok(())
+    }
+
+    fn remove_last(&mut self) {
+        self.len -= 1;
+        if let Some(newest) = self.entries.last_mut() {
+            newest.len -= 1;
+            if newest.len == 0 {
+                self.entries.pop();
+            }
+        }
     }
 }
 
@@ -195,7 +273,7 @@ fn check_payload(payload: &[u8]) -> Result<()> {
 impl VerdictBatch {
     /// What sending comes to when there is no socket any more
     pub(crate) fn give_up(&mut self) -> Result<()> {
-        let first = self.entries.first().map(|entry| entry.key);
+        let first = self.entries.first().map(|entry| entry.first);
         self.clear();
         first.map_or(Ok(()), |key| Err(Error::Stale { key }))
     }
@@ -206,43 +284,46 @@ impl VerdictBatch {
     /// neither is what can't be: it belongs to a binding that has ended, or is too long for any system call. The first of
     /// these is returned as the error, after everything else has been sent. If `send` fails in another way, what was not
     /// sent stays.
-    pub(crate) fn send<B: std::ops::Deref<Target = Bindings>>(
+    ///
+    /// `send` gets the packet of the first message, the messages, and whether to find out if the kernel has carried them
+    /// out; it says whether that is certain.
+    pub(crate) fn send<B: Deref<Target = Bindings>>(
         &mut self,
         max_len: usize,
         coalesce: bool,
         mut bindings: impl FnMut() -> B,
-        mut send: impl FnMut(PacketKey, &[u8]) -> Result<()>,
+        mut send: impl FnMut(PacketKey, &[u8], bool) -> Result<bool>,
     ) -> Result<()> {
-        let is_mixed = std::mem::take(&mut self.is_mixed);
-        if is_mixed {
+        if self.is_mixed {
             // Stable, so the order within each queue stays.
             self.entries
-                .sort_by_key(|entry| (entry.key.queue, entry.key.binding));
+                .sort_by_key(|entry| (entry.first.queue, entry.first.binding));
         }
         let mut given_up = None;
         let mut limit = max_len;
-        let mut done = 0;
-        while let Some(rest @ [_, ..]) = self.entries.get(done..) {
+        let mut rest = &self.entries[..];
+        while !rest.is_empty() {
             let bindings = bindings();
-            self.out.clear();
             let mut part = Part {
                 raw: &self.raw,
                 out: &mut self.out,
+                said_again: &mut self.said_again,
                 first: None,
+                needs_proof: false,
                 max_len: limit,
-                is_mixed,
             };
             let len = part.fill(rest, coalesce, &bindings, &mut given_up);
+            let (done, behind) = rest.split_at_checked(len).unwrap_or((rest, &[]));
             let sent = match part.first {
-                Some(first) => send(first, part.out),
-                None => Ok(()),
+                Some(first) => send(first, part.out, part.needs_proof),
+                None => Ok(false),
             };
             match sent {
-                Ok(()) if coalesce => {
-                    note_answers(rest.get(..len).unwrap_or_default(), is_mixed, &bindings);
+                Ok(is_proven) if coalesce => {
+                    note_sent(done, &self.said_again, &bindings, is_proven);
                 }
-                Ok(()) => {}
-                // One message at a time, then, to see which it is
+                Ok(_) => {}
+                // One entry at a time, then, to see which it is
                 Err(error) if error.is_too_long() && limit > 0 => {
                     limit = 0;
                     continue;
@@ -252,88 +333,92 @@ impl VerdictBatch {
                     limit = max_len;
                 }
                 Err(error) => {
+                    self.len = rest.iter().map(|entry| usize::from(entry.len)).sum();
+                    let done = self.entries.len() - rest.len();
                     self.entries.drain(..done);
-                    self.is_mixed = true;
                     return Err(error);
                 }
             }
-            done += len;
+            rest = behind;
         }
         self.clear();
         given_up.map_or(Ok(()), Err)
     }
 }
 
-/// The verdicts at the front that belong to the same binding, and the rest
-fn split_binding(entries: &[Entry], is_mixed: bool) -> Option<(BindingId, &[Entry], &[Entry])> {
-    let binding = BindingId::from(entries.first()?.key);
-    if !is_mixed {
-        return Some((binding, entries, &[]));
+/// The packet that was numbered so many behind this one
+fn behind(key: PacketKey, n: u32) -> PacketKey {
+    PacketKey {
+        id: key.id.wrapping_add(n),
+        ..key
     }
-    let len = entries
-        .iter()
-        .take_while(|entry| BindingId::from(entry.key) == binding)
-        .count();
-    let (group, rest) = entries.split_at_checked(len)?;
-    Some((binding, group, rest))
 }
 
-fn note_answers(mut entries: &[Entry], is_mixed: bool, bindings: &Bindings) {
-    while let Some((binding, group, rest)) = split_binding(entries, is_mixed) {
-        if let Some(binding) = bindings.current(binding) {
-            let mut waiting = binding.waiting();
-            let mut answered = group.iter().filter(|entry| entry.is_answer);
-            if let Some(Entry { key, .. }) = answered.next() {
-                let (mut first, mut last) = (key.id, key.id);
-                for Entry { key, .. } in answered {
-                    if key.id != last.wrapping_add(1) {
-                        waiting.answer(first, last);
-                        first = key.id;
-                    }
-                    last = key.id;
-                }
-                waiting.answer(first, last);
-            }
+/// The entries that stand together and belong to the same binding
+fn by_binding(entries: &[Entry]) -> impl Iterator<Item = (BindingId, &[Entry])> {
+    let groups = entries.chunk_by(|a, b| a.binding() == b.binding());
+    groups.filter_map(|group| Some((group.first()?.binding(), group)))
+}
+
+fn note_sent(
+    entries: &[Entry],
+    said_again: &[(BindingId, u32)],
+    bindings: &Bindings,
+    is_proven: bool,
+) {
+    for (id, group) in by_binding(entries) {
+        let Some(binding) = bindings.current(id) else {
+            continue;
+        };
+        let mut waiting = binding.waiting();
+        for entry in group.iter().filter(|entry| entry.is_answer()) {
+            waiting.note_sent(entry.first.id, entry.last_id(), entry.common(), is_proven);
         }
-        entries = rest;
+        for (_, last) in said_again.iter().filter(|(of, _)| *of == id) {
+            waiting.note_said_again(*last); // or it is blind now
+        }
     }
 }
 
-/// What goes out in one send
+/// What goes out in one send: the kernel carries out all of it, in its order, or none of it
 struct Part<'o> {
     raw: &'o [u8],
     out: &'o mut Vec<u8>,
+    said_again: &'o mut Vec<(BindingId, u32)>,
     /// The packet of the first message in it
     first: Option<PacketKey>,
+    /// Whether it will matter if the kernel has carried it out
+    needs_proof: bool,
     max_len: usize,
-    is_mixed: bool,
 }
 
 impl Part<'_> {
-    /// Encodes as many verdicts as there is room for, and says how many that were
+    /// Encodes as many entries as there is room for, at least one, and says how many that were
     fn fill(
         &mut self,
-        mut entries: &[Entry],
+        entries: &[Entry],
         coalesce: bool,
         bindings: &Bindings,
         given_up: &mut Option<Error>,
     ) -> usize {
-        let all = entries.len();
-        while let Some((id, group, rest)) = split_binding(entries, self.is_mixed) {
+        self.out.clear();
+        self.said_again.clear();
+        let mut all = 0;
+        for (id, group) in by_binding(entries) {
             let taken = match bindings.current(id) {
-                Some(binding) if coalesce => self.fill_runs(group, &binding.waiting()),
-                Some(_) => self.fill_runs(group, &Waiting::default()),
+                Some(binding) if coalesce => self.fill_runs(group, &mut binding.waiting()),
+                Some(_) => self.fill_runs(group, &mut Waiting::blind()),
                 None => {
-                    if let Some(&Entry { key, .. }) = group.first() {
+                    if let Some(&Entry { first: key, .. }) = group.first() {
                         given_up.get_or_insert(Error::Stale { key });
                     }
                     group.len()
                 }
             };
+            all += taken;
             if taken < group.len() {
-                return all - (entries.len() - taken);
+                break;
             }
-            entries = rest;
         }
         all
     }
@@ -342,55 +427,56 @@ impl Part<'_> {
     ///
     /// The cursor stands behind the oldest waiting packets that have their verdict in this part: a batch verdict on the
     /// next one finds them gone, since the kernel carries out the messages of a send in their order.
-    fn fill_runs(&mut self, entries: &[Entry], waiting: &Waiting) -> usize {
+    fn fill_runs(&mut self, entries: &[Entry], waiting: &mut Waiting) -> usize {
+        let answers = entries.iter().filter(|entry| entry.is_answer());
+        let needs_proof = waiting.needs_proof(answers.map(Entry::common));
         let mut cursor = waiting.cursor();
-        let mut rest = entries;
-        while let [entry, behind @ ..] = rest {
-            let len = match entry.what {
-                What::Common(_) => BatchVerdict::MAX_LEN,
-                What::Raw { start, end } => align(end - start),
-            };
-            if !self.out.is_empty() && self.out.len() + len > self.max_len {
-                break;
+        let mut runs = Runs {
+            part: self,
+            unproven: waiting.unproven(),
+            run: None,
+        };
+        for (taken, entry) in entries.iter().enumerate() {
+            if !runs.part.has_room_for(entry) {
+                runs.end();
+                return taken;
             }
-            let is_next = entry.is_answer && cursor.advance_over(entry.key.id);
-            rest = behind;
-            self.first.get_or_insert(entry.key);
-            match entry.what {
-                What::Raw { start, end } => {
-                    self.out
-                        .extend_from_slice(self.raw.get(start..end).unwrap_or_default());
-                    self.pad();
+            runs.part.first.get_or_insert(entry.first);
+            runs.part.needs_proof |= needs_proof;
+            let mut key = entry.first;
+            let mut left = u32::from(entry.len);
+            while left > 0 {
+                let next = match entry.is_answer() {
+                    true => cursor.advance_over(key.id, left),
+                    false => 0,
+                };
+                match entry.what {
+                    What::Common(verdict) => runs.add(verdict, key, next),
+                    What::Raw { start, end, .. } => runs.add_raw(start, end),
                 }
-                // Whatever is not next in line, or may stay there, is no beginning of a run.
-                What::Common(common) if !is_next => self.encode(common, entry.key, false),
-                What::Common(common) => {
-                    let mut last = entry.key;
-                    while let [entry, behind @ ..] = rest {
-                        let is_equal = matches!(entry.what, What::Common(other) if other == common);
-                        if !is_equal || !cursor.advance_over(entry.key.id) {
-                            break;
-                        }
-                        last = entry.key;
-                        rest = behind;
-                    }
-                    self.encode(common, last, last != entry.key);
-                }
+                let done = next.max(1);
+                key = behind(key, done);
+                left -= done;
             }
         }
-        entries.len() - rest.len()
+        runs.end();
+        entries.len()
+    }
+
+    fn has_room_for(&self, entry: &Entry) -> bool {
+        /// A run that has not ended yet, and what may have to be said again before it
+        const RUN: usize = 2 * BatchVerdict::MAX_LEN;
+        self.first.is_none() || self.out.len() + RUN + entry.encoded_len() <= self.max_len
     }
 
     /// Encodes a verdict on one packet, or on all up to it
-    fn encode(&mut self, common: BatchVerdict, key: PacketKey, is_run: bool) {
+    fn encode(&mut self, verdict: BatchVerdict, form: Form, key: PacketKey, header: RequestHeader) {
         let start = self.out.len();
         self.out.resize(start + BatchVerdict::MAX_LEN, 0);
         let room = self.out.get_mut(start..).unwrap_or_default();
-        let header = verdict_header(key);
-        let len = if is_run {
-            common.encode(room, key.queue, key.id, header)
-        } else {
-            common.encode_single(room, key.queue, key.id, header)
+        let len = match form {
+            Form::Single => verdict.encode_single(room, key.queue, key.id, header),
+            Form::Batch => verdict.encode(room, key.queue, key.id, header),
         };
         // It always fits: `MAX_LEN` is room for any of these.
         self.out.truncate(start + len.unwrap_or(0));
@@ -400,6 +486,97 @@ impl Part<'_> {
     /// Messages begin at multiples of 4
     fn pad(&mut self) {
         self.out.resize(align(self.out.len()), 0);
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Form {
+    Single,
+    Batch,
+}
+
+/// The verdicts of one binding on their way into a part, those that can share a message together
+struct Runs<'p, 'o> {
+    part: &'p mut Part<'o>,
+    unproven: Option<Unproven>,
+    run: Option<Run>,
+}
+
+/// The same verdict on the oldest packets that wait
+struct Run {
+    verdict: BatchVerdict,
+    first: PacketKey,
+    last: PacketKey,
+}
+
+impl Runs<'_, '_> {
+    /// Adds a verdict on so many packets, one after the other, if all older ones that wait have theirs before it; 0 if
+    /// they have not, for one packet
+    fn add(&mut self, verdict: BatchVerdict, first: PacketKey, next: u32) {
+        let last = behind(first, next.saturating_sub(1));
+        match &mut self.run {
+            Some(run) if next > 0 && run.verdict == verdict => {
+                run.last = last;
+                return;
+            }
+            _ => self.end(),
+        }
+        let is_in_the_way = |unproven: Unproven| !unproven.lets_pass(verdict, first.id);
+        if next > 0 && !self.unproven.is_some_and(is_in_the_way) {
+            self.run = Some(Run {
+                verdict,
+                first,
+                last,
+            });
+        } else {
+            for key in (0..next.max(1)).map(|n| behind(first, n)) {
+                self.part
+                    .encode(verdict, Form::Single, key, verdict_header(key));
+            }
+        }
+    }
+
+    fn add_raw(&mut self, start: usize, end: usize) {
+        self.end();
+        let message = self.part.raw.get(start..end).unwrap_or_default();
+        self.part.out.extend_from_slice(message);
+        self.part.pad();
+    }
+
+    /// Encodes the run, if there is one
+    fn end(&mut self) {
+        let Some(Run {
+            verdict,
+            first,
+            last,
+        }) = self.run.take()
+        else {
+            return;
+        };
+        if first == last {
+            return self
+                .part
+                .encode(verdict, Form::Single, last, verdict_header(last));
+        }
+        // Whatever of the usual verdicts the kernel has not carried out, it does now.
+        if let Some(unproven) = self
+            .unproven
+            .take_if(|unproven| unproven.verdict != verdict)
+        {
+            let again = PacketKey {
+                id: unproven.last,
+                ..last
+            };
+            self.part.said_again.push((last.into(), unproven.last));
+            self.part.encode(
+                unproven.verdict,
+                Form::Batch,
+                again,
+                said_again_header(again),
+            );
+        }
+        self.part
+            .encode(verdict, Form::Batch, last, verdict_header(last));
     }
 }
 

@@ -1,12 +1,22 @@
 //! Which packets of a binding may wait in the kernel: what makes it safe to answer many of them by one message
 //!
 //! A batch verdict (`NFQNL_MSG_VERDICT_BATCH`) falls on every waiting packet of its queue up to an id, whoever holds it.
-//! So it may only be sent when each of these packets has that verdict. The kernel numbers packets and sends them in one
-//! order, so whoever has received an id knows of every earlier one: it was received too, or it was lost and does not wait.
-//! An id stays in this list until the verdict on it has been *sent*, not just decided: a verdict that another thread is
-//! about to send must not find its packet taken.
+//! So it may only be sent when each of these packets has that verdict.
+//!
+//! * The kernel numbers packets and sends them in one order, so whoever has received an id knows of every earlier one: it
+//!   was received too, or it was lost and does not wait.
+//! * An id stays in this list until the verdict on it has been *sent*, not just decided: a verdict that another thread is
+//!   about to send must not find its packet taken.
+//! * A send of a thread without `CAP_NET_ADMIN` is refused as a whole, and its packets go on waiting. That is known only
+//!   when the refusal is received, or never, if it is lost. So a thread that sends verdicts has its capability looked at
+//!   before and after; all but one verdict of each binding, the *usual* one. A send of nothing else is never looked at,
+//!   and its packets may wait still: no harm for a run of the same verdict, and before a run of another one the usual
+//!   verdict is said again, in the same send. So the most common of all programs, which gives nearly all packets the same
+//!   verdict, pays nothing.
 
 use std::collections::VecDeque;
+
+use nfqnl_proto::BatchVerdict;
 
 /// More packets than any sensible queue holds apart; beyond, somebody else must be answering them
 const MAX_RUNS: usize = 1 << 18;
@@ -17,6 +27,26 @@ pub(crate) struct Waiting {
     runs: VecDeque<Run>,
     /// Packets may wait that are not in the list, so nothing can be said about any
     is_blind: bool,
+    /// The first verdict that was sent
+    usual: Option<BatchVerdict>,
+    /// The last packet that was given the usual verdict by a send that was not looked at
+    last_unproven: Option<u32>,
+    /// Whether verdicts were ever sent together
+    expects_runs: bool,
+}
+
+/// The usual verdict was sent on packets up to this one, and they may wait still
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unproven {
+    pub(crate) verdict: BatchVerdict,
+    pub(crate) last: u32,
+}
+
+impl Unproven {
+    /// Whether a run of this verdict may begin with this packet, the oldest one in the list
+    pub(crate) fn lets_pass(&self, verdict: BatchVerdict, first: u32) -> bool {
+        self.verdict == verdict || is_before(self.last, first)
+    }
 }
 
 /// Packets that the kernel has numbered one after the other
@@ -27,6 +57,14 @@ struct Run {
 }
 
 impl Waiting {
+    /// A list that knows of no packet
+    pub(crate) fn blind() -> Self {
+        Self {
+            is_blind: true,
+            ..Self::default()
+        }
+    }
+
     /// Notes packets that were numbered one after the other, and later than all before
     pub(crate) fn receive(&mut self, first: u32, last: u32) {
         let has_room = self.runs.len() < MAX_RUNS;
@@ -40,14 +78,74 @@ impl Waiting {
 
     /// Notes that packets may wait which are not in the list
     pub(crate) fn go_blind(&mut self) {
-        *self = Self {
-            runs: VecDeque::new(),
-            is_blind: true,
-        };
+        *self = Self::blind();
     }
 
-    /// Notes that the kernel has had the verdicts on packets that were numbered one after the other
-    pub(crate) fn answer(&mut self, first: u32, last: u32) {
+    /// Whether it will matter that the kernel has carried out a send of these verdicts, `None` for those that no batch
+    /// verdict can say; each is an answer
+    pub(crate) fn needs_proof(
+        &mut self,
+        verdicts: impl IntoIterator<Item = Option<BatchVerdict>>,
+    ) -> bool {
+        self.expects_runs = true;
+        !self.is_blind && self.are_unusual(verdicts)
+    }
+
+    /// The same for a verdict that is sent alone
+    ///
+    /// A program that sends none together, and not always the same, has no use for the list, and for being looked at.
+    pub(crate) fn needs_proof_alone(&mut self, verdict: Option<BatchVerdict>) -> bool {
+        let is_unusual = !self.is_blind && self.are_unusual([verdict]);
+        if is_unusual && !self.expects_runs {
+            self.go_blind();
+        }
+        is_unusual && !self.is_blind
+    }
+
+    fn are_unusual(&mut self, verdicts: impl IntoIterator<Item = Option<BatchVerdict>>) -> bool {
+        let usual = &mut self.usual;
+        verdicts
+            .into_iter()
+            .any(|verdict| verdict.is_none_or(|verdict| *usual.get_or_insert(verdict) != verdict))
+    }
+
+    /// Notes that a verdict was sent on packets that were numbered one after the other, and whether it is certain that the
+    /// kernel has carried it out
+    pub(crate) fn note_sent(
+        &mut self,
+        first: u32,
+        last: u32,
+        verdict: Option<BatchVerdict>,
+        is_proven: bool,
+    ) {
+        if is_proven {
+            return self.answer(first, last);
+        }
+        if verdict.is_none() || verdict != self.usual {
+            return self.go_blind();
+        }
+        self.answer(first, last);
+        match self.last_unproven {
+            Some(newest) if is_before(last, newest) => {}
+            _ => self.last_unproven = Some(last),
+        }
+    }
+
+    /// Notes that the kernel has carried out the usual verdict on all packets up to this one
+    pub(crate) fn note_said_again(&mut self, last: u32) {
+        self.last_unproven.take_if(|newest| *newest == last);
+    }
+
+    /// What the kernel may not have carried out
+    pub(crate) fn unproven(&self) -> Option<Unproven> {
+        Some(Unproven {
+            verdict: self.usual?,
+            last: self.last_unproven?,
+        })
+    }
+
+    /// Takes packets off the list that were numbered one after the other
+    fn answer(&mut self, first: u32, last: u32) {
         match self.runs.front_mut() {
             Some(oldest) if oldest.first == first && oldest.last == last => {
                 self.runs.pop_front();
@@ -114,19 +212,21 @@ pub(crate) struct Cursor<'w> {
 }
 
 impl Cursor<'_> {
-    /// Goes on to the packet behind this one if this is the next one; says whether it was
+    /// Goes on over packets that are numbered one after the other, as far as they are the next ones; says how many are
     #[inline]
-    pub(crate) fn advance_over(&mut self, id: u32) -> bool {
-        if self.next != Some(id) {
-            return false;
+    pub(crate) fn advance_over(&mut self, first: u32, most: u32) -> u32 {
+        if self.next != Some(first) {
+            return 0;
         }
-        if id == self.last {
+        let behind = self.last.wrapping_sub(first);
+        if most > behind {
             self.run += 1;
             self.begin_run();
+            behind + 1
         } else {
-            self.next = Some(id.wrapping_add(1));
+            self.next = Some(first.wrapping_add(most));
+            most
         }
-        true
     }
 
     fn begin_run(&mut self) {
@@ -144,6 +244,8 @@ const fn is_before(a: u32, b: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use nfqnl_proto::Verdict;
+
     use super::*;
 
     fn waiting(ids: &[u32]) -> Waiting {
@@ -159,8 +261,8 @@ mod tests {
         let mut cursor = waiting.cursor();
         while let Some(id) = cursor.next {
             ids.push(id);
-            assert!(!cursor.advance_over(id.wrapping_sub(1)));
-            assert!(cursor.advance_over(id));
+            assert_eq!(cursor.advance_over(id.wrapping_sub(1), 1), 0);
+            assert_eq!(cursor.advance_over(id, 1), 1);
         }
         ids
     }
@@ -191,6 +293,69 @@ mod tests {
                 assert_eq!(ids(&waiting), left);
             }
         }
+    }
+
+    #[test]
+    fn a_cursor_goes_no_further_than_its_run_at_once() {
+        let waiting = waiting(&[u32::MAX, 0, 1, 4]);
+        let mut cursor = waiting.cursor();
+        assert_eq!(cursor.advance_over(u32::MAX, 2), 2);
+        assert_eq!(cursor.advance_over(0, 9), 0, "it is past that");
+        assert_eq!(cursor.advance_over(1, 9), 1);
+        assert_eq!(cursor.advance_over(2, 9), 0, "no such packet waits");
+        assert_eq!(cursor.advance_over(4, 9), 1);
+        assert_eq!(cursor.advance_over(5, 1), 0);
+    }
+
+    #[test]
+    fn the_usual_verdict_is_unproven_until_said_again_or_something_later_is() {
+        let (accept, drop) = (
+            BatchVerdict::new(Verdict::Accept),
+            BatchVerdict::new(Verdict::Drop),
+        );
+        let mut waiting = waiting(&[1, 2, 3, 4, 5]);
+        assert!(!waiting.needs_proof([Some(accept)]));
+        waiting.note_sent(2, 2, Some(accept), false);
+        waiting.note_sent(1, 1, Some(accept), false);
+        assert_eq!(waiting.unproven().map(|unproven| unproven.last), Some(2));
+        waiting.note_sent(3, 3, Some(accept), false);
+        waiting.note_said_again(2); // by another thread, which did not know of 3
+        let unproven = waiting.unproven().unwrap();
+        assert_eq!((unproven.verdict, unproven.last), (accept, 3));
+        assert!(unproven.lets_pass(accept, 1) && unproven.lets_pass(drop, 4));
+        assert!(
+            !unproven.lets_pass(drop, 2),
+            "3 would be accepted before it"
+        );
+        waiting.note_said_again(3);
+        assert!(waiting.unproven().is_none());
+        assert!(waiting.needs_proof([Some(accept), Some(drop)]));
+        assert!(waiting.needs_proof([None]));
+        assert_eq!(ids(&waiting), [4, 5]);
+        waiting.note_sent(4, 4, Some(drop), true);
+        assert_eq!(ids(&waiting), [5]);
+        waiting.note_sent(5, 5, Some(drop), false);
+        assert!(
+            !waiting.needs_proof([None]),
+            "blind: there is nothing to lose"
+        );
+    }
+
+    #[test]
+    fn a_program_that_sends_each_verdict_alone_is_not_looked_at() {
+        let (accept, drop) = (
+            BatchVerdict::new(Verdict::Accept),
+            BatchVerdict::new(Verdict::Drop),
+        );
+        let mut alone = waiting(&[1, 2]);
+        assert!(!alone.needs_proof_alone(Some(accept)));
+        assert!(!alone.needs_proof_alone(Some(drop)));
+        assert_eq!(ids(&alone), [], "and has no runs");
+        let mut together = waiting(&[1, 2]);
+        together.needs_proof([Some(accept)]);
+        assert!(!together.needs_proof_alone(Some(accept)));
+        assert!(together.needs_proof_alone(Some(drop)));
+        assert_eq!(ids(&together), [1, 2]);
     }
 
     #[test]

@@ -71,7 +71,7 @@ pub use attr::{Attr, Attrs};
 pub use config::{ConfigRequest, QueueConfig};
 pub use error::{DecodeError, EncodeError, Header};
 pub use message::{Message, Messages, Other, Reply};
-pub use packet::{HwAddr, Packet, PacketKey, SkbInfo};
+pub use packet::{HwAddr, Packet, PacketIndex, PacketKey, SkbInfo};
 pub use types::{ConfigFlags, CopyMode, Family, Hook};
 pub use verdict::{BatchVerdict, Decision, UnknownVerdict, Verdict};
 pub use vlan::Vlan;

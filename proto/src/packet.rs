@@ -92,12 +92,81 @@ fn peek_id(attrs: &[u8]) -> Option<u32> {
 pub struct Packet<'a> {
     /// The whole message, from its netlink header on
     message: &'a [u8],
-    /// Where each attribute stands, in words from the start of `message`; 0 if it is absent
+    index: PacketIndex,
+}
+
+const _: () = assert!(size_of::<Packet<'static>>() <= 64, "one cache line");
+
+/// Where the attributes of a packet stand in its message: a [`Packet`] without its bytes, for whoever keeps those elsewhere
+#[derive(Clone, Copy)]
+pub struct PacketIndex {
+    /// In words from the start of the message; 0 if it is absent
     at: [u16; NFQA_MAX as usize + 1],
     binding: u16,
 }
 
-const _: () = assert!(size_of::<Packet<'static>>() <= 64, "one cache line");
+impl PacketIndex {
+    /// The packet over these bytes: those that the index was made of, or a copy
+    ///
+    /// Over any other bytes the getters return whatever stands there; they don't fail.
+    #[must_use]
+    #[inline]
+    pub const fn over(self, message: &[u8]) -> Packet<'_> {
+        Packet {
+            message,
+            index: self,
+        }
+    }
+
+    /// Makes this the index of another packet, as [`Packet::parse`] makes a view: in place, for whoever keeps many
+    ///
+    /// The number of the binding is 0 then; if there is an error, the index is of no packet.
+    ///
+    /// # Errors
+    /// Those of [`Packet::parse`].
+    #[inline]
+    pub fn parse(&mut self, message: &[u8]) -> Result<(), DecodeError> {
+        self.binding = 0;
+        if index(message, &mut self.at) {
+            return Ok(());
+        }
+        *self = Self::default();
+        *self = Packet::parse_carefully(message)?.index;
+        Ok(())
+    }
+
+    /// The number of the queue's binding that the packet is stamped with, or 0
+    #[must_use]
+    #[inline]
+    pub const fn binding(&self) -> u16 {
+        self.binding
+    }
+
+    /// Stamps the packet with the number of the queue's binding, as [`Packet::with_binding`] does
+    #[inline]
+    pub const fn set_binding(&mut self, binding: u16) {
+        self.binding = binding;
+    }
+}
+
+impl Default for PacketIndex {
+    /// Of a packet without attributes, which there is none of
+    #[inline]
+    fn default() -> Self {
+        Self {
+            at: [0; NFQA_MAX as usize + 1],
+            binding: 0,
+        }
+    }
+}
+
+impl core::fmt::Debug for PacketIndex {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let kinds = (0_u16..).zip(self.at).filter(|&(_, word)| word != 0);
+        let offsets = kinds.map(|(kind, word)| (kind, usize::from(word) * 4));
+        f.debug_map().entries(offsets).finish()
+    }
+}
 
 impl<'a> Packet<'a> {
     /// Checks a whole message, netlink header included
@@ -109,14 +178,9 @@ impl<'a> Packet<'a> {
     /// Not a packet message, broken lengths, an attribute shorter than its type, or no packet header.
     #[inline]
     pub fn parse(message: &'a [u8]) -> Result<Self, DecodeError> {
-        match index(message) {
-            Some(at) => Ok(Self {
-                message,
-                at,
-                binding: 0,
-            }),
-            None => Self::parse_carefully(message),
-        }
+        let mut index = PacketIndex::default();
+        index.parse(message)?;
+        Ok(index.over(message))
     }
 
     /// Does all that [`parse`](Self::parse) says, and knows what is wrong
@@ -161,39 +225,29 @@ impl<'a> Packet<'a> {
                 *slot = u16::try_from((attr.offset + ATTRS_OFFSET) / 4).unwrap_or_default();
             }
         }
-        let packet = Self {
-            message,
-            at,
-            binding: 0,
-        };
-        if packet.at[NFQA_PACKET_HDR as usize] == 0 {
+        if at[NFQA_PACKET_HDR as usize] == 0 {
             return Err(DecodeError::MissingAttribute {
                 kind: NFQA_PACKET_HDR,
                 within: None,
                 offset: 0,
             });
         }
-        Ok(packet)
+        Ok(PacketIndex { at, binding: 0 }.over(message))
     }
 
     /// The same packet, its key stamped with the number of the queue's binding
     #[must_use]
     #[inline]
     pub const fn with_binding(mut self, binding: u16) -> Self {
-        self.binding = binding;
+        self.index.binding = binding;
         self
     }
 
-    /// The same packet over another copy of its bytes ([`as_bytes`](Self::as_bytes)), for whoever keeps one
-    ///
-    /// Over any other bytes the getters return whatever stands there; they don't fail.
+    /// Where its attributes stand, to be kept beside a copy of its bytes ([`as_bytes`](Self::as_bytes))
     #[must_use]
-    pub const fn over<'b>(&self, copy: &'b [u8]) -> Packet<'b> {
-        Packet {
-            message: copy,
-            at: self.at,
-            binding: self.binding,
-        }
+    #[inline]
+    pub const fn index(&self) -> PacketIndex {
+        self.index
     }
 
     /// What a verdict on this packet is addressed to
@@ -202,7 +256,7 @@ impl<'a> Packet<'a> {
     pub fn key(&self) -> PacketKey {
         PacketKey {
             queue: self.queue(),
-            binding: self.binding,
+            binding: self.index.binding,
             id: self.id(),
         }
     }
@@ -278,7 +332,8 @@ impl<'a> Packet<'a> {
     /// `struct nfqnl_msg_packet_hdr`; `parse` saw that it is there
     #[inline]
     fn header(&self) -> [u8; PACKET_HDR_LEN] {
-        self.fixed(NFQA_PACKET_HDR).unwrap_or_default()
+        let word = self.index.at[NFQA_PACKET_HDR as usize];
+        self.value_at(word).unwrap_or_default()
     }
 
     /// The packet mark (`skb->mark`); 0 if none, which the kernel does not tell from a mark of 0
@@ -492,7 +547,7 @@ impl<'a> Packet<'a> {
     #[must_use]
     #[inline]
     pub fn attr(&self, kind: u16) -> Option<&'a [u8]> {
-        let Some(&word) = self.at.get(usize::from(kind)) else {
+        let Some(&word) = self.index.at.get(usize::from(kind)) else {
             return self.attrs().last(kind).map(|attr| attr.value);
         };
         if word == 0 {
@@ -511,8 +566,17 @@ impl<'a> Packet<'a> {
 
     #[inline]
     fn fixed<const N: usize>(&self, kind: u16) -> Option<[u8; N]> {
+        let word = *self
+            .index
+            .at
+            .get(usize::from(kind))
+            .filter(|&&word| word != 0)?;
+        self.value_at(word)
+    }
+
+    #[inline]
+    fn value_at<const N: usize>(&self, word: u16) -> Option<[u8; N]> {
         // As long as it has to be: `parse` has seen it.
-        let word = *self.at.get(usize::from(kind)).filter(|&&word| word != 0)?;
         let value = self
             .message
             .get(usize::from(word) * 4 + ATTR_HEADER_LEN..)?;
@@ -540,47 +604,58 @@ impl core::fmt::Debug for Packet<'_> {
 
 /// Finds the attributes of a packet message that is as nearly all are: whole, with a packet header and without a VLAN tag
 ///
-/// `None` if it is not.
+/// Says whether it is; if not, what it has found is worth nothing.
 #[inline]
-fn index(message: &[u8]) -> Option<[u16; NFQA_MAX as usize + 1]> {
-    let (header, _) = message.split_first_chunk::<ATTRS_OFFSET>()?;
-    let kind = NativeEndian::read_u16(&header[4..]);
-    if kind != message_type(NFQNL_MSG_PACKET) || message.len() > MAX_MESSAGE_LEN {
-        return None;
+fn index(message: &[u8], at: &mut [u16; NFQA_MAX as usize + 1]) -> bool {
+    *at = [0; NFQA_MAX as usize + 1];
+    let Some(header) = message.first_chunk::<ATTRS_OFFSET>() else {
+        return false;
+    };
+    if NativeEndian::read_u16(&header[4..]) != message_type(NFQNL_MSG_PACKET) {
+        return false;
     }
-    let mut at = [0; NFQA_MAX as usize + 1];
     let mut offset = ATTRS_OFFSET;
     while let Some(rest) = message.get(offset..) {
         let Some(header) = rest.first_chunk::<ATTR_HEADER_LEN>() else {
             break;
         };
-        let len = usize::from(NativeEndian::read_u16(header));
+        let len = NativeEndian::read_u16(header);
         let kind = usize::from(NativeEndian::read_u16(&header[2..]) & NLA_TYPE_MASK);
-        let least = LEAST_LEN.get(kind).copied().unwrap_or(ATTR_HEADER_LEN);
-        if len < least || len > rest.len() {
-            return None;
+        let too_short = match (
+            at.get_mut(kind),
+            TOO_SHORT.get(kind),
+            u16::try_from(offset / 4),
+        ) {
+            (Some(place), Some(too_short), Ok(word)) => {
+                *place = word;
+                *too_short
+            }
+            (None, None, _) => UNKNOWN_TOO_SHORT,
+            _ => return false,
+        };
+        if len <= too_short || usize::from(len) > rest.len() {
+            return false;
         }
-        if let Some(slot) = at.get_mut(kind) {
-            *slot = u16::try_from(offset / 4).ok()?;
-        }
-        offset += align(len);
+        offset += align(usize::from(len));
     }
-    (at[NFQA_PACKET_HDR as usize] != 0).then_some(at)
+    at[NFQA_PACKET_HDR as usize] != 0
 }
 
-/// The least `nla_len` of every attribute that has a getter; what has to be looked into has more than any can have
-const LEAST_LEN: [usize; NFQA_MAX as usize + 1] = {
+/// The greatest `nla_len` that is too short for each attribute that has a getter; what has to be looked into is never long
+/// enough
+const TOO_SHORT: [u16; NFQA_MAX as usize + 1] = {
     let mut table = [0; NFQA_MAX as usize + 1];
     let mut kind = 0;
     while kind <= NFQA_MAX {
         table[kind as usize] = match kind {
-            NFQA_VLAN => usize::MAX,
-            _ => ATTR_HEADER_LEN + min_len(kind),
+            NFQA_VLAN => u16::MAX,
+            _ => UNKNOWN_TOO_SHORT + min_len(kind) as u16,
         };
         kind += 1;
     }
     table
 };
+const UNKNOWN_TOO_SHORT: u16 = ATTR_HEADER_LEN as u16 - 1;
 
 /// Checks the value of an attribute that has a getter
 fn check(attr: Attr<'_>, needed: usize) -> Result<(), DecodeError> {

@@ -7,13 +7,13 @@ use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nfqnl_proto::{Message, Messages, PacketKey};
+use nfqnl_proto::{Message, Messages, Packet};
 
 use super::{Shared, State};
 use crate::batch::{Contents, RecvBatch, Stashed};
-use crate::bindings::{Bindings, Noted};
+use crate::bindings::{Bindings, Noted, Stretch};
 use crate::error::{Error, Operation, Refusal, Result};
-use crate::event::{Event, next_event, sole_packet};
+use crate::event::{Event, index_sole_packet, next_event};
 use crate::sys::{self, Wait};
 
 /// How long a call waits for another thread before it looks again
@@ -21,7 +21,7 @@ pub(super) const RECHECK: Duration = Duration::from_millis(5);
 
 /// The kernel's count of messages that it could not put in the receive buffer, set against gaps in the ids
 #[derive(Debug, Default)]
-pub(super) struct Drops {
+pub(crate) struct Drops {
     pub(super) seen: u32,
     /// Those that no gap has shown yet; answers are lost too, so not all will
     unexplained: u64,
@@ -29,7 +29,7 @@ pub(super) struct Drops {
 
 impl Drops {
     /// Whether `gap` packets were lost, given the kernel's count of lost messages
-    fn explain(&mut self, gap: u32, count: u32) -> bool {
+    pub(crate) fn explain(&mut self, gap: u32, count: u32) -> bool {
         self.unexplained += u64::from(count.wrapping_sub(self.seen));
         self.seen = count;
         match self.unexplained.checked_sub(gap.into()) {
@@ -108,51 +108,35 @@ impl Shared {
     ///
     /// Most are the next packet of the same queue, so that is noted once for all that follow each other.
     fn note_slots(&self, state: &mut State, contents: &mut Contents) -> bool {
-        /// Packets of one binding, numbered one after the other
-        struct Run {
-            first: PacketKey,
-            last: u32,
-            /// `None` if the queue is not bound
-            binding: Option<u16>,
-        }
         let mut any = contents.overruns > 0;
-        let mut run: Option<Run> = None;
+        // What comes one after the other, and the number of its binding; 0 if its queue is not bound
+        let mut run: Option<(Stretch, u16)> = None;
         let slots = contents.arena.chunks_exact(contents.slot_len);
         let parts = slots.zip(&contents.lens).zip(&mut contents.packets);
-        for ((slot, &len), place) in parts.take(contents.filled) {
+        for ((slot, &len), index) in parts.take(contents.filled) {
             let datagram = slot.get(..len).unwrap_or_default();
-            let Some(packet) = sole_packet(datagram) else {
-                *place = None;
-                if let Some(run) = run.take() {
-                    any |= self.note_packets(state, run.first, run.last);
-                }
-                any |= self.note_messages(state, datagram);
-                continue;
+            let key = index_sole_packet(datagram, index).then(|| index.over(datagram).key());
+            let goes_on = match (&mut run, key) {
+                (Some((stretch, _)), Some(key)) => stretch.extend(key),
+                _ => false,
             };
-            let key = packet.key();
-            let binding = match &mut run {
-                Some(run) if run.first.queue == key.queue && run.last.wrapping_add(1) == key.id => {
-                    run.last = key.id;
-                    run.binding
+            if !goes_on {
+                if let Some((stretch, _)) = run.take() {
+                    any |= self.note_packets(state, stretch);
                 }
-                _ => {
-                    if let Some(run) = run.take() {
-                        any |= self.note_packets(state, run.first, run.last);
+                match key {
+                    Some(key) => {
+                        let binding = state.bindings.get(key.queue);
+                        let number = binding.map_or(0, |binding| binding.id.number);
+                        run = Some((Stretch::new(key), number));
                     }
-                    let binding = state.bindings.get(key.queue);
-                    let binding = binding.map(|binding| binding.id.number);
-                    run = Some(Run {
-                        first: key,
-                        last: key.id,
-                        binding,
-                    });
-                    binding
+                    None => any |= self.note_messages(state, datagram),
                 }
-            };
-            *place = binding.map(|binding| packet.with_binding(binding).over(&[]));
+            }
+            index.set_binding(run.map_or(0, |(_, number)| number));
         }
-        if let Some(run) = run {
-            any |= self.note_packets(state, run.first, run.last);
+        if let Some((stretch, _)) = run {
+            any |= self.note_packets(state, stretch);
         }
         any
     }
@@ -214,20 +198,21 @@ impl Shared {
         }
     }
 
-    /// Takes in a datagram that the caller has received: behind what is stashed, if anything is
+    /// Takes in a datagram that the caller has received, which is this packet and nothing else, if one is given: behind what is stashed, if anything is
     ///
     /// Returns what is to be looked at now if that is not the datagram alone. Brings the copy of the bindings up to date,
     /// and says whether it was not.
     pub(crate) fn take_in(
         &self,
         datagram: &[u8],
+        packet: Option<&Packet<'_>>,
         bindings: &mut Bindings,
     ) -> (bool, Option<VecDeque<Stashed>>) {
         // Datagrams may be passed on in another order than they came in, so what waits is not known any more.
         self.is_read_outside.store(true, Ordering::Relaxed);
         let mut state = self.state();
         let was_old = state.refresh(bindings);
-        let has_events = self.note(&mut state, datagram);
+        let has_events = self.note(&mut state, datagram, packet);
         if state.stash.is_empty() {
             return (was_old, None);
         }
@@ -264,11 +249,16 @@ impl Shared {
 
     /// Sees a datagram for the first time: hands answers to the requests that wait for them, and counts
     ///
-    /// Says whether there is an event in it.
+    /// `packet` is what [`sole_packet`] finds in it. Says whether there is an event in it.
     #[inline]
-    pub(super) fn note(&self, state: &mut State, datagram: &[u8]) -> bool {
-        match sole_packet(datagram) {
-            Some(packet) => self.note_packets(state, packet.key(), packet.id()),
+    pub(super) fn note(
+        &self,
+        state: &mut State,
+        datagram: &[u8],
+        packet: Option<&Packet<'_>>,
+    ) -> bool {
+        match packet {
+            Some(packet) => self.note_packets(state, Stretch::new(packet.key())),
             None => self.note_messages(state, datagram),
         }
     }
@@ -288,24 +278,23 @@ impl Shared {
             any = true;
             match event {
                 Event::Packet(packet) => {
-                    let key = packet.key();
-                    self.note_packets(state, key, key.id);
+                    self.note_packets(state, Stretch::new(packet.key()));
                 }
                 Event::Refused(refusal) => {
                     state.stats.refused_verdicts += 1;
-                    note_refusal(&refusal, &bindings);
+                    self.note_refusal(&refusal, &bindings);
                 }
                 Event::Overrun => state.stats.overruns += 1,
                 Event::Malformed { key, .. } => {
                     state.stats.malformed += 1;
                     if let Some(key) = key {
-                        self.note_packets(state, key, key.id);
+                        self.note_packets(state, Stretch::new(key));
                     }
                 }
                 Event::Truncated { key, .. } => {
                     state.stats.truncated += 1;
                     if let Some(key) = key {
-                        self.note_packets(state, key, key.id);
+                        self.note_packets(state, Stretch::new(key));
                     }
                 }
             }
@@ -313,45 +302,41 @@ impl Shared {
         any
     }
 
-    /// Notes packets of one queue, numbered one after the other; says whether the queue is bound
-    fn note_packets(&self, state: &mut State, first: PacketKey, last: u32) -> bool {
+    /// Packets wait on that were thought to be answered, unless the kernel says that there is none, or has dropped it
+    /// because it can't do what the verdict says
+    ///
+    /// Which ones is not known: without `CAP_NET_ADMIN` the kernel looks at no verdict of a send, whatever queues they are
+    /// for, and refuses the first in the name of all.
+    fn note_refusal(&self, refusal: &Refusal, bindings: &Bindings) {
+        if matches!(refusal.errno(), libc::ENOENT | libc::EINVAL) {
+            return;
+        }
+        // No send is on its way that does not know it yet, once somebody is told of the refusal and may think otherwise.
+        let _all_sends_are_through = self.bindings.write();
+        for binding in bindings.iter() {
+            binding.waiting().go_blind();
+        }
+    }
+
+    /// Notes packets, and says whether their queue is bound
+    fn note_packets(&self, state: &mut State, Stretch { first, last }: Stretch) -> bool {
         let n = u64::from(last.wrapping_sub(first.id)) + 1;
         state.stats.packets += n;
         let Some(binding) = state.bindings.get(first.queue) else {
             state.stats.discarded += n;
             return false;
         };
-        match binding.note(first.id, last) {
+        let drops = &mut state.drops;
+        // Older kernels don't say; then it may as well be somebody else who has received what is missing.
+        let is_lost = |gap| sys::drops(self.as_fd()).is_ok_and(|count| drops.explain(gap, count));
+        match binding.note_received(first.id, last, self.coalesces(), is_lost) {
             Noted::Next => {}
             Noted::Late => {
                 state.stats.lost_packets = state.stats.lost_packets.saturating_sub(n);
             }
-            Noted::After { gap } => {
-                state.stats.lost_packets += u64::from(gap);
-                // Older kernels don't say; then it may as well be somebody else who has received what is missing.
-                let drops = &mut state.drops;
-                if !sys::drops(self.as_fd()).is_ok_and(|count| drops.explain(gap, count)) {
-                    binding.waiting().go_blind();
-                }
-            }
-        }
-        if self.coalesces() {
-            binding.waiting().receive(first.id, last);
+            Noted::After { gap } => state.stats.lost_packets += u64::from(gap),
         }
         true
-    }
-}
-
-/// Packets wait on that were thought to be answered, unless the kernel says that there is none, or has dropped it because
-/// it can't do what the verdict says
-///
-/// Which ones is not known: without `CAP_NET_ADMIN` the kernel looks at no verdict of a send, whatever queues they are
-/// for, and refuses the first in the name of all.
-fn note_refusal(refusal: &Refusal, bindings: &Bindings) {
-    if !matches!(refusal.errno(), libc::ENOENT | libc::EINVAL) {
-        for binding in bindings.iter() {
-            binding.waiting().go_blind();
-        }
     }
 }
 

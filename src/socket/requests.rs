@@ -12,6 +12,7 @@ use super::receive::RECHECK;
 use super::{Shared, State};
 use crate::batch::{RecvBatch, Stashed};
 use crate::error::{Error, Operation, Refusal, Result};
+use crate::event::sole_packet;
 use crate::sys::{self, Wait};
 
 /// A request that was sent, and its answer when that has come
@@ -156,7 +157,7 @@ impl Shared {
     fn stash(&self, state: &mut State, received: io::Result<&[u8]>) -> Result<bool> {
         match received {
             Ok(datagram) => {
-                if self.note(state, datagram) {
+                if self.note(state, datagram, sole_packet(datagram).as_ref()) {
                     state.stash.push_back(Stashed::Datagram(datagram.into()));
                 }
                 Ok(false)

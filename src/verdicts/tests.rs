@@ -1,28 +1,33 @@
 //! Runs against a model of the kernel's queues: whatever happens around a send, no packet gets a verdict that was not
 //! meant for it, and every packet gets the one that was
 
-use std::collections::BTreeMap;
+use std::cell::Cell;
+use std::collections::{BTreeMap, VecDeque};
 
 use nfqnl_proto::Vlan;
 use nfqnl_proto::consts::{
-    NFQA_MARK, NFQA_VERDICT_HDR, NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, message_type,
+    NFQA_MARK, NFQA_PAYLOAD, NFQA_VERDICT_HDR, NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH,
+    message_type,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
 use super::*;
-use crate::bindings::{Binding, Noted};
+use crate::bindings::{Binding, Stretch};
+use crate::socket::Drops;
 
 const QUEUES: u16 = 2;
-const BATCHES: usize = 3;
+const BATCHES: usize = 2;
 
-/// What the model tells verdicts apart by
-type Given = (u32, Option<u32>);
+/// What the model tells verdicts apart by: verdict, mark, and whether there is a new payload
+type Given = (u32, Option<u32>, bool);
 
 /// A message as the kernel reads it
 #[derive(Debug, PartialEq)]
 struct Sent {
     is_batch: bool,
+    is_said_again: bool,
     queue: u16,
     id: u32,
     given: Given,
@@ -52,11 +57,13 @@ fn read(mut bytes: &[u8]) -> Vec<Sent> {
         );
         all.push(Sent {
             is_batch: kind == message_type(NFQNL_MSG_VERDICT_BATCH),
+            is_said_again: message[8..12] == [0; 4],
             queue: u16::from_be_bytes([message[18], message[19]]),
             id: be32(&hdr[4..]),
             given: (
                 be32(hdr),
-                attrs.last(NFQA_MARK).map(|attr| be32(attr.value)),
+                attrs.clone().last(NFQA_MARK).map(|attr| be32(attr.value)),
+                attrs.last(NFQA_PAYLOAD).is_some(),
             ),
         });
         bytes = rest;
@@ -88,41 +95,60 @@ impl Choice {
     fn given(self) -> Given {
         let decision = self.decision();
         let mark = matches!(self, Self::Mark).then_some(7);
-        (decision.verdict().to_raw(), mark)
+        let verdict = decision.verdict().to_raw();
+        (verdict, mark, decision.payload().is_some())
     }
 }
 
 /// What happens to a packet on its way from the kernel
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Way {
-    Received,
+    /// Into the receive buffer
+    Sent,
     /// The receive buffer was full
     Lost,
-    /// Somebody else has it, and may answer it
+    /// Somebody else reads it from there, and may answer it
     ReadElsewhere,
 }
+
+/// Whether the sending thread has `CAP_NET_ADMIN` a moment before its send, during it, and after
+#[derive(Clone, Copy, Debug)]
+struct Capable {
+    before: bool,
+    during: bool,
+    after: bool,
+}
+
+const ALWAYS: Capable = Capable {
+    before: true,
+    during: true,
+    after: true,
+};
 
 #[derive(Clone, Debug)]
 enum Op {
     Arrive(u16, Way),
+    /// The library receives so many messages
+    Receive(usize),
     /// Decides on one of the packets that are held, into a batch
     Push(usize, usize, Choice),
-    /// The same, sent at once
-    Verdict(usize, Choice),
-    /// Sends a batch; other threads do something between the encoding and the kernel's work, and between that and its
-    /// being noted
-    Send(usize, Vec<Self>, Vec<Self>),
+    /// The same, sent at once; other threads do something before the kernel's work, and between that and its being noted
+    Verdict(usize, Choice, Capable, Vec<Self>, Vec<Self>),
+    /// Sends a batch, likewise
+    Send(usize, Capable, Vec<Self>, Vec<Self>),
     /// A send that fails
     Fail(usize),
     /// The kernel drops a waiting packet
     Flush(u16, usize),
+    /// The receive buffer is full, and the answers in it, which are the last, are lost
+    LoseAnswers,
     Rebind(u16),
 }
 
 fn choice() -> impl Strategy<Value = Choice> {
     prop_oneof![
         8 => Just(Choice::Accept),
-        2 => Just(Choice::Drop),
+        3 => Just(Choice::Drop),
         1 => Just(Choice::Mark),
         1 => Just(Choice::Rewrite),
         1 => Just(Choice::Stolen),
@@ -134,34 +160,73 @@ fn place() -> impl Strategy<Value = usize> {
     prop_oneof![5 => Just(0_usize), 1 => 0..8_usize]
 }
 
-fn op() -> impl Strategy<Value = Op> {
+/// Privileges come and go, but not there and back within a moment
+fn capable(mostly: u32) -> impl Strategy<Value = Capable> {
+    let of = |before, during, after| {
+        Just(Capable {
+            before,
+            during,
+            after,
+        })
+    };
+    prop_oneof![
+        mostly => Just(ALWAYS),
+        2 => of(false, false, false),
+        1 => of(true, false, false),
+        1 => of(true, true, false),
+        1 => of(false, false, true),
+        1 => of(false, true, true),
+    ]
+}
+
+fn op(mostly_capable: u32) -> impl Strategy<Value = Op> {
+    let capable = || capable(mostly_capable);
     let simple = prop_oneof![
-        12 => (0..QUEUES).prop_map(|queue| Op::Arrive(queue, Way::Received)),
-        1 => (0..QUEUES).prop_map(|queue| Op::Arrive(queue, Way::Lost)),
-        10 => (0..BATCHES, place(), choice()).prop_map(|(b, p, c)| Op::Push(b, p, c)),
-        2 => (place(), choice()).prop_map(|(p, c)| Op::Verdict(p, c)),
+        12 => (0..QUEUES).prop_map(|queue| Op::Arrive(queue, Way::Sent)),
+        6 => (1..9_usize).prop_map(Op::Receive),
+        16 => (0..BATCHES, place(), choice()).prop_map(|(b, p, c)| Op::Push(b, p, c)),
         1 => (0..QUEUES, 0..8_usize).prop_map(|(queue, place)| Op::Flush(queue, place)),
     ];
     let nested = prop_oneof![
-        8 => simple,
-        1 => (0..BATCHES).prop_map(|batch| Op::Send(batch, Vec::new(), Vec::new())),
+        40 => simple,
+        1 => (place(), choice(), capable())
+            .prop_map(|(p, d, c)| Op::Verdict(p, d, c, Vec::new(), Vec::new())),
+        5 => (0..BATCHES, capable()).prop_map(|(b, c)| Op::Send(b, c, Vec::new(), Vec::new())),
     ];
     let around = || vec(nested.clone(), 0..4);
     prop_oneof![
-        20 => nested.clone(),
-        4 => (0..BATCHES, around(), around()).prop_map(|(b, before, after)| Op::Send(b, before, after)),
+        40 => nested.clone(),
+        1 => (place(), choice(), capable(), around(), around())
+            .prop_map(|(p, d, c, before, after)| Op::Verdict(p, d, c, before, after)),
+        4 => (0..BATCHES, capable(), around(), around())
+            .prop_map(|(b, c, before, after)| Op::Send(b, c, before, after)),
         1 => (0..BATCHES).prop_map(Op::Fail),
     ]
     .boxed()
 }
 
 /// Adds what is rare, and changes everything behind it
+///
+/// Where somebody else reads packets, none are lost: the kernel's count of losses does not tell one from the other, which
+/// is why nobody may ([`HandleBuilder::coalesce`](crate::HandleBuilder::coalesce)).
 fn ops() -> impl Strategy<Value = Vec<Op>> {
-    let rare = prop_oneof![
-        (0..QUEUES).prop_map(|queue| Op::Arrive(queue, Way::ReadElsewhere)),
-        (0..QUEUES).prop_map(Op::Rebind),
+    let rebind = || (0..QUEUES).prop_map(Op::Rebind);
+    let with_losses = || {
+        prop_oneof![
+            3 => (0..QUEUES).prop_map(|queue| Op::Arrive(queue, Way::Lost)),
+            1 => Just(Op::LoseAnswers),
+            1 => rebind(),
+        ]
+    };
+    let with_others = prop_oneof![
+        1 => (0..QUEUES).prop_map(|queue| Op::Arrive(queue, Way::ReadElsewhere)),
+        1 => rebind(),
     ];
-    vec(prop_oneof![60 => op(), 1 => rare], 0..300)
+    prop_oneof![
+        3 => vec(prop_oneof![20 => op(400), 1 => with_losses()], 0..200),
+        2 => vec(prop_oneof![20 => op(15), 1 => with_losses()], 0..200),
+        1 => vec(prop_oneof![60 => op(400), 1 => with_others], 0..200),
+    ]
 }
 
 /// What a packet in the kernel waits for
@@ -169,8 +234,18 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
 enum Fate {
     /// Nothing is decided
     Held,
-    /// A verdict in this batch, or in no batch: one that is about to be sent
+    /// This verdict, which is in this batch, or in none: about to be sent
     Decided(Option<usize>, Given),
+    /// It was given this verdict, and the kernel refused it
+    Refused(Given),
+}
+
+/// A message in the receive buffer
+#[derive(Debug)]
+enum Message {
+    Packet(PacketKey),
+    /// The refusal of a whole send, for want of `CAP_NET_ADMIN`
+    NotPermitted,
 }
 
 #[derive(Default)]
@@ -178,11 +253,18 @@ struct World {
     bindings: Bindings,
     /// The kernel's queues: the packets that wait, and the newest id
     queues: [(BTreeMap<u32, Fate>, u32); QUEUES as usize],
-    /// Ids that were lost, of the present bindings
-    lost: Vec<(u16, u32)>,
+    receive_buffer: VecDeque<Message>,
+    /// The kernel's count of messages that found no room there
+    dropped: u32,
+    drops: Drops,
     /// Packets that nobody has decided on
     held: Vec<PacketKey>,
     batches: [VerdictBatch; BATCHES],
+    sends_on_their_way: usize,
+    /// How many messages answered several packets
+    runs: usize,
+    /// How many answered none, being said again
+    said_again: usize,
 }
 
 impl World {
@@ -203,31 +285,35 @@ impl World {
     fn step(&mut self, op: &Op) {
         match *op {
             Op::Arrive(queue, way) => self.arrive(queue, way),
+            Op::Receive(n) => self.receive(n),
             Op::Push(batch, place, choice) => {
                 if let Some(key) = self.take_held(place) {
                     self.decide(key, Fate::Decided(Some(batch), choice.given()));
                     self.batches[batch].push(key, choice.decision()).unwrap();
                 }
             }
-            Op::Verdict(place, choice) => {
+            Op::Verdict(place, choice, capable, ref before, ref after) => {
                 if let Some(key) = self.take_held(place) {
                     self.decide(key, Fate::Decided(None, choice.given()));
-                    self.verdict(key, choice);
+                    self.verdict(key, choice, capable, before, after);
                 }
             }
-            Op::Send(batch, ref before, ref after) => self.send(batch, before, after),
+            Op::Send(batch, capable, ref before, ref after) => {
+                self.send(batch, capable, before, after);
+            }
             Op::Fail(index) => {
                 let mut batch = std::mem::take(&mut self.batches[index]);
-                let bindings = self.bindings.clone();
+                let (len, bindings) = (batch.len(), self.bindings.clone());
                 let result = batch.send(
                     200,
                     true,
                     || Box::new(bindings.clone()),
-                    |_, _| Err(out_of_memory()),
+                    |_, _, _| Err(out_of_memory()),
                 );
                 if !matches!(result, Err(Error::Io { .. })) {
                     assert!(batch.is_empty(), "nothing had to be sent");
                 }
+                assert!(batch.len() <= len);
                 self.batches[index] = batch;
             }
             Op::Flush(queue, place) => {
@@ -235,9 +321,16 @@ impl World {
                 let id = waiting.keys().nth(place).copied();
                 id.map(|id| waiting.remove(&id));
             }
+            Op::LoseAnswers => {
+                while let Some(Message::NotPermitted) = self.receive_buffer.back() {
+                    self.receive_buffer.pop_back();
+                    self.dropped += 1;
+                }
+            }
             Op::Rebind(queue) => {
+                // First everything is received that belongs to the old binding.
+                self.receive(usize::MAX);
                 self.queues[usize::from(queue)] = Default::default();
-                self.lost.retain(|&(other, _)| other != queue);
                 self.held.retain(|key| key.queue != queue);
                 let old = self.bindings.get(queue).unwrap().id;
                 self.bindings.remove(old);
@@ -249,24 +342,71 @@ impl World {
     fn arrive(&mut self, queue: u16, way: Way) {
         let (waiting, newest) = &mut self.queues[usize::from(queue)];
         *newest += 1;
-        let id = *newest;
         if way == Way::Lost {
-            self.lost.push((queue, id));
+            self.dropped += 1;
             return;
         }
-        waiting.insert(id, Fate::Held);
-        if way == Way::ReadElsewhere {
-            return;
+        waiting.insert(*newest, Fate::Held);
+        if way == Way::Sent {
+            let key = self.bindings.get(queue).unwrap().key(*newest);
+            self.receive_buffer.push_back(Message::Packet(key));
         }
-        // As `Shared::note_packet` does
-        let binding = self.bindings.get(queue).unwrap();
-        if let Noted::After { gap } = binding.note(id, id)
-            && !(id - gap..id).all(|missing| self.lost.contains(&(queue, missing)))
-        {
+    }
+
+    /// As `Shared::note_slots` does
+    fn receive(&mut self, n: usize) {
+        // A refusal is seen when no send is on its way: `Shared::note_refusal` waits for that.
+        let first_refusal = self.receive_buffer.iter().position(|message| {
+            matches!(message, Message::NotPermitted) && self.sends_on_their_way > 0
+        });
+        let n = n.min(first_refusal.unwrap_or(self.receive_buffer.len()));
+        let mut run: Option<Stretch> = None;
+        let messages = Vec::from_iter(self.receive_buffer.drain(..n));
+        for message in messages {
+            let key = match message {
+                Message::Packet(key) => Some(key),
+                Message::NotPermitted => None,
+            };
+            let goes_on = match (&mut run, key) {
+                (Some(stretch), Some(key)) => stretch.extend(key),
+                _ => false,
+            };
+            if !goes_on {
+                self.note_packets(run.take());
+                run = key.map(Stretch::new);
+            }
+            match key {
+                Some(key) => self.held.push(key),
+                None => self.hear_refusal(),
+            }
+        }
+        self.note_packets(run);
+    }
+
+    /// As `Shared::note_packets` does
+    fn note_packets(&mut self, stretch: Option<Stretch>) {
+        if let Some(Stretch { first, last }) = stretch {
+            let (drops, dropped) = (&mut self.drops, self.dropped);
+            let binding = self.bindings.get(first.queue).unwrap();
+            let is_lost = |gap| drops.explain(gap, dropped);
+            binding.note_received(first.id, last, true, is_lost);
+        }
+    }
+
+    /// As `Shared::note_refusal` does; the program tries again, and may think otherwise
+    fn hear_refusal(&mut self) {
+        for binding in self.bindings.iter() {
             binding.waiting().go_blind();
         }
-        binding.waiting().receive(id, id);
-        self.held.push(binding.key(id));
+        for (queue, (waiting, _)) in (0..).zip(&mut self.queues) {
+            let refused = waiting
+                .iter_mut()
+                .filter(|(_, fate)| matches!(fate, Fate::Refused(_)));
+            for (&id, fate) in refused {
+                *fate = Fate::Held;
+                self.held.push(self.bindings.get(queue).unwrap().key(id));
+            }
+        }
     }
 
     fn take_held(&mut self, place: usize) -> Option<PacketKey> {
@@ -279,32 +419,41 @@ impl World {
         }
     }
 
-    /// As `Shared::common_verdict` does
-    fn verdict(&mut self, key: PacketKey, choice: Choice) {
+    /// As `Shared::common_verdict` and `long_verdict` do
+    fn verdict(
+        &mut self,
+        key: PacketKey,
+        choice: Choice,
+        capable: Capable,
+        before: &[Op],
+        after: &[Op],
+    ) {
+        let verdict = choice.decision().as_batch();
+        let binding = BindingId::from(key);
+        let is_tracked = !matches!(choice, Choice::Stolen);
+        let bindings = self.bindings.clone();
+        let waiting = || bindings.current(binding).unwrap().waiting();
+        let needs_proof = is_tracked && waiting().needs_proof_alone(verdict);
         let mut batch = VerdictBatch::new();
         batch.push(key, choice.decision()).unwrap();
-        let bindings = self.bindings.clone();
+        let (is_common, all) = (verdict.is_some(), bindings.clone());
+        let send = |_, bytes: &[u8], needs_too: bool| {
+            self.sends_on_their_way += 1;
+            self.run(before);
+            let is_proven = self.execute(None, capable, bytes, needs_proof || needs_too);
+            self.run(after);
+            self.sends_on_their_way -= 1;
+            if is_common && is_tracked {
+                waiting().note_sent(key.id, key.id, verdict, is_proven);
+            }
+            Ok(is_proven)
+        };
         batch
-            .send(
-                usize::MAX,
-                false,
-                || Box::new(bindings.clone()),
-                |_, bytes| {
-                    self.execute(None, bytes);
-                    Ok(())
-                },
-            )
+            .send(usize::MAX, !is_common, || Box::new(all.clone()), send)
             .unwrap();
-        if !matches!(choice, Choice::Stolen) {
-            self.bindings
-                .get(key.queue)
-                .unwrap()
-                .waiting()
-                .answer(key.id, key.id);
-        }
     }
 
-    fn send(&mut self, index: usize, before: &[Op], after: &[Op]) {
+    fn send(&mut self, index: usize, capable: Capable, before: &[Op], after: &[Op]) {
         // What others push meanwhile is for the next time.
         let mut batch = std::mem::take(&mut self.batches[index]);
         let bindings = self.bindings.clone();
@@ -313,18 +462,51 @@ impl World {
             200,
             true,
             || Box::new(bindings.clone()),
-            |_, bytes| {
+            |_, bytes, needs_proof| {
+                self.sends_on_their_way += 1;
                 self.run(before);
-                self.execute(Some(index), bytes);
+                let is_proven = self.execute(Some(index), capable, bytes, needs_proof);
                 self.run(after);
-                Ok(())
+                self.sends_on_their_way -= 1;
+                Ok(is_proven)
             },
         );
         assert!(batch.is_empty());
     }
 
-    /// What the kernel does with a send (`nfqnl_recv_verdict`, `nfqnl_recv_verdict_batch`)
-    fn execute(&mut self, batch: Option<usize>, bytes: &[u8]) {
+    /// As `Shared::send_and_prove` does
+    fn execute(
+        &mut self,
+        batch: Option<usize>,
+        capable: Capable,
+        bytes: &[u8],
+        needs_proof: bool,
+    ) -> bool {
+        if capable.during {
+            self.carry_out(batch, bytes);
+        } else {
+            self.refuse(batch, bytes);
+        }
+        needs_proof && capable.before && capable.after
+    }
+
+    /// What the kernel does with a send of a thread without `CAP_NET_ADMIN` (`nfnetlink_rcv`)
+    fn refuse(&mut self, batch: Option<usize>, bytes: &[u8]) {
+        self.receive_buffer.push_back(Message::NotPermitted);
+        for message in read(bytes) {
+            let (waiting, _) = &mut self.queues[usize::from(message.queue)];
+            let decided = |fate: &&mut Fate| matches!(fate, Fate::Decided(of, given) if *of == batch && *given == message.given);
+            let first = if message.is_batch { 0 } else { message.id };
+            for (_, fate) in waiting.range_mut(first..=message.id) {
+                if let Some(fate) = Some(fate).filter(decided) {
+                    *fate = Fate::Refused(message.given);
+                }
+            }
+        }
+    }
+
+    /// What the kernel does with any other (`nfqnl_recv_verdict`, `nfqnl_recv_verdict_batch`)
+    fn carry_out(&mut self, batch: Option<usize>, bytes: &[u8]) {
         for message in read(bytes) {
             let (waiting, _) = &mut self.queues[usize::from(message.queue)];
             if message.given.0 == Verdict::Stolen.to_raw() {
@@ -340,33 +522,54 @@ impl World {
                 .range(first..=message.id)
                 .map(|(&id, _)| id)
                 .collect();
+            self.runs += usize::from(hit.len() > 1);
+            self.said_again += usize::from(message.is_said_again);
             for id in hit {
                 let fate = waiting.remove(&id).unwrap();
-                assert_eq!(
-                    fate,
+                let expected = [
                     Fate::Decided(batch, message.given),
-                    "{message:?} on packet {id}"
+                    Fate::Refused(message.given),
+                ];
+                assert!(
+                    expected.contains(&fate),
+                    "{message:?} on packet {id}: {fate:?}"
                 );
             }
         }
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
-    #[test]
-    fn every_packet_gets_its_own_verdict(ops in ops()) {
+#[test]
+fn every_packet_gets_its_own_verdict() {
+    let mut config = ProptestConfig::default(); // PROPTEST_CASES asks for more
+    config.cases = config.cases.max(4000);
+    config.failure_persistence = None;
+    let (runs, said_again) = (Cell::new(0), Cell::new(0));
+    let tried = TestRunner::new(config).run(&ops(), |ops| {
         let mut world = World::new();
         world.run(&ops);
         for batch in 0..BATCHES {
-            world.send(batch, &[], &[]);
+            world.send(batch, ALWAYS, &[], &[]);
         }
         for (waiting, _) in &world.queues {
             for (id, fate) in waiting {
-                prop_assert_eq!(fate, &Fate::Held, "packet {} was not answered", id);
+                let is_left = matches!(fate, Fate::Decided(..));
+                prop_assert!(!is_left, "packet {} was not answered: {:?}", id, fate);
             }
         }
-    }
+        runs.set(runs.get() + world.runs);
+        said_again.set(said_again.get() + world.said_again);
+        Ok(())
+    });
+    tried.unwrap_or_else(|error| panic!("{error}"));
+    // Or it would show nothing.
+    println!("{} runs, {} said again", runs.get(), said_again.get());
+    assert!(runs.get() > 1000, "{} runs", runs.get());
+    assert!(
+        said_again.get() > 100,
+        "{} verdicts said again",
+        said_again.get()
+    );
 }
 
 /// The messages that these decisions become when packets 1.. of one queue wait
@@ -387,9 +590,9 @@ fn messages(waiting: u32, decisions: &[(u32, Decision<'_>)]) -> Vec<(bool, u32)>
             usize::MAX,
             true,
             || &bindings,
-            |_, bytes| {
+            |_, bytes, _| {
                 all.extend(read(bytes).into_iter().map(|m| (m.is_batch, m.id)));
-                Ok(())
+                Ok(true)
             },
         )
         .unwrap();
@@ -466,9 +669,9 @@ fn queues_that_take_turns_have_a_run_each() {
             usize::MAX,
             true,
             || &bindings,
-            |_, bytes| {
+            |_, bytes, _| {
                 all.extend(read(bytes).into_iter().map(|m| (m.queue, m.is_batch, m.id)));
-                Ok(())
+                Ok(true)
             },
         )
         .unwrap();
@@ -492,9 +695,9 @@ fn what_belongs_to_an_ended_binding_is_reported_and_the_rest_sent() {
         usize::MAX,
         true,
         || &bindings,
-        |_, bytes| {
+        |_, bytes, _| {
             sent.extend(read(bytes));
-            Ok(())
+            Ok(true)
         },
     );
     assert!(matches!(error, Err(Error::Stale { key }) if key == old));
@@ -520,7 +723,7 @@ fn a_send_is_split_and_what_fails_stays() {
             1000,
             true,
             || &bindings,
-            |_, bytes| {
+            |_, bytes, _| {
                 assert!(bytes.len() <= 1000);
                 if sends == fail_at {
                     sends += 1;
@@ -528,7 +731,7 @@ fn a_send_is_split_and_what_fails_stays() {
                 }
                 sends += 1;
                 sent.extend(read(bytes).into_iter().map(|message| message.id));
-                Ok(())
+                Ok(true)
             },
         )
     };
