@@ -444,6 +444,75 @@ fn packets_of_the_callers_own_loop_are_never_answered_in_runs() {
     });
 }
 
+/// A refusal that nobody has received yet, or ever will, lets no run over its packets
+#[test]
+fn no_run_goes_over_packets_whose_verdicts_were_sent_without_the_capability() {
+    isolated(|| {
+        let lab = Lab::new();
+        for is_batch in [true, false] {
+            let handle = Handle::open().unwrap();
+            let _queue = handle.bind_queue(QUEUE).unwrap();
+            let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+            let mut send = |keys: &[PacketKey], verdict| {
+                for &key in keys {
+                    verdicts.push(key, verdict).unwrap();
+                }
+                handle.send(&mut verdicts).unwrap();
+            };
+            lab.send_numbered(0..8);
+            let all = keys(&handle, &mut batch, 8);
+            send(&all[..2], Verdict::Accept);
+            without_net_admin(|| match is_batch {
+                true => send(&all[2..4], Verdict::Drop),
+                false => handle.verdict(all[2], Verdict::Drop).unwrap(),
+            });
+            let next = if is_batch { 4 } else { 3 };
+            send(&all[next..], Verdict::Accept);
+            for number in (0..2).chain(next..8) {
+                let number = u32::try_from(number).unwrap().to_be_bytes();
+                assert_eq!(lab.recv().as_deref(), Some(&number[..]));
+            }
+            assert!(lab.v4.is_silent(), "what was to be dropped waits");
+            assert_eq!(handle.stats().refused_verdicts, 0, "or is not known of");
+        }
+    });
+}
+
+/// Without its refusal being known, what was accepted once more is accepted before the run of another verdict
+#[test]
+fn the_usual_verdict_is_said_again_before_a_run_of_another() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+        let mut send = |keys: &[PacketKey], verdict| {
+            for &key in keys {
+                verdicts.push(key, verdict).unwrap();
+            }
+            handle.send(&mut verdicts).unwrap();
+        };
+        lab.send_numbered(0..8);
+        let all = keys(&handle, &mut batch, 8);
+        send(&all[..2], Verdict::Accept);
+        without_net_admin(|| send(&all[2..4], Verdict::Accept));
+        send(&all[4..6], Verdict::Drop);
+        for number in 0..4_u32 {
+            assert_eq!(lab.recv().as_deref(), Some(&number.to_be_bytes()[..]));
+        }
+        send(&all[6..], Verdict::Drop);
+        assert!(lab.v4.is_silent());
+
+        handle.sync().unwrap();
+        let refused = Vec::from_iter(handle.try_recv(&mut batch).unwrap());
+        assert!(
+            matches!(&refused[..], [Event::Refused(refusal)]
+                if refusal.operation() == Operation::BatchVerdict(all[3])),
+            "{refused:?}: of what was said again nothing is told"
+        );
+    });
+}
+
 /// Without the capability the kernel looks at no verdict of a send, and refuses the first in the name of all
 #[test]
 fn after_a_send_without_the_capability_no_queue_has_runs() {

@@ -486,6 +486,17 @@ fn a_datagram_that_was_cut_or_is_none_is_an_error_and_the_loop_goes_on() {
             );
         }
         assert_eq!(looping.handle.handle_packet(&[]).unwrap(), 0);
+
+        // A whole message, as far as its length says, of which an attribute is broken.
+        lab.send(b"broken on the way");
+        let mut buf = [0; 200];
+        let len = looping.socket.read(&mut buf).unwrap();
+        buf[32..34].copy_from_slice(&3_u16.to_ne_bytes()); // the second attribute's length
+        let counted = looping.handle.stats().malformed;
+        let error = looping.handle.handle_packet(&buf[..len]).unwrap_err();
+        assert!(matches!(error, Error::Decode(_)), "{error:?}");
+        assert_eq!(looping.handle.stats().malformed, counted + 1);
+
         lab.send(b"after");
         assert_eq!(looping.turn().unwrap(), 1);
         assert_eq!(lab.recv().as_deref(), Some(&b"after"[..]));

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use nfqnl::{
     CopyMode, Error, Event, Handle, Operation, PacketKey, QueueConfig, RecvBatch, Situation,
-    Verdict,
+    Verdict, VerdictBatch,
 };
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::signal;
 use nfqnl_testkit::traffic::TIMEOUT;
 
 use crate::lab::{
-    Lab, QUEUE, is_silent, next_event, next_packet, steal_past_the_library, udp_payload,
+    Dice, Lab, QUEUE, is_silent, next_event, next_packet, steal_past_the_library, udp_payload,
 };
 
 /// More than enough for any wait that is not meant to end
@@ -103,6 +103,152 @@ fn a_thread_asleep_in_recv_gets_packets_that_a_setting_of_another_met() {
                 assert_eq!(lab.recv().as_deref(), Some(&number.to_be_bytes()[..]));
             }
             receiver.join().unwrap();
+        });
+    });
+}
+
+/// A thread that waits in the kernel receives answers to the requests of others, too
+#[test]
+fn settings_are_answered_while_another_thread_is_blocked_in_recv() {
+    isolated(|| {
+        const N: u32 = 300;
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let queue = handle.bind_queue(QUEUE).unwrap();
+        thread::scope(|scope| {
+            let receiver = scope.spawn(|| {
+                let (mut batch, mut number) = (RecvBatch::default(), 0);
+                while number < N {
+                    for event in handle.recv(&mut batch).unwrap() {
+                        let Event::Packet(packet) = event else {
+                            panic!("no packet, but {event:?}");
+                        };
+                        assert_eq!(udp_payload(&packet), number.to_be_bytes());
+                        handle.verdict(packet.key(), Verdict::Accept).unwrap();
+                        number += 1;
+                    }
+                }
+            });
+            let begin = Instant::now();
+            for number in 0..N {
+                queue.set_maxlen(1000 + number).unwrap();
+                handle.sync().unwrap();
+                lab.send(&number.to_be_bytes());
+                queue.set_maxlen(1000).unwrap();
+                assert_eq!(lab.recv().as_deref(), Some(&number.to_be_bytes()[..]));
+            }
+            let took = begin.elapsed();
+            assert!(took < TIMEOUT, "{took:?}: an answer was waited for");
+            receiver.join().unwrap();
+        });
+    });
+}
+
+#[test]
+fn threads_that_block_in_recv_on_one_handle_share_its_packets() {
+    isolated(|| {
+        const N: u32 = 2000;
+        const THREADS: usize = 3;
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let seen = thread::scope(|scope| {
+            let threads = [(); THREADS].map(|()| {
+                scope.spawn(|| {
+                    let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+                    let mut seen = Vec::new();
+                    loop {
+                        let mut is_over = false;
+                        for packet in handle.recv(&mut batch).unwrap().packets() {
+                            verdicts.push(packet.key(), Verdict::Accept).unwrap();
+                            match *udp_payload(&packet) {
+                                [a, b, c, d] => seen.push(u32::from_be_bytes([a, b, c, d])),
+                                _ => is_over = true,
+                            }
+                        }
+                        handle.send(&mut verdicts).unwrap();
+                        if is_over {
+                            return seen;
+                        }
+                    }
+                })
+            });
+            let mut dice = Dice(7);
+            let mut sent = 0;
+            while sent < N {
+                let burst = (1 + dice.roll(20)).min(N - sent);
+                lab.send_numbered(sent..sent + burst);
+                for _ in 0..burst {
+                    lab.recv().expect("every packet is accepted");
+                }
+                sent += burst;
+            }
+            // One at a time, since a thread may take what is for two.
+            while threads.iter().any(|thread| !thread.is_finished()) {
+                lab.send(b"the end");
+                lab.recv().expect("every packet is accepted");
+                thread::sleep(Duration::from_millis(1));
+            }
+            threads.map(|thread| thread.join().unwrap())
+        });
+        for seen in &seen {
+            assert!(seen.is_sorted(), "each gets its packets in their order");
+        }
+        let mut all = seen.concat();
+        all.sort_unstable();
+        assert_eq!(all, Vec::from_iter(0..N));
+        let stats = handle.stats();
+        assert_eq!((stats.lost_packets, stats.refused_verdicts), (0, 0));
+    });
+}
+
+#[test]
+fn a_call_that_does_not_wait_does_not_wait_for_another_thread() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                let mut batch = RecvBatch::default();
+                let mut packets = handle.recv(&mut batch).unwrap().packets();
+                packets.next().map(|packet| udp_payload(&packet).to_vec())
+            });
+            let mut batch = RecvBatch::default();
+            let begin = Instant::now();
+            while begin.elapsed() < Duration::from_millis(100) {
+                assert!(is_silent(&handle, &mut batch));
+            }
+            let deadline = begin + Duration::from_millis(200);
+            assert_eq!(
+                handle.recv_deadline(&mut batch, deadline).unwrap().count(),
+                0
+            );
+            assert!(begin.elapsed() < TIMEOUT);
+            assert!(!waiting.is_finished(), "and does not end its wait");
+            lab.send(b"for the other");
+            assert_eq!(
+                waiting.join().unwrap().as_deref(),
+                Some(&b"for the other"[..])
+            );
+        });
+    });
+}
+
+#[test]
+fn recv_waits_though_the_descriptor_is_non_blocking() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        handle.set_nonblocking(true).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(100));
+                lab.send(b"late");
+            });
+            let mut batch = RecvBatch::default();
+            assert_eq!(handle.recv(&mut batch).unwrap().packets().count(), 1);
         });
     });
 }
