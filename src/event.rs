@@ -17,8 +17,8 @@ pub enum Event<'b> {
     /// The kernel refused a verdict; [`Refusal::packet`] names its packet, or the last of a run of equal verdicts
     ///
     /// Of a run ([`VerdictBatch`](crate::VerdictBatch)) the kernel refuses all or, if any of its packets is there, none.
-    /// Without `CAP_NET_ADMIN` it looks at no verdict of a send, and refuses the first in the name of all. Refusals are
-    /// lost in overruns, too.
+    /// Without `CAP_NET_ADMIN` it looks at no verdict of a send, and refuses the first in the name of all; until this event
+    /// has come, a run of the same verdict may yet take these packets along. Refusals are lost in overruns, too.
     ///
     /// [`Situation::NoSuchPacket`](crate::Situation::NoSuchPacket) is part of normal operation: the kernel drops
     /// waiting packets when a device goes down or a base chain is deleted.

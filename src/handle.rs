@@ -128,7 +128,8 @@ impl HandleBuilder {
     ///
     /// The kernel doubles it, and charges each waiting message with 832 bytes, 2.3 KiB for a full Ethernet frame, and
     /// 66 KiB for a large packet with [`ConfigFlags::GSO`](crate::ConfigFlags::GSO); so the usual 212992 hold 237 to 277
-    /// small packets, 92 frames, or 3 large ones. Raise it for bursts. Beyond `net.core.rmem_max` it takes
+    /// small packets, 92 frames, or 3 large ones. Raise it for bursts; TCP sends in bursts, and 1 MiB is a good size for it
+    /// (`benches/README.md` has what that brings). Beyond `net.core.rmem_max` it takes
     /// `CAP_NET_ADMIN` in the initial user namespace; without that, it ends there.
     #[doc(alias = "SO_RCVBUF")]
     #[doc(alias = "nfnl_rcvbufsiz")]
@@ -158,12 +159,14 @@ impl HandleBuilder {
 
     /// Whether runs of equal verdicts may leave as one message ([`VerdictBatch`]); they do, unless set otherwise
     ///
-    /// That is never wrong under two conditions; turn it off where they may not hold. Nobody reads packets from a copy of
-    /// the descriptor behind this handle's back. And whoever sends verdicts has `CAP_NET_ADMIN`: what is sent without it
-    /// the kernel refuses, and the packets go on waiting; until that refusal is received, or if it is lost in an overrun,
-    /// a later run may catch them. It ends by itself where it could be: with the first call of
-    /// [`handle_packet`](Handle::handle_packet), and for a binding of which packets are missing that the kernel has not
-    /// counted as lost (before Linux 4.12: with the first loss).
+    /// A run is sent only when it is certain that every packet which it can reach has its verdict. Turn it off if one of
+    /// these may not hold:
+    /// * Nobody reads packets from a copy of the descriptor behind this handle's back
+    ///   ([`handle_packet`](Handle::handle_packet) is no such thing; it ends runs by itself).
+    /// * The kernel takes a verdict from a thread if `capget(2)` says that it has `CAP_NET_ADMIN`: no security module
+    ///   forbids it to single threads.
+    ///
+    /// Before Linux 4.12 a binding has no more runs after its first lost packet.
     #[doc(alias = "nfq_set_verdict_batch")]
     pub const fn coalesce(mut self, coalesce: bool) -> Self {
         self.coalesce = coalesce;
@@ -430,7 +433,9 @@ impl Handle {
 
     /// Receives what is there, and waits if nothing is
     ///
-    /// Signals do not end the wait.
+    /// Where packets come one at a time, it asks for one, and the next call for those behind it. Signals do not end the
+    /// wait. Several threads may call it on one handle, each with its own batch: one waits in the kernel, and the others
+    /// for that one.
     ///
     /// # Errors
     /// [`Error::Io`] if the system call fails in a way that is no [`Event`].
@@ -456,7 +461,7 @@ impl Handle {
 
     /// Receives what is there; no events if nothing is
     ///
-    /// No events means that the socket was empty, so a loop that is told of readiness only once (edge-triggered epoll)
+    /// No events means that the socket was empty, or that a thread which waits in [`recv`](Self::recv) has emptied it, so a loop that is told of readiness only once (edge-triggered epoll)
     /// calls this until then.
     ///
     /// # Errors

@@ -39,11 +39,12 @@ use crate::waiting::{Unproven, Waiting};
 ///
 /// # Runs
 /// Equal verdicts on packets that follow each other leave as one message (`NFQNL_MSG_VERDICT_BATCH`), which the kernel
-/// carries out on every waiting packet up to an id. That is done only where it is known that each of these packets has
+/// carries out on every waiting packet up to an id. That is done only where it is certain that each of these packets has
 /// this verdict: one that is held back, or in another thread's or another batch's hands, ends the run, and so does a
-/// different verdict, mark or priority, and everything else that a [`Decision`] can carry. A run's packets that have gone
-/// meanwhile are not reported as refused, unless all of them have. [`HandleBuilder::coalesce`](crate::HandleBuilder::coalesce)
-/// turns runs off.
+/// different verdict, mark or priority, and everything else that a [`Decision`] can carry. A verdict that was sent by a
+/// thread without `CAP_NET_ADMIN` ends all runs of its queue, unless it is the first that was ever given on that queue; then it does no harm. A run's packets that
+/// have gone meanwhile are not reported as refused, unless all of them have.
+/// [`HandleBuilder::coalesce`](crate::HandleBuilder::coalesce) turns runs off.
 #[derive(Debug, Default)]
 pub struct VerdictBatch {
     entries: Vec<Entry>,

@@ -619,7 +619,7 @@ fn index(message: &[u8], at: &mut [u16; NFQA_MAX as usize + 1]) -> bool {
         let Some(header) = rest.first_chunk::<ATTR_HEADER_LEN>() else {
             break;
         };
-        let len = NativeEndian::read_u16(header);
+        let len = usize::from(NativeEndian::read_u16(header));
         let kind = usize::from(NativeEndian::read_u16(&header[2..]) & NLA_TYPE_MASK);
         let too_short = match (
             at.get_mut(kind),
@@ -633,29 +633,29 @@ fn index(message: &[u8], at: &mut [u16; NFQA_MAX as usize + 1]) -> bool {
             (None, None, _) => UNKNOWN_TOO_SHORT,
             _ => return false,
         };
-        if len <= too_short || usize::from(len) > rest.len() {
+        if len <= too_short || len > rest.len() {
             return false;
         }
-        offset += align(usize::from(len));
+        offset += align(len);
     }
     at[NFQA_PACKET_HDR as usize] != 0
 }
 
 /// The greatest `nla_len` that is too short for each attribute that has a getter; what has to be looked into is never long
 /// enough
-const TOO_SHORT: [u16; NFQA_MAX as usize + 1] = {
+const TOO_SHORT: [usize; NFQA_MAX as usize + 1] = {
     let mut table = [0; NFQA_MAX as usize + 1];
     let mut kind = 0;
     while kind <= NFQA_MAX {
         table[kind as usize] = match kind {
-            NFQA_VLAN => u16::MAX,
-            _ => UNKNOWN_TOO_SHORT + min_len(kind) as u16,
+            NFQA_VLAN => usize::MAX,
+            _ => UNKNOWN_TOO_SHORT + min_len(kind),
         };
         kind += 1;
     }
     table
 };
-const UNKNOWN_TOO_SHORT: u16 = ATTR_HEADER_LEN as u16 - 1;
+const UNKNOWN_TOO_SHORT: usize = ATTR_HEADER_LEN - 1;
 
 /// Checks the value of an attribute that has a getter
 fn check(attr: Attr<'_>, needed: usize) -> Result<(), DecodeError> {

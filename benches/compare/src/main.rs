@@ -1,8 +1,7 @@
 //! nfqnl beside its rivals, in one run: `benches/compare/run` builds them and starts this
 //!
 //! Each side is a process with a queue and a port of its own, in one network namespace. They take turns, several hundred
-//! times, and who is first changes from turn to turn. What is reported are medians, and ratios of medians. The sides are
-//! kept on the last CPU and what sends the packets on the first, for a packet in the CPU's own cache takes less time.
+//! times, and who is first changes from turn to turn. What is reported are medians, and ratios of medians.
 //!
 //! * Throughput: so many UDP packets are put in the queue of one side, and then it is told to handle them all while it
 //!   keeps the time.
@@ -84,12 +83,11 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match arguments[..] {
         ["--peer", ref arguments @ ..] => peers::run(arguments),
-        [built] => compare(Path::new(built), false, None),
-        [built, "--quick"] => compare(Path::new(built), true, None),
-        [built, "--only", what] if KINDS.contains(&what) || [LATENCY, GOODPUT].contains(&what) => {
-            compare(Path::new(built), false, Some(what))
-        }
-        _ => Err("to be started by benches/compare/run [--quick | --only KIND]".into()),
+        [built, ref options @ ..] => Options::parse(options).and_then(|options| {
+            netns::enter()?;
+            compare(Path::new(built), &options)
+        }),
+        [] => Err("to be started by benches/compare/run".into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -100,17 +98,80 @@ fn main() -> ExitCode {
     }
 }
 
-fn compare(built: &Path, is_quick: bool, only: Option<&str>) -> Result<()> {
-    netns::enter()?;
-    let first = *cpu::allowed()?.first().ok_or("no CPU")?;
-    cpu::on(first, || {
-        compare_here(built, is_quick, only).map_err(|error| error.to_string())
-    })??;
-    Ok(())
+/// What was asked for
+struct Options {
+    is_quick: bool,
+    only: Option<String>,
+    placement: Placement,
+    /// The CPUs that there are
+    cpus: Vec<usize>,
 }
 
-fn compare_here(built: &Path, is_quick: bool, only: Option<&str>) -> Result<()> {
-    let is_wanted = |what: &str| only.is_none_or(|only| only == what);
+/// Where what sends the packets runs, and the sides: it matters more than most things here whether a packet is in the cache
+/// of the CPU that handles it
+#[derive(Clone, Copy, PartialEq)]
+enum Placement {
+    /// All on one CPU
+    Same,
+    /// The sides on a CPU of their own
+    Apart,
+    /// Wherever the scheduler puts them
+    Free,
+}
+
+impl Options {
+    fn parse(arguments: &[&str]) -> Result<Self> {
+        let mut options = Self {
+            is_quick: false,
+            only: None,
+            placement: Placement::Same,
+            cpus: cpu::allowed()?,
+        };
+        let mut arguments = arguments.iter();
+        while let Some(&argument) = arguments.next() {
+            match argument {
+                "--quick" => options.is_quick = true,
+                "--only" => options.only = arguments.next().map(|&what| what.to_owned()),
+                "--same" => options.placement = Placement::Same,
+                "--apart" => options.placement = Placement::Apart,
+                "--free" => options.placement = Placement::Free,
+                _ => return Err(format!("no option: {argument}").into()),
+            }
+        }
+        let all = [&KINDS[..], &[LATENCY, GOODPUT]].concat();
+        match options.only.as_deref() {
+            Some(only) if !all.contains(&only) => Err(format!("--only what of {all:?}?").into()),
+            _ if options.placement == Placement::Apart && options.cpus.len() < 2 => {
+                Err("--apart with one CPU?".into())
+            }
+            _ => Ok(options),
+        }
+    }
+
+    /// Does something where a side is to run, or what sends the packets
+    fn place<T: Send>(&self, is_side: bool, f: impl FnOnce() -> T + Send) -> Result<T> {
+        let cpu = match self.placement {
+            Placement::Free => None,
+            Placement::Apart if is_side => self.cpus.last(),
+            Placement::Apart | Placement::Same => self.cpus.first(),
+        };
+        match cpu {
+            Some(&cpu) => Ok(cpu::on(cpu, f)?),
+            None => Ok(f()),
+        }
+    }
+}
+
+fn compare(built: &Path, options: &Options) -> Result<()> {
+    let compared = options.place(false, || {
+        compare_here(built, options).map_err(|error| error.to_string())
+    })?;
+    Ok(compared?)
+}
+
+fn compare_here(built: &Path, options: &Options) -> Result<()> {
+    let is_quick = options.is_quick;
+    let is_wanted = |what: &str| options.only.as_deref().is_none_or(|only| only == what);
     link::set_mtu("lo", MTU)?;
     let table = Table::new(Family::Ip, "compare")?;
     let chain = table.chain("c", Hook::Input, 0)?;
@@ -124,19 +185,19 @@ fn compare_here(built: &Path, is_quick: bool, only: Option<&str>) -> Result<()> 
 
     for (len, packets) in PACKETS {
         for kind in KINDS.into_iter().filter(|kind| is_wanted(kind)) {
-            let measured = throughput(&chain, &programs, kind, len, packets, rounds)?;
+            let measured = throughput(&chain, &programs, options, kind, len, packets, rounds)?;
             print_throughput(kind, len, packets, rounds, &measured);
             misses.extend(missed(kind, len, &measured));
         }
     }
     if is_wanted(LATENCY) {
         let rounds = if is_quick { 2 } else { 20 };
-        let measured = latency(&chain, &programs, round_trips, rounds)?;
+        let measured = latency(&chain, &programs, options, round_trips, rounds)?;
         misses.extend(print_latency(&measured));
     }
     if is_wanted(GOODPUT) {
-        let rounds = if is_quick { 1 } else { 5 };
-        misses.extend(goodput(&chain, &programs, seconds, rounds)?);
+        let rounds = if is_quick { 1 } else { 7 };
+        misses.extend(goodput(&chain, &programs, options, seconds, rounds)?);
     }
 
     if is_quick {
@@ -163,12 +224,13 @@ struct Measured {
 fn throughput(
     chain: &Chain<'_>,
     programs: &[Program],
-    kind: &str,
+    options: &Options,
+    kind: &'static str,
     len: usize,
     packets: usize,
     rounds: usize,
 ) -> Result<Vec<Measured>> {
-    let mut sides = Side::start_all(chain, programs, kind, "-")?;
+    let mut sides = Side::start_all(chain, programs, options, kind)?;
     for round in 0..rounds {
         let n = sides.len();
         for place in 0..n {
@@ -244,10 +306,11 @@ struct RoundTrips {
 fn latency(
     chain: &Chain<'_>,
     programs: &[Program],
+    options: &Options,
     round_trips: usize,
     rounds: usize,
 ) -> Result<Vec<RoundTrips>> {
-    let mut sides = Side::start_all(chain, programs, "accept", "-")?;
+    let mut sides = Side::start_all(chain, programs, options, "accept")?;
     for round in 0..rounds {
         let n = sides.len();
         for place in 0..n {
@@ -293,20 +356,29 @@ fn print_latency(all: &[RoundTrips]) -> Option<String> {
 fn goodput(
     chain: &Chain<'_>,
     programs: &[Program],
+    options: &Options,
     seconds: f64,
     rounds: usize,
 ) -> Result<Option<String>> {
     println!("\n### TCP goodput over loopback, MTU {MTU}, every segment through the queue\n");
-    println!("| | without GSO, Gbit/s | with GSO, Gbit/s | ratio |\n|---|---:|---:|---:|");
+    println!("| | receive buffer | without GSO, Gbit/s | with GSO, Gbit/s | ratio |");
+    println!("|---|---|---:|---:|---:|");
     let mut miss = None;
-    for program in programs
+    let sides = programs
         .iter()
-        .filter(|program| [C, LOOP].contains(&program.name))
-    {
+        .filter(|program| [C, LOOP].contains(&program.name));
+    let sides = sides.flat_map(|program| RECV_BUFFERS.map(|buffer| (program, buffer)));
+    for (program, (recv_buffer, name)) in sides {
         let mut rates = [Vec::new(), Vec::new()];
         for _ in 0..rounds {
-            for (gso, rates) in ["-", "gso"].into_iter().zip(&mut rates) {
-                let side = Side::start(chain, program, 0, "accept", gso, &Rule::new().tcp())?;
+            for (wants_gso, rates) in [false, true].into_iter().zip(&mut rates) {
+                let queue = QueueOptions {
+                    kind: "accept",
+                    recv_buffer,
+                    wants_gso,
+                    rule: Rule::new().tcp(),
+                };
+                let side = Side::start(chain, program, options, 0, &queue)?;
                 rates.push(side.tcp_rate(seconds)?);
                 chain.flush()?;
             }
@@ -314,10 +386,10 @@ fn goodput(
         let [without, with] = rates.map(|mut rates| median(&mut rates));
         let ratio = with / without;
         println!(
-            "| {} | {without:.2} | {with:.2} | {ratio:.1} |",
+            "| {} | {name} | {without:.2} | {with:.2} | {ratio:.1} |",
             program.name
         );
-        if program.name == LOOP && ratio < 10.0 {
+        if program.name == LOOP && recv_buffer == 0 && ratio < 10.0 {
             miss = Some(format!(
                 "goodput: with GSO {ratio:.1} times that without, not 10"
             ));
@@ -326,9 +398,23 @@ fn goodput(
     Ok(miss)
 }
 
+/// In bytes, and in words
+const RECV_BUFFERS: [(usize, &str); 2] = [(0, "default"), (1 << 20, "1 MiB")];
+
 fn median(samples: &mut [f64]) -> f64 {
     samples.sort_by(f64::total_cmp);
     samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// How a side has its queue
+struct QueueOptions {
+    /// One of [`KINDS`]
+    kind: &'static str,
+    /// In bytes; 0 for the default
+    recv_buffer: usize,
+    wants_gso: bool,
+    /// Which packets are put there, beside their port
+    rule: Rule,
 }
 
 /// A process that handles packets, the socket that sends them to it, and its times
@@ -350,18 +436,17 @@ impl Side {
     fn start_all(
         chain: &Chain<'_>,
         programs: &[Program],
-        kind: &str,
-        gso: &str,
+        options: &Options,
+        kind: &'static str,
     ) -> Result<Vec<Self>> {
+        let queue = QueueOptions {
+            kind,
+            recv_buffer: 0,
+            wants_gso: false,
+            rule: Rule::new().udp(),
+        };
         let start = |(index, program): (usize, &Program)| {
-            Self::start(
-                chain,
-                program,
-                u16::try_from(index)?,
-                kind,
-                gso,
-                &Rule::new().udp(),
-            )
+            Self::start(chain, program, options, u16::try_from(index)?, &queue)
         };
         programs.iter().enumerate().map(start).collect()
     }
@@ -369,26 +454,25 @@ impl Side {
     fn start(
         chain: &Chain<'_>,
         program: &Program,
-        queue: u16,
-        kind: &str,
-        gso: &str,
-        rule: &Rule,
+        options: &Options,
+        num: u16,
+        queue: &QueueOptions,
     ) -> Result<Self> {
-        let port = FIRST_PORT + queue;
-        chain.add(&rule.clone().dport(port).queue(queue))?;
+        let port = FIRST_PORT + num;
+        chain.add(&queue.rule.clone().dport(port).queue(num))?;
         let [executable, leading @ ..] = &program.command[..] else {
             return Err("no command".into());
         };
         let mut command = Command::new(PathBuf::from(executable));
         command
             .args(leading)
-            .args([&queue.to_string(), kind, "0", gso])
+            .args([&num.to_string(), queue.kind, &queue.recv_buffer.to_string()])
+            .arg(if queue.wants_gso { "gso" } else { "-" })
             .args(program.tail)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
-        // Wherever the scheduler would put it, its packets might be in that CPU's cache, or not.
-        let last = cpu::allowed()?.pop().ok_or("no CPU")?;
-        let mut process = cpu::on(last, move || command.spawn())?
+        let mut process = options
+            .place(true, move || command.spawn())?
             .map_err(|error| format!("{executable}: {error}"))?;
         let output = BufReader::new(process.stdout.take().ok_or("no output")?);
         let (send, answers) = mpsc::channel();

@@ -38,11 +38,12 @@ impl Kind {
 
 /// Runs one of them
 pub(crate) fn run(arguments: &[&str]) -> Result<()> {
-    let [style, queue, kind, _recv_buffer, gso] = *arguments else {
+    let [style, queue, kind, recv_buffer, gso] = *arguments else {
         return Err("usage: --peer STYLE QUEUE KIND RECEIVE_BUFFER gso|-".into());
     };
     let queue = queue.parse()?;
     let wants_gso = gso == "gso";
+    let recv_buffer = recv_buffer.parse()?;
     let kind = match kind {
         "accept" => Kind::Accept,
         "drop" => Kind::Drop,
@@ -50,9 +51,10 @@ pub(crate) fn run(arguments: &[&str]) -> Result<()> {
         _ => return Err("unknown kind".into()),
     };
     match style {
+        "loop" => batch_loop(queue, kind, recv_buffer, wants_gso),
+        _ if recv_buffer != 0 => Err("only the loop sets its receive buffer here".into()),
         "handle_packet" => handle_packet(queue, kind, wants_gso),
         "run_once" => run_once(queue, kind, wants_gso),
-        "loop" => batch_loop(queue, kind, wants_gso),
         "nfq" => nfq(queue, kind, wants_gso),
         _ => Err("unknown style".into()),
     }
@@ -142,8 +144,11 @@ fn run_once(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
 }
 
 /// A loop with batches
-fn batch_loop(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
-    let handle = Handle::open()?;
+fn batch_loop(queue: u16, kind: Kind, recv_buffer: usize, wants_gso: bool) -> Result<()> {
+    let handle = match recv_buffer {
+        0 => Handle::open(),
+        bytes => Handle::builder().recv_buffer(bytes).open(),
+    }?;
     let _queue = handle.bind_queue_with(queue, &config(wants_gso))?;
     let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
     let bytes = Cell::new(0);
