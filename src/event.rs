@@ -162,3 +162,40 @@ fn refusal(reply: &Reply<'_>) -> Option<Refusal> {
     };
     (!reply.is_ack()).then(|| Refusal::new(op, reply))
 }
+
+#[cfg(test)]
+mod tests {
+    use nfqnl_proto::consts::NFQNL_MSG_PACKET;
+
+    use super::*;
+    use crate::bindings::Binding;
+
+    /// It may have come before its queue was bound once more: then its id is another packet's there
+    #[test]
+    fn a_broken_packet_is_an_event_of_its_binding_alone() {
+        // Queue 7, packet 3, and an attribute that says it is shorter than its own header
+        let message = [
+            &36_u32.to_ne_bytes()[..],
+            &message_type(NFQNL_MSG_PACKET).to_ne_bytes(),
+            &[0; 10],
+            &[2, 0, 0, 7],
+            &11_u16.to_ne_bytes(),
+            &1_u16.to_ne_bytes(),
+            &[0, 0, 0, 3, 8, 0, 1, 0],
+            &3_u16.to_ne_bytes(),
+            &[0; 2],
+        ];
+        let message = message.concat();
+        let mut bindings = Bindings::default();
+        assert!(next_event(&mut Messages::new(&message), &bindings).is_none());
+        assert!(next_event(&mut Messages::new(&message[..34]), &bindings).is_none());
+        bindings.insert(Binding::new(7, false));
+        let key = bindings.get(7).map(|binding| binding.key(3));
+        let event = next_event(&mut Messages::new(&message), &bindings);
+        assert!(matches!(event, Some(Event::Malformed { key: of, .. }) if of == key));
+        let event = next_event(&mut Messages::new(&message[..34]), &bindings);
+        assert!(matches!(event, Some(Event::Truncated { key: of, .. }) if of == key));
+        let event = next_event(&mut Messages::new(&message[..19]), &Bindings::default());
+        assert!(matches!(event, Some(Event::Truncated { key: None, .. })));
+    }
+}
