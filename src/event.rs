@@ -65,7 +65,7 @@ impl<'b> Event<'b> {
 /// The next event among the messages of a datagram
 ///
 /// Answers to configuration requests are none: the requests wait for them. Packets of queues that are not bound (any
-/// more) are none: the kernel has dropped them.
+/// more) are none, whole or not: the kernel has dropped them, and a later binding's they must not become.
 #[inline]
 pub(crate) fn next_event<'b>(
     messages: &mut Messages<'b>,
@@ -82,20 +82,23 @@ pub(crate) fn next_event<'b>(
             Ok(Message::Reply(reply)) => refusal(&reply).map(Event::Refused),
             Ok(Message::Overrun) => Some(Event::Overrun),
             Ok(_) => None,
-            Err(error) => {
-                let key = PacketKey::peek(rest)
-                    .and_then(|key| bindings.get(key.queue).map(|binding| binding.key(key.id)));
-                Some(match error {
-                    DecodeError::Truncated { needed, had, .. } => {
-                        Event::Truncated { key, needed, had }
-                    }
-                    error => Event::Malformed { key, error },
-                })
-            }
+            Err(error) => match PacketKey::peek(rest) {
+                Some(key) => bindings
+                    .get(key.queue)
+                    .map(|binding| broken_event(Some(binding.key(key.id)), error)),
+                None => Some(broken_event(None, error)),
+            },
         };
         if event.is_some() {
             return event;
         }
+    }
+}
+
+fn broken_event<'b>(key: Option<PacketKey>, error: DecodeError) -> Event<'b> {
+    match error {
+        DecodeError::Truncated { needed, had, .. } => Event::Truncated { key, needed, had },
+        error => Event::Malformed { key, error },
     }
 }
 
