@@ -122,18 +122,20 @@ impl Kernel for Fuzz {
                 return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
             }
         }
-        for (place, is_last) in [(0, false), (1, true)] {
-            if is_verdict {
-                self.others();
-            } else {
-                self.world.borrow_mut().arrive_meanwhile();
-            }
-            let world = &mut *self.world.borrow_mut();
-            world.change(place);
-            if !is_last {
-                world.carry_out(messages);
-            }
+        // Privileges come and go, but not there and back within a moment.
+        let (mut before, mut after) = (false, false);
+        if !self.is_nested.get() {
+            [before, after] = std::mem::take(&mut self.world.borrow_mut().changes);
+            after &= !before;
         }
+        self.others(is_verdict);
+        {
+            let world = &mut *self.world.borrow_mut();
+            world.is_capable ^= before;
+            world.carry_out(messages);
+            world.is_capable ^= after;
+        }
+        self.others(is_verdict);
         Ok(messages.len())
     }
 
@@ -203,9 +205,10 @@ impl Fuzz {
         self.world.borrow_mut().bytes.below(n)
     }
 
-    /// What other threads do while a send is on its way
-    fn others(&self) {
-        if self.world.borrow().is_frozen || self.is_nested.replace(true) {
+    /// What goes on while a send is on its way; who sends verdicts leaves other threads room to do something
+    fn others(&self, is_verdict: bool) {
+        self.world.borrow_mut().arrive_meanwhile();
+        if !is_verdict || self.world.borrow().is_frozen || self.is_nested.replace(true) {
             return;
         }
         for _ in 0..(self.byte() >> 6).saturating_sub(1) {

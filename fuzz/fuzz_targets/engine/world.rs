@@ -317,8 +317,13 @@ impl World {
         let Some(bound) = self.queues[queue].as_mut().filter(|bound| bound.copies) else {
             return;
         };
-        // More in a row than half of all numbers is more than anybody can tell from fewer.
-        if bound.lost.saturating_add(n) <= u32::MAX / 2 - (1 << 16) {
+        // Numbers more than half of all apart are not in any order, for the kernel neither.
+        let oldest = bound
+            .waiting
+            .front()
+            .map_or(bound.last_id, |packet| packet.0);
+        let span = bound.last_id.wrapping_sub(oldest).max(bound.lost);
+        if span.saturating_add(n) < u32::MAX / 2 - (1 << 16) {
             bound.lost += n;
             bound.last_id = bound.last_id.wrapping_add(n);
             self.dropped = self.dropped.wrapping_add(n);
@@ -460,10 +465,6 @@ fn reply(code: i32, header: &[u8], is_capped: bool, text: Option<&str>) -> Vec<u
 
 /// What is sent
 impl World {
-    pub fn change(&mut self, place: usize) {
-        self.is_capable ^= std::mem::take(&mut self.changes[place]);
-    }
-
     fn answer(&mut self, header: &[u8], errno: i32) {
         let text = (errno != 0 && self.bytes.next() % 2 == 1).then_some("why not");
         self.deliver(Datagram {
@@ -559,6 +560,10 @@ impl World {
         let Some(bound) = &mut self.queues[usize::from(key.queue)] else {
             return libc::ENODEV;
         };
+        if !bound.copies {
+            // Bound once more after another descriptor had unbound it, and the answer was lost: no packet comes.
+            return libc::ENOENT;
+        }
         assert_eq!(
             bound.generation, generation,
             "{sent:?} is for an earlier binding"
@@ -578,19 +583,19 @@ impl World {
             }
             return libc::EINVAL;
         }
-        let before = bound.waiting.len();
-        bound.waiting.retain(|&(id, fate)| {
-            let is_hit = match sent.is_batch {
-                true => !is_after(id, key.id),
-                false => id == key.id,
-            };
-            assert!(
-                !is_hit || is_meant(fate),
-                "{sent:?} on packet {id}, which is {fate:?}"
-            );
-            !is_hit
-        });
-        let hit = before - bound.waiting.len();
+        let mut hit = 0;
+        if sent.is_batch {
+            while let Some(&(id, fate)) = bound.waiting.front()
+                && !is_after(id, key.id)
+            {
+                assert!(is_meant(fate), "{sent:?} on packet {id}, which is {fate:?}");
+                bound.waiting.pop_front();
+                hit += 1;
+            }
+        } else if let Some(place) = bound.waiting.iter().position(|packet| packet.0 == key.id) {
+            bound.waiting.remove(place);
+            hit = 1;
+        }
         self.runs += usize::from(hit > 1);
         if hit == 0 { libc::ENOENT } else { 0 }
     }
