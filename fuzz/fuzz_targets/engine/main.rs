@@ -18,8 +18,10 @@ use nfqnl::{
     CopyMode, Decision, Error, Event, Handle, PacketKey, Queue, QueueConfig, QueueData, RecvBatch,
     Verdict, VerdictBatch, VerdictSender,
 };
+use nfqnl_proto::DecodeError;
 use world::{
-    ALONE, BATCHES, Bytes, CALLBACKS, Fate, Given, Name, QUEUES, VERDICT, VERDICT_BATCH, World,
+    ALONE, BATCHES, Bytes, CALLBACKS, Fate, GENERATIONS, Given, Name, QUEUES, VERDICT,
+    VERDICT_BATCH, World,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -373,7 +375,7 @@ impl Fuzz {
 
     /// Calls back; what callbacks decide is sent when all have exited
     fn call(&self, run: impl FnOnce() -> nfqnl::Result<usize>) {
-        self.world.borrow_mut().senders.push(CALLBACKS);
+        let outer = self.begin(CALLBACKS);
         if let Err(error) = run() {
             let _ = error.to_string();
             let is_expected = matches!(
@@ -382,11 +384,23 @@ impl Fuzz {
             );
             assert!(is_expected, "{error:?}");
         }
-        let world = &mut *self.world.borrow_mut();
-        world.senders.pop();
-        if std::mem::take(&mut world.was_too_long) {
+        if self.end_of(outer) {
             self.gave_up.set(true);
         }
+    }
+
+    /// Somebody begins to send; returns what `end_of` wants
+    fn begin(&self, sender: usize) -> bool {
+        let world = &mut *self.world.borrow_mut();
+        world.senders.push(sender);
+        std::mem::take(&mut world.was_too_long)
+    }
+
+    /// Says whether something was too long for a send call
+    fn end_of(&self, outer: bool) -> bool {
+        let world = &mut *self.world.borrow_mut();
+        world.senders.pop();
+        std::mem::replace(&mut world.was_too_long, outer)
     }
 
     /// What the library yields comes once, and is what it was handed
@@ -395,15 +409,20 @@ impl Fuzz {
         let _ = format!("{event:?}");
         match event {
             Event::Packet(packet) => {
-                self.note_packet(packet.key(), Some(packet.payload()));
+                self.note_whole(packet.key(), packet.payload());
                 self.held.borrow_mut().push(packet.key());
             }
-            Event::Truncated { key, .. } | Event::Malformed { key, .. } => {
+            Event::Truncated { key, needed, .. } => {
                 events[2] += 1;
-                if let Some(key) = key {
-                    self.note_packet(key, None);
-                    self.held.borrow_mut().push(key);
-                }
+                self.note_broken(key, needed % GENERATIONS);
+            }
+            Event::Malformed { key, error, .. } => {
+                events[2] += 1;
+                let generation = match error {
+                    DecodeError::AttributeLength { kind, .. } => usize::from(kind),
+                    _ => 0,
+                };
+                self.note_broken(key, generation);
             }
             Event::Refused(refusal) => {
                 events[1] += 1;
@@ -416,26 +435,23 @@ impl Fuzz {
         self.events.set(events);
     }
 
-    fn note_packet(&self, key: PacketKey, payload: Option<&[u8]>) {
+    fn note_broken(&self, key: Option<PacketKey>, generation: usize) {
+        if let Some(key) = key {
+            self.note_packet(key, u32::try_from(generation).expect("few"));
+            self.held.borrow_mut().push(key);
+        }
+    }
+
+    fn note_whole(&self, key: PacketKey, payload: &[u8]) {
+        let be = |at: usize| u32::from_be_bytes(*payload[at..].first_chunk().expect("a number"));
+        assert_eq!(be(4), key.id, "its own payload");
+        self.note_packet(key, be(0));
+    }
+
+    fn note_packet(&self, key: PacketKey, generation: u32) {
         let world = &mut *self.world.borrow_mut();
         assert!(key.binding != 0);
         let PacketKey { queue, id, .. } = key;
-        let known = world.bindings.get(&(queue, key.binding)).copied();
-        let generation = match (payload, known) {
-            (Some(payload), _) => {
-                let be =
-                    |at: usize| u32::from_be_bytes(*payload[at..].first_chunk().expect("a number"));
-                assert_eq!(be(4), id, "its own payload");
-                be(0)
-            }
-            (None, Some(generation)) => generation,
-            // The first of its binding, and unreadable: the latest of that id
-            (None, None) => {
-                let mut all = world.handed.iter().rev();
-                let name = all.find(|(name, n)| name.queue == queue && name.id == id && **n == 0);
-                name.expect("it was handed out").0.generation
-            }
-        };
         let name = Name {
             queue,
             generation,
@@ -527,12 +543,11 @@ impl Fuzz {
             return;
         };
         self.decide(key, Fate::Decided(ALONE, given(byte)));
-        self.world.borrow_mut().senders.push(ALONE);
+        let was_too_long = self.begin(ALONE);
         let sender = self.sender.borrow().clone().expect("it is open");
         let sent = sender.verdict(key, choose(byte));
+        self.end_of(was_too_long);
         let world = &mut *self.world.borrow_mut();
-        world.senders.pop();
-        world.was_too_long = false;
         match sent {
             Ok(()) | Err(Error::Stale { .. }) => {}
             Err(Error::Io { .. }) => {
@@ -551,13 +566,12 @@ impl Fuzz {
         let Ok(mut batch) = self.verdicts[index].try_borrow_mut() else {
             return;
         };
-        self.world.borrow_mut().senders.push(index);
+        let outer = self.begin(index);
         let sender = self.sender.borrow().clone().expect("it is open");
         let before = batch.len();
         let sent = sender.send(&mut batch);
+        let was_too_long = self.end_of(outer);
         let world = &mut *self.world.borrow_mut();
-        world.senders.pop();
-        let was_too_long = std::mem::take(&mut world.was_too_long);
         assert!(batch.len() <= before);
         match sent {
             Ok(()) | Err(Error::Stale { .. }) => assert!(batch.is_empty()),
@@ -589,7 +603,7 @@ impl Fuzz {
 
     fn call_back(&self, data: &mut QueueData<'_>) {
         let key = data.key();
-        self.note_packet(key, Some(data.get_payload()));
+        self.note_whole(key, data.get_payload());
         let byte = self.byte();
         if byte >= 192 {
             self.held.borrow_mut().push(key);
@@ -635,7 +649,7 @@ impl Fuzz {
             }
         }
         for index in 0..BATCHES {
-            self.world.borrow_mut().senders.push(index);
+            let outer = self.begin(index);
             let handle = self.handle.borrow();
             let handle = handle.as_ref().expect("it is open");
             let mut batch = self.verdicts[index].borrow_mut();
@@ -645,7 +659,7 @@ impl Fuzz {
                 "{sent:?}"
             );
             assert!(batch.is_empty());
-            self.world.borrow_mut().senders.pop();
+            self.end_of(outer);
         }
         if self.style != Style::Loop {
             // What callbacks could not send before

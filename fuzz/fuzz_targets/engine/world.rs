@@ -13,6 +13,9 @@ use nfqnl_proto::Attrs;
 
 pub const QUEUES: usize = 3;
 
+/// More bindings than this there are never
+pub const GENERATIONS: usize = 64;
+
 /// Who decides on packets: two batches, callbacks, and verdicts that are sent alone
 pub const BATCHES: usize = 2;
 pub const CALLBACKS: usize = 2;
@@ -135,7 +138,6 @@ pub struct World {
     pub handed: BTreeMap<Name, u32>,
     /// Which binding of the kernel the library means by a queue and a number
     pub bindings: BTreeMap<(u16, u16), u32>,
-    pub runs: usize,
 }
 
 fn fail<T>(errno: i32) -> io::Result<T> {
@@ -205,7 +207,6 @@ impl World {
             senders: Vec::new(),
             handed: BTreeMap::new(),
             bindings: BTreeMap::new(),
-            runs: 0,
         }
     }
 
@@ -262,10 +263,8 @@ impl World {
         body.extend(attr(1, &header));
         body.push(0);
         let shape = self.bytes.next();
-        match shape % 16 {
-            0 => body.extend(attr(3, &[0, 0, 7])), // too short
-            1..4 => body.extend(attr(3, &[0, 0, 0, 7])),
-            _ => {}
+        if (1..4).contains(&(shape % 16)) {
+            body.extend(attr(3, &[0, 0, 0, 7]));
         }
         body.resize(body.len().div_ceil(4) * 4, 0);
         let more = match shape >> 4 {
@@ -273,12 +272,19 @@ impl World {
             1 => 61,
             n => usize::from(n),
         };
-        let payload = [
-            &generation.to_be_bytes()[..],
-            &id.to_be_bytes(),
-            &vec![0x45; more],
-        ];
-        body.extend(attr(10, &payload.concat()));
+        let payload = [&generation.to_be_bytes()[..], &id.to_be_bytes()].concat();
+        let len = 16 + body.len() + 4 + payload.len() + more;
+        // Which generation it is of, its length says, for one that is cut
+        let generation = usize::try_from(generation).expect("few");
+        let more = more + (GENERATIONS + generation - len % GENERATIONS) % GENERATIONS;
+        body.extend(attr(10, &[payload, vec![0x45; more]].concat()));
+        if shape.is_multiple_of(16) {
+            // And its error, for one that is broken: an attribute of this number is shorter than its header.
+            let at = body.len() - more - 12;
+            let kind = u16::try_from(generation).expect("few");
+            body[at..at + 2].copy_from_slice(&3_u16.to_ne_bytes());
+            body[at + 2..at + 4].copy_from_slice(&kind.to_ne_bytes());
+        }
         self.deliver(Datagram {
             bytes: message(PACKET, 0, &body),
             packet: Some(packet),
@@ -507,6 +513,7 @@ impl World {
         let value = |kind| attrs.clone().last(kind).map(|attr| attr.value);
         match value(1).map(|cmd| cmd[0]) {
             Some(1) if self.queues[queue].is_some() => return libc::EBUSY,
+            Some(1) if self.generations as usize + 1 == GENERATIONS => return libc::ENOMEM,
             Some(1) => {
                 self.generations += 1;
                 self.queues[queue] = Some(Bound {
@@ -596,7 +603,6 @@ impl World {
             bound.waiting.remove(place);
             hit = 1;
         }
-        self.runs += usize::from(hit > 1);
         if hit == 0 { libc::ENOENT } else { 0 }
     }
 }
