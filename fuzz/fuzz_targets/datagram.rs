@@ -27,7 +27,35 @@ fuzz_target!(|datagram: &[u8]| {
     check_parse(&datagram);
     check_attrs(&datagram, 6);
     check_vlan(&datagram);
+    // Seldom, as it takes long
+    if let [attrs @ .., around, 0xa5] = &*datagram {
+        check_long(attrs, *around);
+    }
 });
+
+/// These attributes at the end of the longest message that can be indexed, or of one a little longer or shorter
+fn check_long(attrs: &[u8], around: u8) {
+    const MAX: usize = 256 << 10;
+    let header = [&PACKET.to_ne_bytes()[..], &[0; 10], &[2, 0, 0, 7]].concat();
+    let packet_hdr = [
+        &11_u16.to_ne_bytes()[..],
+        &PACKET_HDR.to_ne_bytes(),
+        &[0; 8],
+    ]
+    .concat();
+    let mut message = [&[0; 4][..], &header, &packet_hdr].concat();
+    let len = (MAX + usize::from(around % 32)).saturating_sub(16 + attrs.len());
+    while message.len() + 4 <= len {
+        let filler = (len - message.len()).min(0xfffc) / 4 * 4;
+        let filler_len = u16::try_from(filler).expect("at most that");
+        let (begin, kind) = (message.len(), LAST_KNOWN + 1);
+        message.resize(begin + filler, 0);
+        message[begin..begin + 2].copy_from_slice(&filler_len.to_ne_bytes());
+        message[begin + 2..begin + 4].copy_from_slice(&kind.to_ne_bytes());
+    }
+    message.extend(attrs);
+    check_parse(&message);
+}
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_ne_bytes([bytes[at], bytes[at + 1]])
