@@ -62,9 +62,10 @@ impl Shared {
             let received = if state.has_reader {
                 // Another thread waits in the kernel. What is there now, it is about to take.
                 let at_most = match wait {
+                    _ if contents.overruns > 0 => return Ok(true),
                     Wait::ForFirst => Duration::MAX,
                     Wait::No if self.is_readable()? => RECHECK,
-                    Wait::No => return Ok(contents.overruns > 0),
+                    Wait::No => return Ok(false),
                 };
                 drop(self.wait_for_others(state, at_most));
                 continue;
