@@ -143,18 +143,25 @@ impl AsFd for Shared {
     }
 }
 
+/// Whether a verdict is one that never shares a send, or happens to be the only one in a batch
+#[derive(Clone, Copy)]
+enum Sent {
+    ByItself,
+    AsBatch,
+}
+
 /// Verdicts
 impl Shared {
     /// Sends one verdict
     pub(crate) fn verdict(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
         match decision.as_batch() {
-            Some(common) => self.common_verdict(key, common),
+            Some(common) => self.common_verdict(key, common, Sent::ByItself),
             None => self.long_verdict(key, decision),
         }
     }
 
     /// Sends one verdict that is no more than verdict, mark and priority
-    fn common_verdict(&self, key: PacketKey, common: BatchVerdict) -> Result<()> {
+    fn common_verdict(&self, key: PacketKey, common: BatchVerdict, sent: Sent) -> Result<()> {
         let mut out = [0; BatchVerdict::MAX_LEN];
         let len = common.encode_single(&mut out, key.queue, key.id, verdict_header(key))?;
         let message = out.get(..len).unwrap_or_default();
@@ -164,7 +171,10 @@ impl Shared {
             return self.send(Operation::Verdict(key), message);
         }
         let verdict = Some(common);
-        let needs_proof = binding.waiting().needs_proof_alone(verdict);
+        let needs_proof = match sent {
+            Sent::ByItself => binding.waiting().needs_proof_alone(verdict),
+            Sent::AsBatch => binding.waiting().needs_proof([verdict]),
+        };
         let is_proven = self.send_and_prove(key, message, needs_proof)?;
         binding
             .waiting()
@@ -189,7 +199,7 @@ impl Shared {
     #[inline]
     pub(crate) fn send_verdicts(&self, batch: &mut VerdictBatch) -> Result<()> {
         match batch.single() {
-            Some((key, common)) => match self.common_verdict(key, common) {
+            Some((key, common)) => match self.common_verdict(key, common, Sent::AsBatch) {
                 Err(error @ Error::Io { .. }) => Err(error),
                 sent => {
                     batch.clear();

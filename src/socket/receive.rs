@@ -54,6 +54,8 @@ impl Shared {
         let contents = batch.clear();
         loop {
             let mut state = self.state();
+            // No event was in what came before, and later bindings must find none in it.
+            contents.filled = 0;
             if !state.stash.is_empty() {
                 state.refresh(&mut contents.bindings);
                 std::mem::swap(&mut contents.stash, &mut state.stash);
@@ -84,6 +86,8 @@ impl Shared {
             match received {
                 Ok(()) => {
                     if self.note_slots(&mut state, contents) {
+                        // What was put back meanwhile goes along: what made the descriptor readable for it was read too.
+                        std::mem::swap(&mut contents.stash, &mut state.stash);
                         return Ok(true);
                     }
                 }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use nfqnl_proto::Vlan;
 use nfqnl_proto::consts::{
     NFQA_MARK, NFQA_PAYLOAD, NFQA_VERDICT_HDR, NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH,
-    message_type,
+    NLM_F_ECHO, message_type,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -57,7 +57,7 @@ fn read(mut bytes: &[u8]) -> Vec<Sent> {
         );
         all.push(Sent {
             is_batch: kind == message_type(NFQNL_MSG_VERDICT_BATCH),
-            is_said_again: message[8..12] == [0; 4],
+            is_said_again: u16::from_ne_bytes([message[6], message[7]]) & NLM_F_ECHO != 0,
             queue: u16::from_be_bytes([message[18], message[19]]),
             id: be32(&hdr[4..]),
             given: (

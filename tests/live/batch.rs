@@ -478,6 +478,56 @@ fn no_run_goes_over_packets_whose_verdicts_were_sent_without_the_capability() {
     });
 }
 
+/// One packet at a time, as in quiet times, is no reason never to have runs
+#[test]
+fn runs_come_after_single_verdicts() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+        for verdict in [Verdict::Accept, Verdict::Drop, Verdict::Accept] {
+            lab.send(b"alone");
+            let key = next_packet(&handle, &mut batch).key();
+            verdicts.push(key, verdict).unwrap();
+            handle.send(&mut verdicts).unwrap();
+        }
+        lab.send_numbered(0..5);
+        let all = keys(&handle, &mut batch, 5);
+        for &key in &all {
+            verdicts.push(key, Verdict::Accept).unwrap();
+        }
+        let refused = refusals(&handle, &mut batch, &mut verdicts);
+        assert_eq!(refused, [Operation::BatchVerdict(all[4])]);
+    });
+}
+
+/// Also if what is said again comes first in the send
+#[test]
+fn a_refusal_for_want_of_the_capability_names_a_packet_of_the_send() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+        lab.send_numbered(0..5);
+        let all = keys(&handle, &mut batch, 5);
+        handle.verdict(all[0], Verdict::Accept).unwrap();
+        for &key in &all[1..] {
+            verdicts.push(key, Verdict::Drop).unwrap();
+        }
+        without_net_admin(|| handle.send(&mut verdicts)).unwrap();
+        handle.sync().unwrap();
+        let events = Vec::from_iter(handle.try_recv(&mut batch).unwrap());
+        assert!(
+            matches!(&events[..], [Event::Refused(refusal)]
+                if refusal.packet() == Some(all[4])
+                    && refusal.situation() == Situation::NotPermitted),
+            "{events:?}"
+        );
+    });
+}
+
 /// Without its refusal being known, what was accepted once more is accepted before the run of another verdict
 #[test]
 fn the_usual_verdict_is_said_again_before_a_run_of_another() {

@@ -4,15 +4,16 @@
 
 use std::error::Error as _;
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Instant;
 
-use nfqnl::proto::{Attrs, ConfigRequest};
+use nfqnl::proto::{Attrs, BatchVerdict, ConfigRequest, RequestHeader};
 use nfqnl::{
-    ConfigFlags, CopyMode, Error, Family, Handle, Operation, QueueConfig, RecvBatch, Refusal,
-    Situation, SkbInfo, Verdict,
+    ConfigFlags, CopyMode, Error, Event, Family, Handle, Operation, QueueConfig, RecvBatch,
+    Refusal, Situation, SkbInfo, Verdict,
 };
 use nfqnl_testkit::netns::{Namespace, is_rootless, isolated};
 use nfqnl_testkit::rules::{Hook, Rule};
-use nfqnl_testkit::traffic::V4;
+use nfqnl_testkit::traffic::{TIMEOUT, V4};
 use nfqnl_testkit::{socket, user};
 
 use crate::lab::{
@@ -520,6 +521,50 @@ fn messages_of_other_sockets_do_not_come_through() {
         let _queue = handle.bind_queue(QUEUE + 1).unwrap();
         assert!(is_silent(&handle, &mut RecvBatch::default()));
         assert_eq!((handle.stats().foreign, handle.stats().packets), (1, 0));
+    });
+}
+
+/// Nor by a group that the socket was in before
+#[test]
+fn a_socket_that_is_taken_over_leaves_its_groups() {
+    isolated(|| {
+        const NFNLGRP_CONNTRACK_NEW: u32 = 1;
+        let protocol = libc::NETLINK_NETFILTER.try_into().unwrap();
+        let mut member = netlink_sys::Socket::new(protocol).unwrap();
+        member.bind_auto().unwrap();
+        member.add_membership(NFNLGRP_CONNTRACK_NEW).unwrap();
+        let handle = Handle::builder()
+            .open_fd(member.as_fd().try_clone_to_owned().unwrap())
+            .unwrap();
+        drop(member);
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let forger = netlink_sys::Socket::new(protocol).unwrap();
+        let group = netlink_sys::SocketAddr::new(0, 1 << (NFNLGRP_CONNTRACK_NEW - 1));
+        // ESRCH: nobody is in the group.
+        let _ = forger.send_to(&forged_packet(), &group, 0);
+        assert!(is_silent(&handle, &mut RecvBatch::default()));
+        assert_eq!(handle.stats().packets, 0);
+    });
+}
+
+#[test]
+fn what_came_to_a_socket_before_it_was_taken_over_makes_it_readable() {
+    isolated(|| {
+        let protocol = libc::NETLINK_NETFILTER.try_into().unwrap();
+        let socket = netlink_sys::Socket::new(protocol).unwrap();
+        let mut buf = [0; BatchVerdict::MAX_LEN];
+        let header = RequestHeader::default();
+        let verdict = BatchVerdict::new(Verdict::Accept);
+        let len = verdict.encode_single(&mut buf, QUEUE, 1, header).unwrap();
+        socket.send(&buf[..len], 0).unwrap(); // refused: the queue is not bound
+        let handle = Handle::builder()
+            .open_fd(socket.as_fd().try_clone_to_owned().unwrap())
+            .unwrap();
+        let (mut batch, deadline) = (RecvBatch::default(), Instant::now() + TIMEOUT);
+        let poll = rustix::event::PollFd::new(&handle, rustix::event::PollFlags::IN);
+        assert_eq!(rustix::event::poll(&mut [poll], None).unwrap(), 1);
+        let mut events = handle.recv_deadline(&mut batch, deadline).unwrap();
+        assert!(matches!(events.next(), Some(Event::Refused(_))));
     });
 }
 

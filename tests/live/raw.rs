@@ -45,6 +45,7 @@ fn request(message: u8, header: RequestHeader, attrs: &[(u16, &[u8])]) -> Vec<u8
 fn verdict_header(key: PacketKey) -> RequestHeader {
     RequestHeader {
         ack: false,
+        echo: false,
         seq: key.id,
         pid: u32::from(key.binding) << 16 | u32::from(key.queue),
     }
