@@ -7,7 +7,9 @@ use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::Udp;
 
 use crate::examples::with_udp_payload;
-use crate::lab::{Lab, PORT, QUEUE, is_silent, next_event, next_packet, udp_payload};
+use crate::lab::{
+    Lab, PORT, QUEUE, expect_rewritten, is_silent, next_event, next_packet, priority, udp_payload,
+};
 
 #[test]
 fn accept_delivers_and_drop_does_not() {
@@ -163,7 +165,7 @@ fn the_mark_and_priority_of_a_verdict_are_seen_by_later_hooks() {
             handle.verdict(packet.key(), decision).unwrap();
             let packet = next_packet(&handle, &mut batch);
             assert_eq!((packet.queue(), packet.mark()), (LATER, MARK));
-            assert_eq!(packet.priority(), PRIORITY);
+            assert_eq!(packet.priority(), priority(PRIORITY));
             // Without a mark in the verdict, the packet keeps what it has.
             handle.verdict(packet.key(), Verdict::Accept).unwrap();
             assert_eq!(socket.recv().as_deref(), Some(&b"marked"[..]));
@@ -189,7 +191,7 @@ fn a_new_payload_of_any_length_replaces_the_packet() {
                 let replaced = with_udp_payload(packet.payload(), &new).unwrap();
                 let decision = Verdict::Accept.with_payload(&replaced);
                 handle.verdict(packet.key(), decision).unwrap();
-                assert_eq!(socket.recv().as_deref(), Some(&new[..]), "{len} bytes");
+                expect_rewritten(socket, &new);
             }
         }
         assert!(is_silent(&handle, &mut batch), "nothing was refused");
@@ -219,10 +221,7 @@ fn a_rewritten_packet_leaves_by_a_real_link() {
             let replaced = with_udp_payload(packet.payload(), b"rewritten, and longer").unwrap();
             let decision = Verdict::Accept.with_payload(&replaced);
             handle.verdict(packet.key(), decision).unwrap();
-            assert_eq!(
-                receiver.recv().as_deref(),
-                Some(&b"rewritten, and longer"[..])
-            );
+            expect_rewritten(&receiver, b"rewritten, and longer");
         }
     });
 }
@@ -407,6 +406,6 @@ fn a_decision_with_everything_in_it_is_taken() {
         handle.verdict(packet.key(), decision).unwrap();
         handle.sync().unwrap();
         assert!(is_silent(&handle, &mut batch), "not refused");
-        assert_eq!(lab.recv().as_deref(), Some(&b"unladen"[..]));
+        expect_rewritten(&lab.v4, b"unladen");
     });
 }
