@@ -179,9 +179,9 @@ fn loop_with_verdict_batches() {
 #[test]
 fn loop_over_two_queues() {
     isolated(|| {
-        // Long ones would not fit.
+        // Long ones would not fit. On s390x, not even these fit a default receive buffer.
         let lab = Lab::with(&[QUEUE, SECOND_QUEUE], 192, 10);
-        let handle = Handle::open().unwrap();
+        let handle = Handle::builder().recv_buffer(1 << 20).open().unwrap();
         let _queues = [QUEUE, SECOND_QUEUE].map(|queue| handle.bind_queue(queue).unwrap());
         let mut batch = RecvBatch::new(64, RecvBatch::DEFAULT_SLOT_LEN);
         let mut verdicts = VerdictBatch::new();

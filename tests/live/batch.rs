@@ -522,7 +522,7 @@ fn try_run_once_returns_0_only_when_nothing_is_left() {
 fn a_verdict_longer_than_the_send_buffer_is_given_up_and_the_others_sent() {
     isolated(|| {
         let lab = Lab::new();
-        let handle = Handle::open().unwrap();
+        let handle = Handle::builder().recv_buffer(1 << 20).open().unwrap(); // for s390x
         let _queue = handle.bind_queue(QUEUE).unwrap();
         set_send_buffer(&handle, 4096).unwrap();
         let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
