@@ -2,6 +2,7 @@
 
 use nfqnl::{Decision, Event, Handle, QueueConfig, RecvBatch, Situation, Verdict};
 use nfqnl_testkit::hosts::Router;
+use nfqnl_testkit::kernel;
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::Udp;
@@ -223,6 +224,38 @@ fn a_rewritten_packet_leaves_by_a_real_link() {
             handle.verdict(packet.key(), decision).unwrap();
             expect_rewritten(&receiver, b"rewritten, and longer");
         }
+    });
+}
+
+/// Since Linux 7.2 the kernel drops a packet whose new header has a wrong length, or other fragment bits
+#[test]
+fn a_new_header_is_looked_at_by_new_kernels() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let mut batch = RecvBatch::default();
+        let [len_low, fragment_high] = [3, 6];
+        for (byte, change) in [(len_low, 1), (fragment_high, 0x20)] {
+            lab.send(b"changed at its head alone");
+            let packet = next_packet(&handle, &mut batch);
+            let mut new = packet.payload().to_vec();
+            new[byte] ^= change;
+            handle
+                .verdict(packet.key(), Verdict::Accept.with_payload(&new))
+                .unwrap();
+            if kernel::is_at_least(7, 2) {
+                assert!(lab.v4.is_silent(), "byte {byte}");
+            } else {
+                // Where packets come in, what has become of the header is of no interest any more.
+                assert_eq!(
+                    lab.recv().as_deref(),
+                    Some(&b"changed at its head alone"[..])
+                );
+            }
+        }
+        handle.sync().unwrap();
+        assert!(is_silent(&handle, &mut batch), "nothing was refused");
     });
 }
 
