@@ -16,7 +16,7 @@ use nfqnl_testkit::traffic::{Udp, V4};
 
 const PORT: u16 = 5000;
 const QUEUE: u16 = 1;
-/// So many small packets fit a default receive buffer, and fill default batches to the last slot
+/// So many packets fill default batches to the last slot
 const PACKETS: usize = 192;
 /// What is allowed for so many packets
 const AT_MOST: usize = 2;
@@ -99,7 +99,8 @@ fn count(style: &str) -> BTreeMap<u64, usize> {
 
 fn handle_packets(style: Style) {
     let socket = Udp::bind(V4, PORT).unwrap();
-    let mut handle = Handle::open().unwrap();
+    // A default receive buffer is not enough on s390x, where each packet takes more of it.
+    let mut handle = Handle::builder().recv_buffer(1 << 20).open().unwrap();
     let mut batch = RecvBatch::default();
     let mut verdicts = VerdictBatch::new();
     let _queue = match style {
