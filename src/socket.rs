@@ -8,8 +8,9 @@
 //!   none, unless callers receive on the descriptor themselves and have it in their hands. Reading is done under the lock
 //!   on [`State`], but for a wait: then `has_reader` stands for the lock.
 //! * A request that reads packets on its way puts them in the stash. The stash is served before the socket.
-//! * Verdicts share the socket, and no lock with those who receive but one on a binding's list of waiting packets, which
-//!   nobody holds over a system call.
+//! * Verdicts share the socket, and two locks with those who receive. That on a binding's list of waiting packets nobody
+//!   holds over a system call. That on [`Shared::bindings`] is held over a send, and whoever receives takes it alone, and so
+//!   waits for sends, when a binding comes or goes, and when the kernel has refused a thread's verdicts as such.
 //! * A call that leaves the stash non-empty sends a message that the kernel answers at once ([`Shared::wake`]), so the
 //!   descriptor is readable, and no loop sleeps on it while packets wait in here.
 
@@ -222,8 +223,9 @@ impl Shared {
 
     /// Sends verdicts; if `needs_proof`, says whether it is certain that the kernel has not refused them all
     ///
-    /// It does if the thread has not `CAP_NET_ADMIN` meanwhile, and may have it a moment before or after: privileges that
-    /// one thread drops or regains by `setuid` libc changes in all of them, by a signal.
+    /// It refuses all of a thread without `CAP_NET_ADMIN`. That is looked at before and after: privileges that one thread
+    /// drops or regains by `setuid`, libc changes in all of them, by a signal. A process in a user namespace of its own may
+    /// seem to have it, and has it not; then it was refused all verdicts ever since, and will be.
     fn send_and_prove(&self, first: PacketKey, messages: &[u8], needs_proof: bool) -> Result<bool> {
         let was_capable = needs_proof && sys::has_net_admin();
         self.send(Operation::Verdict(first), messages)?;

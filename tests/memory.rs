@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
 use nfqnl::{ConfigFlags, CopyMode, Handle, QueueConfig, RecvBatch, Verdict, VerdictBatch};
-use nfqnl_testkit::alloc::{CountingAllocator, gets_huge_pages, resident, touched};
+use nfqnl_testkit::alloc::{CountingAllocator, resident, touched};
 use nfqnl_testkit::netns::{is_rootless, isolated};
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4};
@@ -144,16 +144,9 @@ fn a_default_batch_costs_what_its_packets_cost() {
         // A packet may touch one page more than it would fill, and a process does other things too.
         let others = 16 * page;
         let slots = RecvBatch::DEFAULT_SLOTS;
-        let pages = |count| {
-            if gets_huge_pages() {
-                empty.heap
-            } else {
-                count * page
-            }
-        };
-        assert!(empty.touched <= pages(0) + others);
-        assert!(small <= pages(slots * 2) + others);
-        assert!(full <= pages(slots * 2) + others);
+        assert!(empty.touched <= others);
+        assert!(small <= slots * 2 * page + others);
+        assert!(full <= slots * 2 * page + others);
         assert!(large_total <= slots * RecvBatch::DEFAULT_SLOT_LEN + others);
         println!(
             "the whole process: {} KiB resident",

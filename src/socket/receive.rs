@@ -167,10 +167,13 @@ impl Shared {
     }
 
     fn is_readable(&self) -> Result<bool> {
-        sys::wait_readable(self.as_fd(), 0).map_err(|source| Error::Io {
-            op: Operation::Receive,
-            source,
-        })
+        match sys::wait_readable(self.as_fd(), 0) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true), // to look again
+            looked => looked.map_err(|source| Error::Io {
+                op: Operation::Receive,
+                source,
+            }),
+        }
     }
 
     /// Waits for something to receive, until the deadline if there is one; `false` when it has passed
@@ -254,7 +257,7 @@ impl Shared {
 
     /// Sees a datagram for the first time: hands answers to the requests that wait for them, and counts
     ///
-    /// `packet` is what [`sole_packet`] finds in it. Says whether there is an event in it.
+    /// `packet` is what [`sole_packet`](crate::event::sole_packet) finds in it. Says whether there is an event in it.
     #[inline]
     pub(super) fn note(
         &self,

@@ -33,13 +33,6 @@ pub fn touched() -> io::Result<usize> {
     in_memory("Anonymous:")
 }
 
-/// Whether the kernel gives huge pages unasked, 2 MiB for a byte that is touched ("transparent", as Debian has it)
-#[must_use]
-pub fn gets_huge_pages() -> bool {
-    fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")
-        .is_ok_and(|choice| choice.contains("[always]"))
-}
-
 fn in_memory(kind: &str) -> io::Result<usize> {
     const KIB: usize = 1024;
     let rollup = fs::read_to_string("/proc/self/smaps_rollup")?;
