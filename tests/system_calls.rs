@@ -113,37 +113,44 @@ fn handle_packets(style: Style) {
         _ => handle.bind_queue(QUEUE),
     }
     .unwrap();
-    for _ in 0..PACKETS {
-        socket.send(b"small", socket.address()).unwrap();
-    }
-    println!("{READY}{}", thread_id().unwrap());
-    std::io::stdin().read_line(&mut String::new()).unwrap();
-
-    let (mut handled, mut dropped) = (0, 0);
-    mark();
-    while handled < PACKETS {
-        if let Style::RunOnce = style {
-            handled += handle.run_once(&mut batch).unwrap();
-            continue;
+    let mut round = |has_marks: bool| {
+        for _ in 0..PACKETS {
+            socket.send(b"small", socket.address()).unwrap();
         }
-        for packet in handle.recv(&mut batch).unwrap().packets() {
-            handled += 1;
-            let decision = match (style, packet.id() % 8) {
-                (Style::OneByOne, _) => {
-                    handle.verdict(packet.key(), Verdict::Accept).unwrap();
-                    continue;
-                }
-                (Style::Mixed, 0) => {
-                    dropped += 1;
-                    Verdict::Drop.into()
-                }
-                (Style::Mixed, 1) => Verdict::Accept.with_mark(7),
-                _ => Verdict::Accept.into(),
-            };
-            verdicts.push(packet.key(), decision).unwrap();
+        if has_marks {
+            println!("{READY}{}", thread_id().unwrap());
+            std::io::stdin().read_line(&mut String::new()).unwrap();
+            mark();
         }
-        handle.send(&mut verdicts).unwrap();
-    }
-    mark();
-    assert_eq!(socket.drain(), PACKETS - dropped);
+        let (mut handled, mut dropped) = (0, 0);
+        while handled < PACKETS {
+            if let Style::RunOnce = style {
+                handled += handle.run_once(&mut batch).unwrap();
+                continue;
+            }
+            for packet in handle.recv(&mut batch).unwrap().packets() {
+                handled += 1;
+                let decision = match (style, packet.id() % 8) {
+                    (Style::OneByOne, _) => {
+                        handle.verdict(packet.key(), Verdict::Accept).unwrap();
+                        continue;
+                    }
+                    (Style::Mixed, 0) => {
+                        dropped += 1;
+                        Verdict::Drop.into()
+                    }
+                    (Style::Mixed, 1) => Verdict::Accept.with_mark(7),
+                    _ => Verdict::Accept.into(),
+                };
+                verdicts.push(packet.key(), decision).unwrap();
+            }
+            handle.send(&mut verdicts).unwrap();
+        }
+        if has_marks {
+            mark();
+        }
+        assert_eq!(socket.drain(), PACKETS - dropped);
+    };
+    round(false); // in which the batches get their memory
+    round(true);
 }
