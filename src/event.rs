@@ -65,7 +65,7 @@ impl<'b> Event<'b> {
 /// The next event among the messages of a datagram
 ///
 /// Answers to configuration requests are none: the requests wait for them. Packets of queues that are not bound (any
-/// more) are none: the kernel has dropped them.
+/// more) are none, whole or not: the kernel has dropped them, and a later binding's they must not become.
 #[inline]
 pub(crate) fn next_event<'b>(
     messages: &mut Messages<'b>,
@@ -82,20 +82,23 @@ pub(crate) fn next_event<'b>(
             Ok(Message::Reply(reply)) => refusal(&reply).map(Event::Refused),
             Ok(Message::Overrun) => Some(Event::Overrun),
             Ok(_) => None,
-            Err(error) => {
-                let key = PacketKey::peek(rest)
-                    .and_then(|key| bindings.get(key.queue).map(|binding| binding.key(key.id)));
-                Some(match error {
-                    DecodeError::Truncated { needed, had, .. } => {
-                        Event::Truncated { key, needed, had }
-                    }
-                    error => Event::Malformed { key, error },
-                })
-            }
+            Err(error) => match PacketKey::peek(rest) {
+                Some(key) => bindings
+                    .get(key.queue)
+                    .map(|binding| broken_event(Some(binding.key(key.id)), error)),
+                None => Some(broken_event(None, error)),
+            },
         };
         if event.is_some() {
             return event;
         }
+    }
+}
+
+fn broken_event<'b>(key: Option<PacketKey>, error: DecodeError) -> Event<'b> {
+    match error {
+        DecodeError::Truncated { needed, had, .. } => Event::Truncated { key, needed, had },
+        error => Event::Malformed { key, error },
     }
 }
 
@@ -166,4 +169,41 @@ fn refusal(reply: &Reply<'_>) -> Option<Refusal> {
         _ => return None,
     };
     (!reply.is_ack()).then(|| Refusal::new(op, reply))
+}
+
+#[cfg(test)]
+mod tests {
+    use nfqnl_proto::consts::NFQNL_MSG_PACKET;
+
+    use super::*;
+    use crate::bindings::Binding;
+
+    /// It may have come before its queue was bound once more: then its id is another packet's there
+    #[test]
+    fn a_broken_packet_is_an_event_of_its_binding_alone() {
+        // Queue 7, packet 3, and an attribute that says it is shorter than its own header
+        let message = [
+            &36_u32.to_ne_bytes()[..],
+            &message_type(NFQNL_MSG_PACKET).to_ne_bytes(),
+            &[0; 10],
+            &[2, 0, 0, 7],
+            &11_u16.to_ne_bytes(),
+            &1_u16.to_ne_bytes(),
+            &[0, 0, 0, 3, 8, 0, 1, 0],
+            &3_u16.to_ne_bytes(),
+            &[0; 2],
+        ];
+        let message = message.concat();
+        let mut bindings = Bindings::default();
+        assert!(next_event(&mut Messages::new(&message), &bindings).is_none());
+        assert!(next_event(&mut Messages::new(&message[..34]), &bindings).is_none());
+        bindings.insert(Binding::new(7, false));
+        let key = bindings.get(7).map(|binding| binding.key(3));
+        let event = next_event(&mut Messages::new(&message), &bindings);
+        assert!(matches!(event, Some(Event::Malformed { key: of, .. }) if of == key));
+        let event = next_event(&mut Messages::new(&message[..34]), &bindings);
+        assert!(matches!(event, Some(Event::Truncated { key: of, .. }) if of == key));
+        let event = next_event(&mut Messages::new(&message[..19]), &Bindings::default());
+        assert!(matches!(event, Some(Event::Truncated { key: None, .. })));
+    }
 }

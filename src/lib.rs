@@ -64,6 +64,7 @@ mod queue;
 mod sender;
 mod socket;
 mod stats;
+#[cfg_attr(fuzzing, path = "fuzzed_sys.rs")]
 mod sys;
 mod verdicts;
 mod waiting;
@@ -86,6 +87,13 @@ pub use queue::Queue;
 pub use sender::VerdictSender;
 pub use stats::{QueueStats, Stats};
 pub use verdicts::VerdictBatch;
+
+/// For the fuzz targets of this repository alone
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::sys::{Kernel, with_kernel};
+}
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

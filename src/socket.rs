@@ -234,7 +234,7 @@ impl Shared {
 
     fn send(&self, op: Operation, message: &[u8]) -> Result<()> {
         loop {
-            match self.socket.send(message, 0) {
+            match sys::send(&self.socket, message) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(source) => return Err(Error::Io { op, source }),

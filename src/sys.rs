@@ -1,4 +1,4 @@
-//! The system calls that netlink-sys has not: all of the crate's `unsafe`
+//! The system calls on the packet path, and those that netlink-sys has not: all of the crate's `unsafe`
 //!
 //! Every function takes borrowed descriptors and slices, and returns what the kernel said.
 #![allow(unsafe_code, reason = "system calls; the rest of the crate denies it")]
@@ -14,6 +14,12 @@ use tokio::io::unix::AsyncFd;
 
 #[cfg(feature = "tokio")]
 use crate::{async_handle::INTEREST, handle::Handle};
+
+/// Sends messages, which the kernel has processed when this returns
+#[inline]
+pub(crate) fn send(socket: &Socket, messages: &[u8]) -> io::Result<usize> {
+    socket.send(messages, 0)
+}
 
 /// How many datagrams one [`recv_many`] takes at most
 pub(crate) const RECV_MAX: usize = 64;

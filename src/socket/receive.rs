@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nfqnl_proto::{Message, Messages, Packet};
+use nfqnl_proto::{Message, Messages, Packet, PacketKey};
 
 use super::{Shared, State};
 use crate::batch::{Contents, RecvBatch, Stashed};
@@ -273,8 +273,26 @@ impl Shared {
 
     fn note_messages(&self, state: &mut State, datagram: &[u8]) -> bool {
         let mut answered = false;
-        for message in Messages::new(datagram) {
-            answered |= matches!(message, Ok(Message::Reply(reply)) if state.note_answer(&reply));
+        let mut messages = Messages::new(datagram);
+        loop {
+            let rest = messages.rest();
+            let key = match messages.next() {
+                None => break,
+                Some(Ok(Message::Reply(reply))) => {
+                    answered |= state.note_answer(&reply);
+                    None
+                }
+                Some(Ok(Message::Packet(packet))) => Some(packet.key()),
+                Some(Ok(_)) => None,
+                Some(Err(_)) => PacketKey::peek(rest),
+            };
+            match key {
+                // No event tells of it.
+                Some(key) if state.bindings.get(key.queue).is_none() => {
+                    self.note_packets(state, Stretch::new(key));
+                }
+                _ => {}
+            }
         }
         if answered {
             self.tell_others(state);

@@ -461,7 +461,7 @@ fn a_datagram_that_was_cut_or_is_none_is_an_error_and_the_loop_goes_on() {
     isolated(|| {
         let lab = Lab::new();
         let mut looping = Loop::new();
-        let _queue = looping.create_queue(QUEUE, |data| data.set_verdict(Verdict::Accept, None));
+        let queue = looping.create_queue(QUEUE, |data| data.set_verdict(Verdict::Accept, None));
         lab.send(&[6; 500]);
         let mut small = [0; 200];
         let len = looping.socket.read(&mut small).unwrap();
@@ -503,6 +503,15 @@ fn a_datagram_that_was_cut_or_is_none_is_an_error_and_the_loop_goes_on() {
         lab.send(b"after");
         assert_eq!(looping.turn().unwrap(), 1);
         assert_eq!(lab.recv().as_deref(), Some(&b"after"[..]));
+
+        // The same once its queue has ended: nothing to answer, and no error, as with a packet that is not broken
+        queue.destroy().unwrap();
+        let before = looping.handle.stats();
+        assert_eq!(looping.handle.handle_packet(&buf[..len]).unwrap(), 0);
+        let after = looping.handle.stats();
+        assert_eq!(after.discarded, before.discarded + 1);
+        assert_eq!(after.packets, before.packets + 1);
+        assert_eq!(after.malformed, before.malformed);
     });
 }
 
