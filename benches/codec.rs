@@ -47,6 +47,7 @@ const PACKETS: [(&str, &[u8]); 5] = [
 const FAMILY_HEADER_LEN: usize = 4;
 const HEADER: RequestHeader = RequestHeader {
     ack: false,
+    echo: false,
     seq: 7,
     pid: 0,
 };

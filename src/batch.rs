@@ -95,10 +95,12 @@ impl RecvBatch {
         /// Enough for a packet's id, so that it can be answered
         const LEAST: usize = 64;
         let (slots, slot_len) = (slots.clamp(1, RECV_MAX), slot_len.max(LEAST));
+        // Zeroed memory that was never used is not there yet.
+        let mut arena = vec![0; slots.saturating_mul(slot_len)].into_boxed_slice();
+        sys::no_huge_pages(&mut arena);
         Self {
             received: Contents {
-                // Zeroed memory that was never used is not there yet.
-                arena: vec![0; slots.saturating_mul(slot_len)].into_boxed_slice(),
+                arena,
                 slot_len,
                 lens: vec![0; slots].into_boxed_slice(),
                 packets: vec![PacketIndex::default(); slots].into_boxed_slice(),

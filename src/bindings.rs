@@ -29,8 +29,8 @@ impl From<PacketKey> for BindingId {
 #[derive(Debug)]
 pub(crate) struct Binding {
     pub(crate) id: BindingId,
-    last_id: AtomicU32,
-    /// Locked for moments only, and under no other lock but that on the socket's state
+    pub(crate) last_id: AtomicU32,
+    /// Locked for moments only, under no other lock but those on the socket's state and on the bindings
     waiting: Mutex<Waiting>,
     /// Whether the handle has a callback for its packets
     has_callback: bool,

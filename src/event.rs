@@ -1,6 +1,6 @@
 //! What receiving yields: packets, and everything else that can come out of the socket
 
-use nfqnl_proto::consts::{NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, message_type};
+use nfqnl_proto::consts::{NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, NLM_F_ECHO, message_type};
 use nfqnl_proto::{
     DecodeError, Message, Messages, Packet, PacketIndex, PacketKey, Reply, RequestHeader,
 };
@@ -133,19 +133,24 @@ pub(crate) fn verdict_header(key: PacketKey) -> RequestHeader {
     let [q0, q1] = key.queue.to_be_bytes();
     RequestHeader {
         ack: false,
+        echo: false,
         seq: key.id,
         pid: u32::from_be_bytes([b0, b1, q0, q1]),
     }
 }
 
-/// The same for a batch verdict that was sent before, and may have been refused
+/// The same for a batch verdict that was sent before, and is said again before one on this packet
 ///
-/// No packet has the number 0 but one in four billion, and mostly none waits for this verdict: that is no event.
+/// Mostly none waits for it any more: that is no event. If the kernel looks at nothing of the send, it names the first.
 pub(crate) fn said_again_header(key: PacketKey) -> RequestHeader {
     RequestHeader {
-        seq: 0,
+        echo: true,
         ..verdict_header(key)
     }
+}
+
+fn is_said_again(reply: &Reply<'_>) -> bool {
+    reply.request_flags & NLM_F_ECHO != 0
 }
 
 fn refusal(reply: &Reply<'_>) -> Option<Refusal> {
@@ -159,7 +164,7 @@ fn refusal(reply: &Reply<'_>) -> Option<Refusal> {
     };
     let op = match reply.request_type {
         VERDICT => Operation::Verdict(key),
-        VERDICT_BATCH if reply.errno == libc::ENOENT && reply.seq == 0 => return None,
+        VERDICT_BATCH if reply.errno == libc::ENOENT && is_said_again(reply) => return None,
         VERDICT_BATCH => Operation::BatchVerdict(key),
         _ => return None,
     };

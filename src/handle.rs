@@ -203,9 +203,13 @@ impl HandleBuilder {
     fn set_up(self, mut socket: Socket) -> Result<Handle> {
         let mut address = SocketAddr::new(0, 0);
         socket.get_address(&mut address).map_err(open_error)?;
-        if address.port_number() == 0 {
-            socket.bind_auto().map_err(open_error)?;
+        let port = address.port_number();
+        match port {
+            0 => socket.bind_auto().map(drop),
+            // Out of all groups, to which other processes may send too
+            _ => socket.bind(&SocketAddr::new(port, 0)),
         }
+        .map_err(open_error)?;
         // From here on the kernel keeps other processes' messages away from this socket.
         socket.connect(&SocketAddr::new(0, 0)).map_err(open_error)?;
         // Errors shall not repeat the request, which may hold a whole packet; and shall carry the kernel's words. We

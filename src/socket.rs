@@ -8,8 +8,9 @@
 //!   none, unless callers receive on the descriptor themselves and have it in their hands. Reading is done under the lock
 //!   on [`State`], but for a wait: then `has_reader` stands for the lock.
 //! * A request that reads packets on its way puts them in the stash. The stash is served before the socket.
-//! * Verdicts share the socket, and no lock with those who receive but one on a binding's list of waiting packets, which
-//!   nobody holds over a system call.
+//! * Verdicts share the socket, and two locks with those who receive. That on a binding's list of waiting packets nobody
+//!   holds over a system call. That on [`Shared::bindings`] is held over a send, and whoever receives takes it alone, and so
+//!   waits for sends, when a binding comes or goes, and when the kernel has refused a thread's verdicts as such.
 //! * A call that leaves the stash non-empty sends a message that the kernel answers at once ([`Shared::wake`]), so the
 //!   descriptor is readable, and no loop sleeps on it while packets wait in here.
 
@@ -143,18 +144,25 @@ impl AsFd for Shared {
     }
 }
 
+/// Whether a verdict is one that never shares a send, or happens to be the only one in a batch
+#[derive(Clone, Copy)]
+enum Sent {
+    ByItself,
+    AsBatch,
+}
+
 /// Verdicts
 impl Shared {
     /// Sends one verdict
     pub(crate) fn verdict(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
         match decision.as_batch() {
-            Some(common) => self.common_verdict(key, common),
+            Some(common) => self.common_verdict(key, common, Sent::ByItself),
             None => self.long_verdict(key, decision),
         }
     }
 
     /// Sends one verdict that is no more than verdict, mark and priority
-    fn common_verdict(&self, key: PacketKey, common: BatchVerdict) -> Result<()> {
+    fn common_verdict(&self, key: PacketKey, common: BatchVerdict, sent: Sent) -> Result<()> {
         let mut out = [0; BatchVerdict::MAX_LEN];
         let len = common.encode_single(&mut out, key.queue, key.id, verdict_header(key))?;
         let message = out.get(..len).unwrap_or_default();
@@ -164,7 +172,10 @@ impl Shared {
             return self.send(Operation::Verdict(key), message);
         }
         let verdict = Some(common);
-        let needs_proof = binding.waiting().needs_proof_alone(verdict);
+        let needs_proof = match sent {
+            Sent::ByItself => binding.waiting().needs_proof_alone(verdict),
+            Sent::AsBatch => binding.waiting().needs_proof([verdict]),
+        };
         let is_proven = self.send_and_prove(key, message, needs_proof)?;
         binding
             .waiting()
@@ -189,7 +200,7 @@ impl Shared {
     #[inline]
     pub(crate) fn send_verdicts(&self, batch: &mut VerdictBatch) -> Result<()> {
         match batch.single() {
-            Some((key, common)) => match self.common_verdict(key, common) {
+            Some((key, common)) => match self.common_verdict(key, common, Sent::AsBatch) {
                 Err(error @ Error::Io { .. }) => Err(error),
                 sent => {
                     batch.clear();
@@ -212,8 +223,9 @@ impl Shared {
 
     /// Sends verdicts; if `needs_proof`, says whether it is certain that the kernel has not refused them all
     ///
-    /// It does if the thread has not `CAP_NET_ADMIN` meanwhile, and may have it a moment before or after: privileges that
-    /// one thread drops or regains by `setuid` libc changes in all of them, by a signal.
+    /// It refuses all of a thread without `CAP_NET_ADMIN`. That is looked at before and after: privileges that one thread
+    /// drops or regains by `setuid`, libc changes in all of them, by a signal. A process in a user namespace of its own may
+    /// seem to have it, and has it not; then it was refused all verdicts ever since, and will be.
     fn send_and_prove(&self, first: PacketKey, messages: &[u8], needs_proof: bool) -> Result<bool> {
         let was_capable = needs_proof && sys::has_net_admin();
         self.send(Operation::Verdict(first), messages)?;

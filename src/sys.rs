@@ -225,6 +225,30 @@ fn option(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {
 const INT_LEN: libc::socklen_t = 4;
 const _: () = assert!(mem::size_of::<libc::c_int>() == 4);
 
+/// Keeps the kernel from giving huge pages for this memory, 2 MiB for a byte that is touched; as far as it has whole pages,
+/// and the kernel can
+pub(crate) fn no_huge_pages(memory: &mut [u8]) {
+    /// Less than one has not the room for it; and may be part of the allocator's heap, which is no business of ours
+    const HUGE: usize = 2 << 20;
+    if memory.len() < HUGE {
+        return;
+    }
+    // SAFETY: no memory is involved.
+    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(1);
+    let begin = memory.as_ptr().align_offset(page);
+    let Some(pages) = memory.get_mut(begin..) else {
+        return;
+    };
+    // SAFETY: the pages are borrowed mutably, and keep what is in them.
+    unsafe {
+        libc::madvise(
+            pages.as_mut_ptr().cast(),
+            pages.len() / page * page,
+            libc::MADV_NOHUGEPAGE,
+        )
+    };
+}
+
 /// Whether one CPU is all that there is, or that can be counted
 pub(crate) fn is_single_cpu() -> bool {
     // SAFETY: no memory is involved.

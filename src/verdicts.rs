@@ -573,7 +573,7 @@ impl Runs<'_, '_> {
                 unproven.verdict,
                 Form::Batch,
                 again,
-                said_again_header(again),
+                said_again_header(last),
             );
         }
         self.part

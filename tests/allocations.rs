@@ -15,6 +15,7 @@ use nfqnl::{
     VerdictBatch,
 };
 use nfqnl_testkit::alloc::CountingAllocator;
+use nfqnl_testkit::kernel;
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{Udp, V4};
@@ -87,7 +88,8 @@ impl Lab {
                     come += 1;
                 }
             }
-            assert_eq!(come, accepted, "{name}");
+            let refused = payload == REWRITTEN && kernel::refuses_payloads();
+            assert_eq!(come, if refused { 0 } else { accepted }, "{name}");
         }
         println!(
             "{name}: {total} allocations for {} packets",
@@ -177,9 +179,9 @@ fn loop_with_verdict_batches() {
 #[test]
 fn loop_over_two_queues() {
     isolated(|| {
-        // Long ones would not fit.
+        // Long ones would not fit. On s390x, not even these fit a default receive buffer.
         let lab = Lab::with(&[QUEUE, SECOND_QUEUE], 192, 10);
-        let handle = Handle::open().unwrap();
+        let handle = Handle::builder().recv_buffer(1 << 20).open().unwrap();
         let _queues = [QUEUE, SECOND_QUEUE].map(|queue| handle.bind_queue(queue).unwrap());
         let mut batch = RecvBatch::new(64, RecvBatch::DEFAULT_SLOT_LEN);
         let mut verdicts = VerdictBatch::new();

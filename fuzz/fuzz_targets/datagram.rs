@@ -463,6 +463,7 @@ fn check_reply(reply: &Reply<'_>, message: &[u8]) {
     assert_eq!(i64::from(reply.errno), (-code).min(i32::MAX.into()));
     assert_eq!(reply.is_ack(), code == 0);
     assert_eq!(reply.request_type, u16_at(body, 8));
+    assert_eq!(reply.request_flags, u16_at(body, 10));
     assert_eq!(reply.seq, u32_at(body, 12));
     assert_eq!(reply.pid, u32_at(body, 16));
 

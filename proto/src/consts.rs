@@ -43,6 +43,8 @@ from_header! {"`linux/netlink.h`":
     pub const NLM_F_REQUEST: u16 = 0x01;
     /// Asks for an acknowledgement; errors come without it too
     pub const NLM_F_ACK: u16 = 0x04;
+    /// Asks for one's own notification; the queue subsystem has none, and does not look at it
+    pub const NLM_F_ECHO: u16 = 0x08;
     /// On an error: the request is echoed by its header alone
     pub const NLM_F_CAPPED: u16 = 0x100;
     /// On an error: extended-ack attributes follow

@@ -25,7 +25,7 @@
 //!     if let Message::Packet(packet) = message? {
 //!         let mut buf = [0; 80];
 //!         let verdict = if packet.payload().len() > 1000 { Verdict::Drop } else { Verdict::Accept };
-//!         let header = RequestHeader { ack: false, seq: packet.id(), pid: 0 };
+//!         let header = RequestHeader { seq: packet.id(), ..Default::default() };
 //!         let len = verdict.with_mark(7).encode(&mut buf, packet.queue(), packet.id(), header)?;
 //!         // send(&buf[..len]) on the socket that bound the queue
 //! #       assert_eq!(len, 40);

@@ -50,6 +50,8 @@ pub struct Reply<'a> {
     pub errno: i32,
     /// `nlmsg_type` of the request
     pub request_type: u16,
+    /// `nlmsg_flags` of the request
+    pub request_flags: u16,
     /// `nlmsg_seq` of the request
     pub seq: u32,
     /// `nlmsg_pid` that the sender wrote into the request
@@ -81,6 +83,7 @@ impl<'a> Reply<'a> {
         let mut reply = Self {
             errno: NativeEndian::read_i32(&fixed[..4]).saturating_neg(),
             request_type: NativeEndian::read_u16(&fixed[8..]),
+            request_flags: NativeEndian::read_u16(&fixed[10..]),
             seq: NativeEndian::read_u32(&fixed[12..]),
             pid: NativeEndian::read_u32(&fixed[16..]),
             text: None,
@@ -120,6 +123,7 @@ impl core::fmt::Debug for Reply<'_> {
         f.debug_struct("Reply")
             .field("errno", &self.errno)
             .field("request_type", &format_args!("{:#06x}", self.request_type))
+            .field("request_flags", &self.request_flags)
             .field("seq", &self.seq)
             .field("pid", &self.pid)
             .field(

@@ -611,7 +611,8 @@ fn index(message: &[u8], at: &mut [u16; NFQA_MAX as usize + 1]) -> bool {
     let Some(header) = message.first_chunk::<ATTRS_OFFSET>() else {
         return false;
     };
-    if NativeEndian::read_u16(&header[4..]) != message_type(NFQNL_MSG_PACKET) {
+    let is_packet = NativeEndian::read_u16(&header[4..]) == message_type(NFQNL_MSG_PACKET);
+    if !is_packet || message.len() > MAX_MESSAGE_LEN {
         return false;
     }
     let mut offset = ATTRS_OFFSET;

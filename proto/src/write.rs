@@ -4,19 +4,21 @@ use byteorder::{BigEndian, ByteOrder, NativeEndian};
 
 use crate::consts::{
     ATTR_HEADER_LEN, MAX_PAYLOAD, MESSAGE_HEADER_LEN, NFQA_VERDICT_HDR, NLA_F_NESTED, NLM_F_ACK,
-    NLM_F_REQUEST, NLMSG_NOOP, VERDICT_HDR_LEN, align, message_type,
+    NLM_F_ECHO, NLM_F_REQUEST, NLMSG_NOOP, VERDICT_HDR_LEN, align, message_type,
 };
 use crate::error::EncodeError;
 
 /// What the netlink header of a request carries beside type and length
 ///
-/// The kernel looks at neither number. It returns both in the header that an acknowledgement or an error echoes
-/// ([`Reply`](crate::Reply)), so both can say what a reply belongs to.
+/// The kernel looks at none of these but `ack`. It returns all in the header that an acknowledgement or an error echoes
+/// ([`Reply`](crate::Reply)), so they can say what a reply belongs to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[expect(clippy::exhaustive_structs, reason = "struct nlmsghdr does not change")]
 pub struct RequestHeader {
     /// Whether success is acknowledged too (`NLM_F_ACK`); errors are always reported
     pub ack: bool,
+    /// A mark of the sender's own (`NLM_F_ECHO`), which the queue subsystem returns as it does the numbers
+    pub echo: bool,
     /// `nlmsg_seq`
     pub seq: u32,
     /// `nlmsg_pid`
@@ -66,8 +68,9 @@ impl<'b> MessageWriter<'b> {
     fn control(buf: &'b mut [u8], message_type: u16, header: RequestHeader) -> Self {
         let mut bytes = [0; MESSAGE_HEADER_LEN]; // its length is written by `finish`
         NativeEndian::write_u16(&mut bytes[4..6], message_type);
-        let flags = NLM_F_REQUEST | if header.ack { NLM_F_ACK } else { 0 };
-        NativeEndian::write_u16(&mut bytes[6..8], flags);
+        let ack = if header.ack { NLM_F_ACK } else { 0 };
+        let echo = if header.echo { NLM_F_ECHO } else { 0 };
+        NativeEndian::write_u16(&mut bytes[6..8], NLM_F_REQUEST | ack | echo);
         NativeEndian::write_u32(&mut bytes[8..12], header.seq);
         NativeEndian::write_u32(&mut bytes[12..16], header.pid);
         let mut writer = Self {

@@ -239,7 +239,9 @@ fn assert_request(
     assert_eq!(oracle.message_type(), kind);
     assert_eq!(
         oracle.flags(),
-        NLM_F_REQUEST | if header.ack { NLM_F_ACK } else { 0 }
+        NLM_F_REQUEST
+            | if header.ack { NLM_F_ACK } else { 0 }
+            | if header.echo { NLM_F_ECHO } else { 0 }
     );
     assert_eq!(
         (oracle.sequence_number(), oracle.port_number()),
@@ -252,7 +254,12 @@ fn assert_request(
 }
 
 fn request_headers() -> impl Strategy<Value = RequestHeader> {
-    any::<(bool, u32, u32)>().prop_map(|(ack, seq, pid)| RequestHeader { ack, seq, pid })
+    any::<(bool, bool, u32, u32)>().prop_map(|(ack, echo, seq, pid)| RequestHeader {
+        ack,
+        echo,
+        seq,
+        pid,
+    })
 }
 
 proptest! {
@@ -417,7 +424,7 @@ mod numbers {
         assert_same_name! {
             NETLINK_NETFILTER NFNL_SUBSYS_QUEUE
             NLMSG_NOOP NLMSG_ERROR NLMSG_DONE NLMSG_OVERRUN NLMSG_MIN_TYPE
-            NLM_F_REQUEST NLM_F_ACK NLM_F_CAPPED NLM_F_ACK_TLVS
+            NLM_F_REQUEST NLM_F_ACK NLM_F_ECHO NLM_F_CAPPED NLM_F_ACK_TLVS
             NLA_F_NESTED NLA_F_NET_BYTEORDER
             NFQNL_MSG_PACKET NFQNL_MSG_VERDICT NFQNL_MSG_CONFIG NFQNL_MSG_VERDICT_BATCH
             NFQA_PACKET_HDR NFQA_VERDICT_HDR NFQA_MARK NFQA_TIMESTAMP NFQA_IFINDEX_INDEV
@@ -496,6 +503,7 @@ mod interop {
     };
     const HEADER: RequestHeader = RequestHeader {
         ack: true,
+        echo: false,
         seq: 5,
         pid: 6,
     };

@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use nfqnl_proto::consts::{
-    NFQA_PAYLOAD, NFQA_PRIORITY, NFQNL_MSG_CONFIG, NFQNL_MSG_VERDICT, NLMSG_NOOP, message_type,
+    NFQA_PAYLOAD, NFQA_PRIORITY, NFQNL_MSG_CONFIG, NFQNL_MSG_VERDICT, NLM_F_ACK, NLM_F_REQUEST,
+    NLMSG_NOOP, message_type,
 };
 use nfqnl_proto::{Family, Hook, Message, Messages, Packet, Reply, SkbInfo};
 
@@ -173,6 +174,7 @@ fn acknowledgements() {
         assert!(reply.is_ack());
         assert_eq!((reply.errno, reply.seq), (0, seq));
         assert_eq!((reply.request_type, reply.pid), (request_type, 0));
+        assert_eq!(reply.request_flags, NLM_F_REQUEST | NLM_F_ACK);
         assert_eq!((reply.text, reply.offset), (None, None));
     }
 }

@@ -400,7 +400,12 @@ fn verdicts() -> impl Strategy<Value = Verdict> {
 }
 
 fn request_headers() -> impl Strategy<Value = RequestHeader> {
-    any::<(bool, u32, u32)>().prop_map(|(ack, seq, pid)| RequestHeader { ack, seq, pid })
+    any::<(bool, bool, u32, u32)>().prop_map(|(ack, echo, seq, pid)| RequestHeader {
+        ack,
+        echo,
+        seq,
+        pid,
+    })
 }
 
 prop_compose! {
@@ -501,7 +506,8 @@ fn encoded(
     };
     let mut bytes = vec![0xa5; needed];
     assert_eq!(encode(&mut bytes), Ok(needed));
-    let flags = NLM_F_REQUEST | if header.ack { NLM_F_ACK } else { 0 };
+    let ack = if header.ack { NLM_F_ACK } else { 0 };
+    let flags = NLM_F_REQUEST | ack | if header.echo { NLM_F_ECHO } else { 0 };
     let expected = wire![
         u32::try_from(needed).expect("short"),
         message_type(message),

@@ -26,6 +26,7 @@ fn request(header: RequestHeader) -> Vec<u8> {
 
 const REQUEST: RequestHeader = RequestHeader {
     ack: true,
+    echo: false,
     seq: 0xfeed_0001,
     pid: 0xee00_0002,
 };

@@ -14,6 +14,7 @@ use nfqnl_proto::{
 
 const HEADER: RequestHeader = RequestHeader {
     ack: true,
+    echo: false,
     seq: 0x0102_0304,
     pid: 0x0506_0708,
 };
@@ -104,6 +105,7 @@ fn noop() {
 fn without_ack_only_the_request_flag_is_set() {
     let header = RequestHeader {
         ack: false,
+        echo: false,
         ..HEADER
     };
     let expected = wire![16u32, 1u16, 0x0001u16, 0x0102_0304u32, 0x0506_0708u32];

@@ -54,6 +54,8 @@ impl Shared {
         let contents = batch.clear();
         loop {
             let mut state = self.state();
+            // No event was in what came before, and later bindings must find none in it.
+            contents.filled = 0;
             if !state.stash.is_empty() {
                 state.refresh(&mut contents.bindings);
                 std::mem::swap(&mut contents.stash, &mut state.stash);
@@ -62,9 +64,10 @@ impl Shared {
             let received = if state.has_reader {
                 // Another thread waits in the kernel. What is there now, it is about to take.
                 let at_most = match wait {
+                    _ if contents.overruns > 0 => return Ok(true),
                     Wait::ForFirst => Duration::MAX,
                     Wait::No if self.is_readable()? => RECHECK,
-                    Wait::No => return Ok(contents.overruns > 0),
+                    Wait::No => return Ok(false),
                 };
                 drop(self.wait_for_others(state, at_most));
                 continue;
@@ -83,6 +86,8 @@ impl Shared {
             match received {
                 Ok(()) => {
                     if self.note_slots(&mut state, contents) {
+                        // What was put back meanwhile goes along: what made the descriptor readable for it was read too.
+                        std::mem::swap(&mut contents.stash, &mut state.stash);
                         return Ok(true);
                     }
                 }
@@ -162,10 +167,13 @@ impl Shared {
     }
 
     fn is_readable(&self) -> Result<bool> {
-        sys::wait_readable(self.as_fd(), 0).map_err(|source| Error::Io {
-            op: Operation::Receive,
-            source,
-        })
+        match sys::wait_readable(self.as_fd(), 0) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true), // to look again
+            looked => looked.map_err(|source| Error::Io {
+                op: Operation::Receive,
+                source,
+            }),
+        }
     }
 
     /// Waits for something to receive, until the deadline if there is one; `false` when it has passed
@@ -249,7 +257,7 @@ impl Shared {
 
     /// Sees a datagram for the first time: hands answers to the requests that wait for them, and counts
     ///
-    /// `packet` is what [`sole_packet`] finds in it. Says whether there is an event in it.
+    /// `packet` is what [`sole_packet`](crate::event::sole_packet) finds in it. Says whether there is an event in it.
     #[inline]
     pub(super) fn note(
         &self,

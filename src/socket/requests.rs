@@ -58,6 +58,7 @@ impl Shared {
         let seq = state.last_seq;
         let header = RequestHeader {
             ack: true,
+            echo: false,
             seq,
             pid: 0,
         };
@@ -132,7 +133,7 @@ impl Shared {
 
     /// Throws away what other processes have sent to the socket before it was connected, after which none can
     ///
-    /// A message of the kernel that came before then is seen as any is.
+    /// A message of the kernel that came before then is kept, as by any request.
     pub(crate) fn discard_foreign(&self) -> Result<()> {
         let mut buf = vec![0; REQUEST_BUFFER_LEN];
         let mut state = self.state();
@@ -148,9 +149,13 @@ impl Shared {
                 Err(error) => self.stash(&mut state, Err(error))?,
             };
             if is_empty {
-                return Ok(());
+                break;
             }
         }
+        if !state.stash.is_empty() {
+            self.wake();
+        }
+        Ok(())
     }
 
     /// Sees what was received, keeps it if there is an event in it, and says whether nothing was there
@@ -185,6 +190,7 @@ impl Shared {
         let mut buf = [0; MESSAGE_HEADER_LEN];
         let header = RequestHeader {
             ack: true,
+            echo: false,
             seq: 0,
             pid: 0,
         };

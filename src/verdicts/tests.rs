@@ -3,11 +3,12 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::Ordering;
 
 use nfqnl_proto::Vlan;
 use nfqnl_proto::consts::{
     NFQA_MARK, NFQA_PAYLOAD, NFQA_VERDICT_HDR, NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH,
-    message_type,
+    NLM_F_ECHO, message_type,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -57,7 +58,7 @@ fn read(mut bytes: &[u8]) -> Vec<Sent> {
         );
         all.push(Sent {
             is_batch: kind == message_type(NFQNL_MSG_VERDICT_BATCH),
-            is_said_again: message[8..12] == [0; 4],
+            is_said_again: u16::from_ne_bytes([message[6], message[7]]) & NLM_F_ECHO != 0,
             queue: u16::from_be_bytes([message[18], message[19]]),
             id: be32(&hdr[4..]),
             given: (
@@ -229,6 +230,11 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     ]
 }
 
+/// From where ids don't wrap, do, or pass the middle
+fn base() -> impl Strategy<Value = u32> {
+    prop_oneof![Just(0), Just(u32::MAX - 12), Just(u32::MAX / 2 - 12)]
+}
+
 /// What a packet in the kernel waits for
 #[derive(Clone, Debug, PartialEq)]
 enum Fate {
@@ -250,8 +256,10 @@ enum Message {
 
 #[derive(Default)]
 struct World {
+    /// The id before the first of a binding: the kernel begins with 0
+    base: u32,
     bindings: Bindings,
-    /// The kernel's queues: the packets that wait, and the newest id
+    /// The kernel's queues: the packets that wait, and the newest, by how far their ids are from `base`
     queues: [(BTreeMap<u32, Fate>, u32); QUEUES as usize],
     receive_buffer: VecDeque<Message>,
     /// The kernel's count of messages that found no room there
@@ -268,12 +276,30 @@ struct World {
 }
 
 impl World {
-    fn new() -> Self {
-        let mut world = Self::default();
+    fn new(base: u32) -> Self {
+        let mut world = Self {
+            base,
+            ..Self::default()
+        };
         for queue in 0..QUEUES {
-            world.bindings.insert(Binding::new(queue, false));
+            world.bind(queue);
         }
         world
+    }
+
+    fn bind(&mut self, queue: u16) {
+        let binding = Binding::new(queue, false);
+        binding.last_id.store(self.base, Ordering::Relaxed);
+        self.bindings.insert(binding);
+    }
+
+    fn key(&self, queue: u16, place: u32) -> PacketKey {
+        let binding = self.bindings.get(queue).unwrap();
+        binding.key(self.base.wrapping_add(place))
+    }
+
+    fn place(&self, id: u32) -> u32 {
+        id.wrapping_sub(self.base)
     }
 
     fn run(&mut self, ops: &[Op]) {
@@ -334,7 +360,7 @@ impl World {
                 self.held.retain(|key| key.queue != queue);
                 let old = self.bindings.get(queue).unwrap().id;
                 self.bindings.remove(old);
-                self.bindings.insert(Binding::new(queue, false));
+                self.bind(queue);
             }
         }
     }
@@ -346,9 +372,10 @@ impl World {
             self.dropped += 1;
             return;
         }
-        waiting.insert(*newest, Fate::Held);
+        let place = *newest;
+        waiting.insert(place, Fate::Held);
         if way == Way::Sent {
-            let key = self.bindings.get(queue).unwrap().key(*newest);
+            let key = self.key(queue, place);
             self.receive_buffer.push_back(Message::Packet(key));
         }
     }
@@ -402,9 +429,10 @@ impl World {
             let refused = waiting
                 .iter_mut()
                 .filter(|(_, fate)| matches!(fate, Fate::Refused(_)));
-            for (&id, fate) in refused {
+            let binding = self.bindings.get(queue).unwrap();
+            for (&place, fate) in refused {
                 *fate = Fate::Held;
-                self.held.push(self.bindings.get(queue).unwrap().key(id));
+                self.held.push(binding.key(self.base.wrapping_add(place)));
             }
         }
     }
@@ -414,9 +442,9 @@ impl World {
     }
 
     fn decide(&mut self, key: PacketKey, fate: Fate) {
-        if let Some(packet) = self.queues[usize::from(key.queue)].0.get_mut(&key.id) {
-            *packet = fate;
-        }
+        let place = self.place(key.id);
+        let waiting = &mut self.queues[usize::from(key.queue)].0;
+        waiting.entry(place).and_modify(|packet| *packet = fate);
     }
 
     /// As `Shared::common_verdict` and `long_verdict` do
@@ -494,10 +522,11 @@ impl World {
     fn refuse(&mut self, batch: Option<usize>, bytes: &[u8]) {
         self.receive_buffer.push_back(Message::NotPermitted);
         for message in read(bytes) {
+            let last = self.place(message.id);
             let (waiting, _) = &mut self.queues[usize::from(message.queue)];
             let decided = |fate: &&mut Fate| matches!(fate, Fate::Decided(of, given) if *of == batch && *given == message.given);
-            let first = if message.is_batch { 0 } else { message.id };
-            for (_, fate) in waiting.range_mut(first..=message.id) {
+            let first = if message.is_batch { 0 } else { last };
+            for (_, fate) in waiting.range_mut(first..=last) {
                 if let Some(fate) = Some(fate).filter(decided) {
                     *fate = Fate::Refused(message.given);
                 }
@@ -508,20 +537,16 @@ impl World {
     /// What the kernel does with any other (`nfqnl_recv_verdict`, `nfqnl_recv_verdict_batch`)
     fn carry_out(&mut self, batch: Option<usize>, bytes: &[u8]) {
         for message in read(bytes) {
+            let last = self.place(message.id);
             let (waiting, _) = &mut self.queues[usize::from(message.queue)];
             if message.given.0 == Verdict::Stolen.to_raw() {
                 assert!(!message.is_batch);
                 // Refused: nothing is decided any more, and nobody tries again.
-                waiting
-                    .entry(message.id)
-                    .and_modify(|fate| *fate = Fate::Held);
+                waiting.entry(last).and_modify(|fate| *fate = Fate::Held);
                 continue;
             }
-            let first = if message.is_batch { 0 } else { message.id };
-            let hit: Vec<u32> = waiting
-                .range(first..=message.id)
-                .map(|(&id, _)| id)
-                .collect();
+            let first = if message.is_batch { 0 } else { last };
+            let hit: Vec<u32> = waiting.range(first..=last).map(|(&id, _)| id).collect();
             self.runs += usize::from(hit.len() > 1);
             self.said_again += usize::from(message.is_said_again);
             for id in hit {
@@ -545,8 +570,8 @@ fn every_packet_gets_its_own_verdict() {
     config.cases = config.cases.max(4000);
     config.failure_persistence = None;
     let (runs, said_again) = (Cell::new(0), Cell::new(0));
-    let tried = TestRunner::new(config).run(&ops(), |ops| {
-        let mut world = World::new();
+    let tried = TestRunner::new(config).run(&(base(), ops()), |(base, ops)| {
+        let mut world = World::new(base);
         world.run(&ops);
         for batch in 0..BATCHES {
             world.send(batch, ALWAYS, &[], &[]);

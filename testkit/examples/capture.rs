@@ -73,6 +73,7 @@ impl Capture {
         self.seq += 1;
         RequestHeader {
             ack: true,
+            echo: false,
             seq: self.seq,
             pid: 0,
         }

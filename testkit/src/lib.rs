@@ -25,6 +25,7 @@
 pub mod alloc;
 pub mod cpu;
 pub mod hosts;
+pub mod kernel;
 pub mod link;
 mod netlink;
 pub mod netns;

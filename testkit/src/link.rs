@@ -15,12 +15,14 @@ const RTM_NEWROUTE: u16 = 24;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const VETH_INFO_PEER: u16 = 1;
+const IFLA_VLAN_ID: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 /// No duplicate address detection: an IPv6 address is usable at once
@@ -88,6 +90,28 @@ pub fn veth(name: &str, peer: &str, namespace: &Namespace) -> io::Result<()> {
                 });
             });
     });
+    route_request(message, name)
+}
+
+/// Makes a link for the frames of another one that have the tag of a VLAN
+///
+/// # Errors
+/// What the kernel says, with the link's name.
+pub fn vlan(name: &str, parent: &str, id: u16) -> io::Result<()> {
+    let mut message = Message::new(
+        RTM_NEWLINK,
+        NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL,
+        &ifinfo(0, 0),
+    );
+    message
+        .text(IFLA_IFNAME, name)
+        .attr(IFLA_LINK, &index(parent)?.to_ne_bytes())
+        .nest(IFLA_LINKINFO, |info| {
+            info.text(IFLA_INFO_KIND, "vlan")
+                .nest(IFLA_INFO_DATA, |data| {
+                    data.attr(IFLA_VLAN_ID, &id.to_ne_bytes());
+                });
+        });
     route_request(message, name)
 }
 

@@ -77,16 +77,19 @@ pub enum Family {
     Ip,
     /// IPv6
     Ip6,
+    /// Whatever passes a bridge; xtables can't queue there
+    Bridge,
 }
 
 impl Family {
-    /// Both
+    /// Both versions of IP
     pub const ALL: [Self; 2] = [Self::Ip, Self::Ip6];
 
     fn number(self) -> u8 {
         let number = match self {
             Self::Ip => libc::NFPROTO_IPV4,
             Self::Ip6 => libc::NFPROTO_IPV6,
+            Self::Bridge => libc::NFPROTO_BRIDGE,
         };
         u8::try_from(number).expect("a small number")
     }

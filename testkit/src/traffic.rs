@@ -140,6 +140,17 @@ impl Udp {
         self.recv_within(SILENCE).is_none()
     }
 
+    /// How many datagrams are there already; not while another thread receives
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn drain_now(&self) -> io::Result<usize> {
+        self.0.set_nonblocking(true)?;
+        let count = std::iter::from_fn(|| self.0.recv(&mut []).ok()).count();
+        self.0.set_nonblocking(false)?;
+        Ok(count)
+    }
+
     /// How many datagrams come until none does for a moment
     #[must_use]
     pub fn drain(&self) -> usize {

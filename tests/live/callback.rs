@@ -12,13 +12,13 @@ use nfqnl::{
     RecvBatch, SkbInfo, Verdict,
 };
 use nfqnl_testkit::hosts::{Bridge, Router};
-use nfqnl_testkit::link;
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{self, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp};
+use nfqnl_testkit::{kernel, link};
 
 use crate::examples::with_udp_payload;
-use crate::lab::{Lab, PORT, QUEUE, bridge};
+use crate::lab::{Lab, PORT, QUEUE, bridge, expect_rewritten, priority};
 
 /// The caller's own receive loop
 struct Loop {
@@ -279,7 +279,7 @@ fn a_callback_rewrites_a_packet() {
         lab.send(b"head and tail");
         assert_eq!(looping.turn().unwrap(), 1);
         results.recv().unwrap().unwrap();
-        assert_eq!(lab.recv().as_deref(), Some(&b"head and HEAD"[..]));
+        expect_rewritten(&lab.v4, b"head and HEAD");
 
         // Of a packet that came cut, replacing it would lose the rest.
         queue.set_mode(CopyMode::PACKET, 40).unwrap();
@@ -322,12 +322,15 @@ fn a_decision_of_a_callback_carries_mark_priority_and_payload() {
         });
         for socket in lab.sockets() {
             socket.send(b"not decided yet", socket.address()).unwrap();
+            let reaches_second = !kernel::refuses_payloads();
             let mut handled = 0;
-            while handled < 2 {
+            while handled < 1 + usize::from(reaches_second) {
                 handled += looping.turn().unwrap();
             }
-            assert_eq!(seen.recv().unwrap(), (MARK, PRIORITY));
-            assert_eq!(socket.recv().as_deref(), Some(&b"decided"[..]));
+            if reaches_second {
+                assert_eq!(seen.recv().unwrap(), (MARK, priority(PRIORITY)));
+            }
+            expect_rewritten(socket, b"decided");
         }
     });
 }

@@ -4,16 +4,17 @@
 
 use std::error::Error as _;
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Instant;
 
-use nfqnl::proto::{Attrs, ConfigRequest};
+use nfqnl::proto::{Attrs, BatchVerdict, ConfigRequest, RequestHeader};
 use nfqnl::{
-    ConfigFlags, CopyMode, Error, Family, Handle, Operation, QueueConfig, RecvBatch, Refusal,
-    Situation, SkbInfo, Verdict,
+    ConfigFlags, CopyMode, Error, Event, Family, Handle, Operation, QueueConfig, RecvBatch,
+    Refusal, Situation, SkbInfo, Verdict,
 };
 use nfqnl_testkit::netns::{Namespace, is_rootless, isolated};
 use nfqnl_testkit::rules::{Hook, Rule};
-use nfqnl_testkit::traffic::V4;
-use nfqnl_testkit::{socket, user};
+use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4};
+use nfqnl_testkit::{kernel, socket, user};
 
 use crate::lab::{
     Lab, PORT, QUEUE, configure_past_the_library, is_silent, next_event, next_packet, udp_payload,
@@ -215,24 +216,28 @@ fn a_queue_that_was_unbound_elsewhere_is_not_bound_and_can_be_bound_again() {
     });
 }
 
-/// EOPNOTSUPP, 524 or EINVAL, depending on the kernel
+/// EOPNOTSUPP, and EINVAL since Linux 7.2, whose netlink policy knows them
 #[test]
 fn flags_that_the_kernel_does_not_know_are_refused_and_nothing_is_bound() {
     isolated(|| {
         let unknown = ConfigFlags::from_bits_retain(1 << 30);
+        let expected = if kernel::is_at_least(7, 2) {
+            (libc::EINVAL, Situation::Invalid)
+        } else {
+            (libc::EOPNOTSUPP, Situation::Unsupported)
+        };
         let handle = Handle::open().unwrap();
         let config = QueueConfig::new().flags(unknown, unknown);
         let refused = refusal(handle.bind_queue_with(QUEUE, &config));
         assert_eq!(refused.operation(), Operation::Bind(QUEUE));
-        let known = [Situation::Unsupported, Situation::Invalid];
-        assert!(known.contains(&refused.situation()), "{refused}");
+        assert_eq!((refused.errno(), refused.situation()), expected);
         assert!(refused.to_string().contains("flag"), "{refused}");
 
         let other = Handle::open().unwrap();
         let queue = other.bind_queue(QUEUE).expect("nobody has it");
         let refused = refusal(queue.set_flags(unknown, unknown));
         assert_eq!(refused.operation(), Operation::SetFlags(QUEUE));
-        assert!(known.contains(&refused.situation()), "{refused}");
+        assert_eq!((refused.errno(), refused.situation()), expected);
     });
 }
 
@@ -253,10 +258,12 @@ fn conntrack_is_told_or_refused() {
         lab.send(b"nobody asked");
         let packet = next_packet(&handle, &mut batch);
         assert_eq!((packet.conntrack(), packet.conntrack_info()), (None, None));
+        // What a socket sends to itself is an answer to what it has sent before.
+        let other = Udp::bind(V4, 0).unwrap();
 
         let told = match queue.set_flags(ConfigFlags::CONNTRACK, ConfigFlags::CONNTRACK) {
             Ok(()) => {
-                lab.send(b"tracked");
+                other.send(b"tracked", lab.v4.address()).unwrap();
                 let packet = next_packet(&handle, &mut batch);
                 assert_eq!(packet.conntrack_info(), Some(NEW));
                 let mut entry = Attrs::new(packet.conntrack().unwrap());
@@ -278,10 +285,8 @@ fn conntrack_is_told_or_refused() {
                 false
             }
         };
-        // What the kernel has been built with, if it says so.
-        let symbols = std::fs::read_to_string("/proc/kallsyms").unwrap_or_default();
-        if symbols.contains(" nfqnl_recv_verdict") {
-            assert_eq!(told, symbols.contains(" ctnetlink_glue_build"));
+        if let Some(has_glue) = kernel::has_function("ctnetlink_glue_build") {
+            assert_eq!(told, has_glue);
         }
     });
 }
@@ -520,6 +525,50 @@ fn messages_of_other_sockets_do_not_come_through() {
         let _queue = handle.bind_queue(QUEUE + 1).unwrap();
         assert!(is_silent(&handle, &mut RecvBatch::default()));
         assert_eq!((handle.stats().foreign, handle.stats().packets), (1, 0));
+    });
+}
+
+/// Nor by a group that the socket was in before
+#[test]
+fn a_socket_that_is_taken_over_leaves_its_groups() {
+    isolated(|| {
+        const NFNLGRP_CONNTRACK_NEW: u32 = 1;
+        let protocol = libc::NETLINK_NETFILTER.try_into().unwrap();
+        let mut member = netlink_sys::Socket::new(protocol).unwrap();
+        member.bind_auto().unwrap();
+        member.add_membership(NFNLGRP_CONNTRACK_NEW).unwrap();
+        let handle = Handle::builder()
+            .open_fd(member.as_fd().try_clone_to_owned().unwrap())
+            .unwrap();
+        drop(member);
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let forger = netlink_sys::Socket::new(protocol).unwrap();
+        let group = netlink_sys::SocketAddr::new(0, 1 << (NFNLGRP_CONNTRACK_NEW - 1));
+        // ESRCH: nobody is in the group.
+        let _ = forger.send_to(&forged_packet(), &group, 0);
+        assert!(is_silent(&handle, &mut RecvBatch::default()));
+        assert_eq!(handle.stats().packets, 0);
+    });
+}
+
+#[test]
+fn what_came_to_a_socket_before_it_was_taken_over_makes_it_readable() {
+    isolated(|| {
+        let protocol = libc::NETLINK_NETFILTER.try_into().unwrap();
+        let socket = netlink_sys::Socket::new(protocol).unwrap();
+        let mut buf = [0; BatchVerdict::MAX_LEN];
+        let header = RequestHeader::default();
+        let verdict = BatchVerdict::new(Verdict::Accept);
+        let len = verdict.encode_single(&mut buf, QUEUE, 1, header).unwrap();
+        socket.send(&buf[..len], 0).unwrap(); // refused: the queue is not bound
+        let handle = Handle::builder()
+            .open_fd(socket.as_fd().try_clone_to_owned().unwrap())
+            .unwrap();
+        let (mut batch, deadline) = (RecvBatch::default(), Instant::now() + TIMEOUT);
+        let poll = rustix::event::PollFd::new(&handle, rustix::event::PollFlags::IN);
+        assert_eq!(rustix::event::poll(&mut [poll], None).unwrap(), 1);
+        let mut events = handle.recv_deadline(&mut batch, deadline).unwrap();
+        assert!(matches!(events.next(), Some(Event::Refused(_))));
     });
 }
 

@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nfqnl::proto::{ConfigRequest, RequestHeader};
 use nfqnl::{Event, Handle, Packet, RecvBatch};
 use nfqnl_testkit::hosts::Bridge;
+use nfqnl_testkit::kernel;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
 
@@ -23,6 +24,8 @@ pub(crate) struct Lab {
     pub(crate) v4: Udp,
     pub(crate) v6: Udp,
     tables: Vec<Table>,
+    /// How many datagrams have been taken from the IPv4 socket to make room for others
+    drained: AtomicUsize,
 }
 
 impl Lab {
@@ -42,6 +45,7 @@ impl Lab {
             v4: Udp::bind(V4, PORT).unwrap(),
             v6: Udp::bind(V6, PORT).unwrap(),
             tables: tables.into(),
+            drained: AtomicUsize::new(0),
         }
     }
 
@@ -74,7 +78,7 @@ impl Lab {
     }
 
     /// Sends numbers from 0 on, in small bursts, and never so many beyond those received that they do not fit the
-    /// receive buffer
+    /// receive buffer; takes in what is delivered, which would not all fit an ordinary user's socket
     pub(crate) fn send_in_bursts(&self, total: u32, received: &AtomicU32) {
         const FIT: u32 = 60;
         let mut dice = Dice(2);
@@ -84,10 +88,17 @@ impl Lab {
             self.send_numbered(sent..sent + burst);
             sent += burst;
             thread::sleep(Duration::from_micros(dice.roll(500).into()));
+            let drained = self.v4.drain_now().unwrap();
+            self.drained.fetch_add(drained, Ordering::Relaxed);
             while sent > received.load(Ordering::SeqCst) + FIT {
                 thread::yield_now();
             }
         }
+    }
+
+    /// How many datagrams were delivered, those during the bursts and all until none comes for a moment
+    pub(crate) fn drain(&self) -> usize {
+        self.drained.swap(0, Ordering::Relaxed) + self.v4.drain()
     }
 
     pub(crate) fn recv(&self) -> Option<Vec<u8>> {
@@ -115,7 +126,27 @@ pub(crate) fn bridge() -> Option<Bridge> {
     Some(Bridge::new().unwrap_or_else(|error| panic!("{error}, or set {SKIP}=1")))
 }
 
+/// What a priority comes to: before Linux 5.18 no packet tells one, and no verdict sets one
+pub(crate) fn priority(priority: u32) -> u32 {
+    if kernel::is_at_least(5, 18) {
+        priority
+    } else {
+        0
+    }
+}
+
+/// Fails unless this payload of a rewritten packet comes, or nothing does where the kernel refuses new payloads
+#[track_caller]
+pub(crate) fn expect_rewritten(socket: &Udp, payload: &[u8]) {
+    if kernel::refuses_payloads() {
+        assert!(socket.is_silent(), "refused, so dropped");
+    } else {
+        assert_eq!(socket.recv().as_deref(), Some(payload));
+    }
+}
+
 /// The next event; fails if none comes in time
+#[track_caller]
 pub(crate) fn next_event<'b>(handle: &Handle, batch: &'b mut RecvBatch) -> Event<'b> {
     let mut events = handle
         .recv_deadline(batch, Instant::now() + TIMEOUT)
@@ -124,6 +155,7 @@ pub(crate) fn next_event<'b>(handle: &Handle, batch: &'b mut RecvBatch) -> Event
 }
 
 /// The next packet; fails if anything else comes
+#[track_caller]
 pub(crate) fn next_packet<'b>(handle: &Handle, batch: &'b mut RecvBatch) -> Packet<'b> {
     match next_event(handle, batch) {
         Event::Packet(packet) => packet,

@@ -10,6 +10,7 @@ mod config;
 mod examples;
 mod lab;
 mod lifetime;
+mod optional;
 mod packets;
 mod raw;
 mod runtimes;

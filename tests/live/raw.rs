@@ -3,11 +3,12 @@
 use std::io;
 
 use nfqnl::consts::{
-    NFQA_CFG_QUEUE_MAXLEN, NFQA_MARK, NFQA_VERDICT_HDR, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET,
-    NFQNL_MSG_VERDICT, message_type,
+    NFQA_CFG_CMD, NFQA_CFG_QUEUE_MAXLEN, NFQA_MARK, NFQA_VERDICT_HDR, NFQNL_MSG_CONFIG,
+    NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT, message_type,
 };
 use nfqnl::proto::{BatchVerdict, Message, Messages, Reply, RequestHeader};
 use nfqnl::{Event, Handle, Operation, PacketKey, RecvBatch, Situation, Verdict};
+use nfqnl_testkit::kernel;
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{Hook, Rule};
 
@@ -45,6 +46,7 @@ fn request(message: u8, header: RequestHeader, attrs: &[(u16, &[u8])]) -> Vec<u8
 fn verdict_header(key: PacketKey) -> RequestHeader {
     RequestHeader {
         ack: false,
+        echo: false,
         seq: key.id,
         pid: u32::from(key.binding) << 16 | u32::from(key.queue),
     }
@@ -78,6 +80,27 @@ fn a_message_that_is_the_kernels_to_send_is_answered_with_524() {
         assert_eq!((reply.errno, reply.seq), (524, header.seq));
         assert_eq!(reply.request_type, message_type(NFQNL_MSG_PACKET));
         let error = io::Error::from_raw_os_error(reply.errno);
+        assert_eq!(Situation::of(&error), Situation::Unsupported);
+    });
+}
+
+/// As it is named in C or not, which goes by the kernel's last number: both say the same
+#[test]
+fn a_command_that_the_kernel_does_not_know_is_unsupported() {
+    isolated(|| {
+        let handle = Handle::open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let command: [(u16, &[u8]); 1] = [(NFQA_CFG_CMD, &[99, 0, 0, 0])];
+        let header = RequestHeader::default();
+        send_past_the_library(&handle, &request(NFQNL_MSG_CONFIG, header, &command));
+        let datagram = recv_past_the_library(&handle);
+        let errno = reply(&datagram).errno;
+        assert!([524, libc::EOPNOTSUPP].contains(&errno), "{errno}");
+        // 5.10 ends without the change, and 7.2 begins with it.
+        if !kernel::is_at_least(5, 11) || kernel::is_at_least(7, 2) {
+            assert_eq!(errno == 524, !kernel::is_at_least(7, 2));
+        }
+        let error = io::Error::from_raw_os_error(errno);
         assert_eq!(Situation::of(&error), Situation::Unsupported);
     });
 }

@@ -237,7 +237,7 @@ mod tokio {
                 });
             });
             assert!(dropped > 20, "only {dropped} futures were dropped");
-            assert_eq!(lab.v4.drain(), usize::try_from(N).unwrap());
+            assert_eq!(lab.drain(), usize::try_from(N).unwrap());
         });
     }
 
@@ -273,7 +273,7 @@ mod tokio {
                     assert_eq!((stats.packets, stats.lost_packets), (N.into(), 0));
                 });
             });
-            assert_eq!(lab.v4.drain(), usize::try_from(N).unwrap());
+            assert_eq!(lab.drain(), usize::try_from(N).unwrap());
         });
     }
 
@@ -380,7 +380,7 @@ mod tokio {
                 }
                 handle.get_ref().sync().unwrap();
                 assert!(is_silent(handle.get_ref(), &mut batch), "none was refused");
-                assert_eq!(lab.v4.drain(), usize::try_from(N).unwrap());
+                assert_eq!(lab.drain(), usize::try_from(N).unwrap());
 
                 lab.send(b"dropped with its queue");
                 let key = in_time(handle.packets().next()).await.unwrap();
@@ -431,7 +431,7 @@ mod tokio {
                 let stats = handle.get_ref().stats();
                 assert_eq!((stats.packets, stats.lost_packets), (N.into(), 0));
             });
-            assert_eq!(lab.v4.drain(), usize::try_from(N).unwrap());
+            assert_eq!(lab.drain(), usize::try_from(N).unwrap());
         });
     }
 

@@ -81,7 +81,7 @@ fn verdicts_of_four_threads_while_another_receives_are_all_carried_out() {
             assert_eq!(queue.waiting, 0);
         }
         let accepted = usize::try_from(accepted.into_inner()).unwrap();
-        assert_eq!(lab.v4.drain(), accepted);
+        assert_eq!(lab.drain(), accepted);
     });
 }
 

@@ -183,6 +183,11 @@ const CONFIG: u16 = 0x0302;
 pub const VERDICT_BATCH: u16 = 0x0303;
 const NOOP: u16 = 1;
 
+const REQUEST: u16 = 1;
+const ACK: u16 = 4;
+/// Looked at by nobody: how the library marks what it says again
+const ECHO: u16 = 8;
+
 impl World {
     pub fn new(mut bytes: Bytes, hides_overruns: bool) -> Self {
         Self {
@@ -488,8 +493,8 @@ impl World {
         for message in split(bytes) {
             let (kind, flags) = (ne16(message, 4), ne16(message, 6));
             assert_eq!(
-                flags & !4,
-                1,
+                flags & !(ACK | ECHO),
+                REQUEST,
                 "a request, and nothing beyond an acknowledgement"
             );
             let errno = match kind {
@@ -497,7 +502,7 @@ impl World {
                 CONFIG => self.configure(message),
                 _ => self.execute(message),
             };
-            if errno != 0 || flags & 4 != 0 {
+            if errno != 0 || flags & ACK != 0 {
                 self.answer(message, errno);
             }
         }
@@ -639,7 +644,8 @@ impl Sent {
             binding: u16::from_be_bytes([b0, b1]),
             id: be32(&header[4..]),
         };
-        let is_said_again = is_batch && ne32(message, 8) == 0;
+        let is_said_again = ne16(message, 6) & ECHO != 0;
+        assert!(is_batch || !is_said_again);
         assert!(is_said_again || ne32(message, 8) == key.id);
         Self {
             is_batch,

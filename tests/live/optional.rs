@@ -1,0 +1,183 @@
+//! What only some kernels have: each test says that it is there, or that it is refused where the kernel was built without
+
+use std::io::ErrorKind;
+
+use nfqnl::proto::Attrs;
+use nfqnl::{
+    ConfigFlags, CopyMode, Decision, Error, Family, Handle, Packet, QueueConfig, RecvBatch,
+    Situation, Verdict, Vlan,
+};
+use nfqnl_testkit::hosts::{Bridge, Host};
+use nfqnl_testkit::netns::isolated;
+use nfqnl_testkit::rules::{self, Hook, Rule, Table};
+use nfqnl_testkit::traffic::{Udp, V4};
+use nfqnl_testkit::{kernel, link};
+
+use crate::examples::with_udp_payload;
+use crate::lab::{Lab, PORT, QUEUE, bridge, is_silent, next_packet, udp_payload};
+
+const ACCEPT: Decision<'_> = Decision::new(Verdict::Accept);
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_8021Q: u16 = 0x8100;
+/// `CTA_MARK` (`linux/netfilter/nfnetlink_conntrack.h`)
+const CTA_MARK: u16 = 8;
+
+/// The connection mark in a packet's conntrack entry
+fn connection_mark(packet: &Packet<'_>) -> u32 {
+    let mut entry = Attrs::new(packet.conntrack().expect("it is tracked"));
+    let mark = entry.find_map(|attr| attr.ok().filter(|attr| attr.kind == CTA_MARK));
+    mark.map_or(0, |mark| u32::from_be_bytes(mark.value.try_into().unwrap()))
+}
+
+/// Of a connection that is new as of one that the kernel has in its table
+#[test]
+fn a_connection_mark_that_a_verdict_sets_is_told_by_the_next_packet() {
+    isolated(|| {
+        const MARK: u32 = 0x1234_5678;
+        let has_glue = kernel::has_function("ctnetlink_glue_build");
+        for hook in [Hook::Output, Hook::Input] {
+            let rule = Rule::new().udp().dport(PORT).new_connection().queue(QUEUE);
+            let lab = Lab::with(hook, &rule);
+            let handle = Handle::open().unwrap();
+            let config = QueueConfig::new()
+                .copy_mode(CopyMode::PACKET, 0)
+                .flags(ConfigFlags::CONNTRACK, ConfigFlags::CONNTRACK);
+            let _queue = match handle.bind_queue_with(QUEUE, &config) {
+                Err(Error::Refused(refused)) if has_glue != Some(true) => {
+                    assert_eq!(refused.situation(), Situation::Unsupported);
+                    return;
+                }
+                bound => bound.unwrap(),
+            };
+            assert_ne!(has_glue, Some(false));
+            let mut batch = RecvBatch::default();
+            let [one, other] = [(); 2].map(|()| Udp::bind(V4, 0).unwrap());
+            let set_mark = {
+                let len = 8_u16.to_ne_bytes();
+                [len, CTA_MARK.to_ne_bytes()].concat()
+            };
+            let set_mark = [set_mark, MARK.to_be_bytes().to_vec()].concat();
+            for (socket, mark) in [(&one, 0), (&one, MARK), (&other, 0)] {
+                socket.send(b"tracked", lab.v4.address()).unwrap();
+                let packet = next_packet(&handle, &mut batch);
+                assert_eq!(connection_mark(&packet), mark);
+                let decision = ACCEPT.with_conntrack(&set_mark);
+                handle.verdict(packet.key(), decision).unwrap();
+                assert_eq!(lab.recv().as_deref(), Some(&b"tracked"[..]));
+            }
+            lab.delete_rules();
+        }
+    });
+}
+
+/// A link of VLAN 5 and a socket on it
+fn on_vlan(host: &Host, address: &str) -> Udp {
+    let address = address.parse().unwrap();
+    host.namespace.run(|| {
+        link::vlan("vlan5", "eth0", 5).unwrap();
+        link::up("vlan5").unwrap();
+        link::address("vlan5", address, 24).unwrap();
+        Udp::bind(address, PORT).unwrap()
+    })
+}
+
+/// Not by `br_netfilter`, but in the family of nftables that is the bridge's own; xtables can't queue there
+#[test]
+fn the_bridge_family_tells_and_changes_link_layer_header_and_vlan_tag() {
+    isolated(|| {
+        let Some(bridge) = bridge() else { return };
+        let (left, right) = (&bridge.left, &bridge.right);
+        let table = Table::new(rules::Family::Bridge, "t").unwrap();
+        let [forward, postrouting] = [Hook::Forward, Hook::Postrouting];
+        for hook in [forward, postrouting] {
+            // Before `br_netfilter`
+            let chain = table.chain(&format!("{hook:?}"), hook, -300).unwrap();
+            let rule = Rule::new().udp().dport(PORT).queue(hook.number().into());
+            match (chain.add(&rule), kernel::has_function("nft_queue_eval")) {
+                (Ok(()), Some(true) | None) => {}
+                (Err(error), Some(false) | None) => {
+                    return assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        let handle = Handle::open().unwrap();
+        let _queues = [forward, postrouting].map(|hook| {
+            let num = hook.number().into();
+            handle.bind_queue(num).unwrap()
+        });
+        let mut batch = RecvBatch::default();
+        let accept = |batch: &mut _, decision: Decision<'_>, check: &dyn Fn(&Packet<'_>)| {
+            let packet = next_packet(&handle, batch);
+            check(&packet);
+            handle.verdict(packet.key(), decision).unwrap();
+        };
+
+        let indexes = [Bridge::LINK, left.link, right.link].map(|name| link::index(name).unwrap());
+        let [br0, from, to] = indexes.map(Some);
+        let [from_mac, to_mac] =
+            [left, right].map(|host| host.namespace.run(|| link::mac("eth0").unwrap()));
+        let other_mac = [2, 0, 0, 0, 0, 9];
+        let header = |source: &[u8]| [&to_mac, source, &ETH_P_IP.to_be_bytes()].concat();
+        let (before, after) = (header(&from_mac), header(&other_mac));
+        let receiver = right.namespace.run(|| Udp::bind(right.v4, PORT).unwrap());
+        let sender = left.namespace.run(|| Udp::bind(left.v4, 0).unwrap());
+        sender.send(b"bridged", receiver.address()).unwrap();
+        accept(&mut batch, ACCEPT.with_l2_header(&after), &|packet| {
+            assert_eq!(packet.hook().0, forward.number());
+            assert_eq!(
+                (packet.family(), packet.hw_protocol()),
+                (Family::BRIDGE, ETH_P_IP)
+            );
+            assert_eq!((packet.indev(), packet.physindev()), (br0, from));
+            assert_eq!((packet.outdev(), packet.physoutdev()), (br0, to));
+            assert_eq!(packet.hw_addr().unwrap().as_bytes(), from_mac);
+            assert_eq!(
+                (packet.l2_header(), packet.vlan()),
+                (Some(&before[..]), None)
+            );
+            assert_eq!(udp_payload(packet), b"bridged");
+        });
+        accept(&mut batch, ACCEPT, &|packet| {
+            assert_eq!(packet.hook().0, postrouting.number());
+            assert_eq!((packet.indev(), packet.outdev()), (None, br0));
+            assert_eq!(packet.l2_header(), Some(&after[..]));
+        });
+        assert_eq!(receiver.recv().as_deref(), Some(&b"bridged"[..]));
+
+        // Since Linux 7.2 the kernel drops a bridge's packet that gets a new payload.
+        sender.send(b"bridged", receiver.address()).unwrap();
+        let packet = next_packet(&handle, &mut batch);
+        let new = with_udp_payload(packet.payload(), b"rewritten").unwrap();
+        let decision = Verdict::Accept.with_payload(&new);
+        handle.verdict(packet.key(), decision).unwrap();
+        if kernel::is_at_least(7, 2) {
+            assert!(is_silent(&handle, &mut batch) && receiver.is_silent());
+        } else {
+            accept(&mut batch, ACCEPT, &|packet| {
+                assert_eq!(udp_payload(packet), b"rewritten");
+            });
+            assert_eq!(receiver.recv().as_deref(), Some(&b"rewritten"[..]));
+        }
+
+        let tag = |tci| Vlan {
+            proto: ETH_P_8021Q,
+            tci,
+        };
+        let [tagged, on_vlan] =
+            [(left, "10.0.5.2"), (right, "10.0.5.3")].map(|(host, address)| on_vlan(host, address));
+        tagged.send(b"tagged", on_vlan.address()).unwrap();
+        accept(&mut batch, ACCEPT.with_vlan(tag(0xa006)), &|packet| {
+            assert_eq!(
+                (packet.vlan(), packet.hw_protocol()),
+                (Some(tag(5)), ETH_P_IP)
+            );
+            assert_eq!(packet.l2_header(), Some(&before[..]), "without the tag");
+            assert_eq!(udp_payload(packet), b"tagged");
+        });
+        accept(&mut batch, ACCEPT.with_vlan(tag(5)), &|packet| {
+            assert_eq!(packet.vlan(), Some(tag(0xa006)))
+        });
+        assert_eq!(on_vlan.recv().as_deref(), Some(&b"tagged"[..]));
+    });
+}
