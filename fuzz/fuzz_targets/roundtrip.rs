@@ -21,6 +21,7 @@ const UNTOUCHED: u8 = 0xa5;
 struct Input<'a> {
     queue: u16,
     ack: bool,
+    echo: bool,
     seq: u32,
     pid: u32,
     request: Request<'a>,
@@ -125,12 +126,18 @@ fuzz_target!(|input: Input<'_>| {
     let Input {
         queue,
         ack,
+        echo,
         seq,
         pid,
         ref request,
         room,
     } = input;
-    let header = RequestHeader { ack, seq, pid };
+    let header = RequestHeader {
+        ack,
+        echo,
+        seq,
+        pid,
+    };
     let check = |kind: u16, attrs: Option<Vec<Attribute>>, most, encode: &Encode<'_>| {
         let on = match kind {
             NOOP => None,
@@ -356,7 +363,7 @@ fn read_again(
     let number = |at: usize| u32::from_ne_bytes(*message[at..].first_chunk().expect("a header"));
     assert_eq!(number(0) as usize, message.len());
     assert_eq!([number(8), number(12)], [header.seq, header.pid]);
-    let flags = 1 | if header.ack { 4 } else { 0 };
+    let flags = 1 | if header.ack { 4 } else { 0 } | if header.echo { 8 } else { 0 };
     let mut messages = Messages::new(message);
     let body = match messages.next() {
         Some(Ok(Message::Other(other))) => {

@@ -488,9 +488,9 @@ impl World {
         for message in split(bytes) {
             let (kind, flags) = (ne16(message, 4), ne16(message, 6));
             assert_eq!(
-                flags & !4,
+                flags & !(4 | 8),
                 1,
-                "a request, and nothing beyond an acknowledgement"
+                "a request, and nothing beyond an acknowledgement and a mark of one's own"
             );
             let errno = match kind {
                 NOOP => 0,
@@ -639,7 +639,7 @@ impl Sent {
             binding: u16::from_be_bytes([b0, b1]),
             id: be32(&header[4..]),
         };
-        let is_said_again = is_batch && ne32(message, 8) == 0;
+        let is_said_again = is_batch && ne16(message, 6) & 8 != 0;
         assert!(is_said_again || ne32(message, 8) == key.id);
         Self {
             is_batch,
