@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
     let mut seen = 0;
     while seen < count {
-        // Up to 32 packets by one system call
+        // Up to 64 packets by one system call
         for event in handle.recv(&mut batch)? {
             match event {
                 Event::Packet(packet) => {

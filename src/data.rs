@@ -16,7 +16,8 @@ use crate::verdicts::VerdictBatch;
 /// **The verdict is executed once the callback exits**, also by a panic; in [`Handle::run_once`](crate::Handle::run_once)
 /// once the callbacks of its whole batch have. The last one set counts. **If none is set,
 /// nothing is sent**, and the packet waits until it is answered by its [`key`](Self::key) with
-/// [`Handle::verdict`](crate::Handle::verdict).
+/// [`Handle::verdict`](crate::Handle::verdict), or in other threads and callbacks with a
+/// [`VerdictSender`](crate::VerdictSender).
 #[doc(alias = "nfq_data")]
 pub struct QueueData<'a> {
     packet: Packet<'a>,

@@ -16,9 +16,16 @@ pub enum Event<'b> {
     Packet(Packet<'b>),
     /// The kernel refused a verdict; [`Refusal::packet`] names its packet, or the last of a run of equal verdicts
     ///
-    /// Of a run ([`VerdictBatch`](crate::VerdictBatch)) the kernel refuses all or, if any of its packets is there, none.
-    /// Without `CAP_NET_ADMIN` it looks at no verdict of a send, and refuses the first in the name of all; until this event
-    /// has come, a run of the same verdict may yet take these packets along. Refusals are lost in overruns, too.
+    /// Of a run ([`VerdictBatch`](crate::VerdictBatch)) the kernel refuses all or, if any of its packets is there, none: so
+    /// packets that have gone amid a run are told of by nothing.
+    ///
+    /// With [`Situation::NotPermitted`](crate::Situation::NotPermitted) the thread had no `CAP_NET_ADMIN`. Then the kernel has
+    /// looked at no verdict of that send, and this names the first of them: answer all of its packets again. Some may be gone
+    /// by then, with the verdict that was meant for them: until this event has come, it stands, and a run of the same verdict
+    /// takes them along.
+    ///
+    /// Refusals are lost in overruns, too.
+    ///
     ///
     /// [`Situation::NoSuchPacket`](crate::Situation::NoSuchPacket) is part of normal operation: the kernel drops
     /// waiting packets when a device goes down or a base chain is deleted.

@@ -159,12 +159,12 @@ impl HandleBuilder {
 
     /// Whether runs of equal verdicts may leave as one message ([`VerdictBatch`]); they do, unless set otherwise
     ///
-    /// A run is sent only when it is certain that every packet which it can reach has its verdict. Turn it off if one of
-    /// these may not hold:
-    /// * Nobody reads packets from a copy of the descriptor behind this handle's back
-    ///   ([`handle_packet`](Handle::handle_packet) is no such thing; it ends runs by itself).
-    /// * The kernel takes a verdict from a thread if `capget(2)` says that it has `CAP_NET_ADMIN`: no security module
-    ///   forbids it to single threads.
+    /// A run is sent only when it is certain that every packet which it can reach has its verdict. Turn it off, which costs
+    /// speed and nothing else, if
+    /// * something reads packets from a copy of the descriptor behind this handle's back; passing them on to
+    ///   [`handle_packet`](Handle::handle_packet) is no such thing, and ends runs by itself;
+    /// * a security module (SELinux, AppArmor) forbids `CAP_NET_ADMIN` to single threads that send verdicts, though
+    ///   `capget(2)` says that they have it.
     ///
     /// Before Linux 4.12 a binding has no more runs after its first lost packet.
     #[doc(alias = "nfq_set_verdict_batch")]
@@ -437,9 +437,13 @@ impl Handle {
 
     /// Receives what is there, and waits if nothing is
     ///
-    /// Where packets come one at a time, it asks for one, and the next call for those behind it. Signals do not end the
-    /// wait. Several threads may call it on one handle, each with its own batch: one waits in the kernel, and the others
-    /// for that one.
+    /// What is left in the batch from the last call comes first, without asking the kernel. After calls that got a single
+    /// packet, the next few ask for one only, which is faster for a packet that comes alone; what is behind it comes with the
+    /// following call. Nothing but something to receive ends the wait, no signal either: to be able to stop, use
+    /// [`recv_deadline`](Self::recv_deadline), or wait for the descriptor and something else.
+    ///
+    /// Several threads may call it on one handle, each with its own batch: one waits in the kernel, and the others for that
+    /// one. Each gets its packets in their order.
     ///
     /// # Errors
     /// [`Error::Io`] if the system call fails in a way that is no [`Event`].
@@ -479,6 +483,8 @@ impl Handle {
 /// The callback style
 impl Handle {
     /// Binds a queue, and has [`handle_packet`](Self::handle_packet) call back for each of its packets
+    ///
+    /// The callback is dropped when a call of the handle finds its queue ended, or with the handle.
     ///
     /// As in libnetfilter_queue the queue begins with [`CopyMode::NONE`], in which the kernel **drops** its packets:
     /// call [`Queue::set_mode`] next, or use [`create_queue_with`](Self::create_queue_with), which leaves no gap.

@@ -127,6 +127,8 @@ impl VerdictBatch {
 
     /// Adds a verdict; a new payload is copied
     ///
+    /// Of two verdicts on a packet the first counts; the second is refused.
+    ///
     /// # Errors
     /// [`Error::Encode`] or [`Error::PayloadTooShort`] for a payload that can't be; nothing is added then.
     #[inline]

@@ -3,8 +3,9 @@
 //! [`Packet::parse`] checks the message once and remembers where each attribute stands; after that no getter can fail.
 //!
 //! # A new attribute
-//! Give it a number in [`consts`](crate::consts) (and raise [`NFQA_MAX`] to it), its least size in [`min_len`], and a
-//! getter below. Until then [`Packet::attr`] finds it by number.
+//! Give it a number in [`consts`](crate::consts) (and raise [`NFQA_MAX`] to it), its least size in [`min_len`], a getter
+//! below, and the size of [`Packet`] that is asserted there; the tests have it in `proto/tests/common/mod.rs`. Until then
+//! [`Packet::attr`] finds it by number.
 
 use core::time::Duration;
 
@@ -95,7 +96,10 @@ pub struct Packet<'a> {
     index: PacketIndex,
 }
 
-const _: () = assert!(size_of::<Packet<'static>>() <= 64, "one cache line");
+const _: () = assert!(
+    size_of::<Packet<'static>>() <= 64,
+    "one cache line, which is full: a new attribute makes it 72 bytes, so raise this with it"
+);
 
 /// Where the attributes of a packet stand in its message: a [`Packet`] without its bytes, for whoever keeps those elsewhere
 #[derive(Clone, Copy)]

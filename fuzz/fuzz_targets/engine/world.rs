@@ -495,7 +495,7 @@ impl World {
             assert_eq!(
                 flags & !(ACK | ECHO),
                 REQUEST,
-                "a request, and nothing beyond an acknowledgement"
+                "a request, and nothing beyond an acknowledgement and a mark of one's own"
             );
             let errno = match kind {
                 NOOP => 0,
