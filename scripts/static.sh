@@ -117,7 +117,7 @@ END
         [[ $said == *EPROTONOSUPPORT* ]] || fail "$program said: $said"
     fi
     echo "$program" >&2
-    echo "| \`$target\` | $library | $(((size + 1023) / 1024)) KiB | ${memory:-} |"
+    echo "| \`$target\` | $library | $(((size + 1023) / 1024)) KiB | ${memory:-not measured} |"
 }
 
 case ${1:-} in
