@@ -251,6 +251,15 @@ impl Refusal {
         }
     }
 
+    /// What the kernel would answer
+    pub(crate) fn already_bound(op: Operation) -> Self {
+        Self {
+            op,
+            source: io::Error::from_raw_os_error(libc::EBUSY),
+            text: None,
+        }
+    }
+
     /// What was refused
     #[must_use]
     pub const fn operation(&self) -> Operation {

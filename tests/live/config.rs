@@ -17,17 +17,9 @@ use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4};
 use nfqnl_testkit::{kernel, socket, user};
 
 use crate::lab::{
-    Lab, PORT, QUEUE, configure_past_the_library, is_silent, next_event, next_packet, udp_payload,
+    Lab, PORT, QUEUE, configure_past_the_library, is_silent, next_event, next_packet, refusal,
+    udp_payload,
 };
-
-/// The kernel's refusal; fails if there is none
-#[track_caller]
-fn refusal<T: std::fmt::Debug>(result: nfqnl::Result<T>) -> Refusal {
-    match result {
-        Err(Error::Refused(refusal)) => refusal,
-        other => panic!("no refusal, but {other:?}"),
-    }
-}
 
 /// What every refusal has: what was tried, the errno as source, what it means, and words that name it
 #[track_caller]
