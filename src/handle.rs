@@ -717,7 +717,9 @@ impl Turn<'_> {
             Event::Truncated { key, needed, had } => {
                 self.note(Err(Error::Truncated { key, needed, had }));
             }
-            Event::Malformed { error, .. } => self.note(Err(error.into())),
+            Event::Malformed { key, error: source } => {
+                self.note(Err(Error::Decode { key, source }));
+            }
             event => self.pass_on(event),
         }
     }

@@ -63,10 +63,11 @@ impl Shared {
             pid: 0,
         };
         let mut buf = [0; ConfigRequest::MAX_LEN];
-        let len = match request {
-            Some(request) => request.encode(&mut buf, header)?,
-            None => encode_noop(&mut buf, header)?,
+        let encoded = match request {
+            Some(request) => request.encode(&mut buf, header),
+            None => encode_noop(&mut buf, header),
         };
+        let len = encoded.map_err(|source| Error::Encode { op, source })?;
         let drops = sys::drops(self.as_fd()).ok();
         state.requests.push(Request {
             seq,
