@@ -1,12 +1,280 @@
-//! What other code can do to a handle's socket, and bytes that no kernel sends
+//! What other code and other processes can do to a handle's socket, and bytes that no kernel sends
 
+use std::io;
+use std::os::fd::AsFd;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use netlink_sys::{Socket, SocketAddr};
+use nfqnl::consts::{
+    NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQNL_MSG_CONFIG, NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH,
+    NLM_F_CAPPED, NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, message_type,
+};
 use nfqnl::proto::ConfigRequest;
-use nfqnl::{CopyMode, Error, Event, Handle, Operation, RecvBatch, Situation, Verdict};
-use nfqnl_testkit::netns::isolated;
+use nfqnl::{
+    CopyMode, Error, Event, Family, Handle, Operation, Queue, RecvBatch, Situation, Stats, Verdict,
+};
+use nfqnl_testkit::netns::{isolated, part, part_in_another_process};
+use nfqnl_testkit::socket;
+use rustix::event::{PollFd, PollFlags};
 
+use crate::common::{MessageBuilder, wire};
 use crate::lab::{
     Lab, QUEUE, configure_past_the_library, is_silent, next_packet, refusal, udp_payload,
 };
+
+/// A packet of a queue, as the kernel would send it
+fn packet(queue: u16, id: u32) -> MessageBuilder {
+    let header = wire![id.to_be_bytes(), [8, 0, 1]];
+    MessageBuilder::packet(Family::INET, queue).attr(NFQA_PACKET_HDR, header)
+}
+
+/// The kernel's answer to a request: 0 or a negative error number
+fn answer(code: i32, kind: u16, seq: u32, pid: u32) -> Vec<u8> {
+    let request = wire![16_u32, kind, 5_u16, seq, pid];
+    MessageBuilder::error(NLM_F_CAPPED, code, &request).build()
+}
+
+/// Everything that a handle would believe if the kernel said it: packets, answers to its first requests, refusals of
+/// verdicts on its first packets, losses; and what is no message at all
+fn forgeries() -> Vec<Vec<u8>> {
+    let config = message_type(NFQNL_MSG_CONFIG);
+    let mut all = vec![
+        packet(QUEUE, 1).attr(NFQA_PAYLOAD, b"forged").build(),
+        packet(QUEUE + 1, 1).build(),
+        MessageBuilder::new(NLMSG_OVERRUN, 0).build(),
+        MessageBuilder::new(NLMSG_NOOP, 0).build(),
+        MessageBuilder::new(NLMSG_DONE, 0).field(0_i32).build(),
+        MessageBuilder::new(NLMSG_ERROR, 0).build(),
+        vec![7, 0, 0],
+        vec![0; 64],
+        vec![0xff; 64],
+    ];
+    for seq in 1..=4 {
+        for kind in [config, NLMSG_NOOP] {
+            all.extend([-libc::EPERM, 0].map(|code| answer(code, kind, seq, 0)));
+        }
+        let binding = 1_u32;
+        let pid = binding << 16 | u32::from(QUEUE);
+        for message in [NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH] {
+            all.push(answer(-libc::ENOENT, message_type(message), seq, pid));
+        }
+    }
+    all
+}
+
+fn netfilter_socket() -> Socket {
+    Socket::new(libc::NETLINK_NETFILTER.try_into().unwrap()).unwrap()
+}
+
+/// Starts a process that forges messages: part `how` of [`forge`]
+fn forger(how: &str, port: u32, stdin: impl Into<Stdio>) -> std::process::Child {
+    part_in_another_process(&format!("{how} {port}"), stdin).unwrap()
+}
+
+#[track_caller]
+fn wait_for(mut forger: std::process::Child) {
+    assert!(forger.wait().unwrap().success());
+}
+
+/// Does the part of a test that another process has, if this is one
+///
+/// "once" sends every forgery; "refused" finds that none can be sent; "from a copy" finds the same with a copy of the
+/// handle's own descriptor; "to the groups" sends to whoever is in a multicast group; "for ever" until it is killed.
+fn forge() -> bool {
+    let Some(part) = part() else {
+        return false;
+    };
+    let (how, port) = part.rsplit_once(' ').unwrap();
+    let to = SocketAddr::new(port.parse().unwrap(), 0);
+    let socket = match how {
+        "from a copy" => socket::netlink(io::stdin().as_fd().try_clone_to_owned().unwrap()),
+        _ => netfilter_socket(),
+    };
+    let all = forgeries();
+    let send =
+        |message: &[u8], to: &SocketAddr| match socket.send_to(message, to, libc::MSG_DONTWAIT) {
+            Ok(_) => 0,
+            Err(error) => error.raw_os_error().unwrap(),
+        };
+    match how {
+        "once" => assert!(all.iter().all(|message| send(message, &to) == 0)),
+        "refused" | "from a copy" => {
+            for message in all.iter().cycle().take(100 * all.len()) {
+                assert_eq!(send(message, &to), libc::ECONNREFUSED);
+            }
+        }
+        "to the groups" => {
+            for group in 0..u32::BITS {
+                let members = SocketAddr::new(0, 1 << group);
+                // ESRCH: nobody is in it.
+                assert!(
+                    all.iter()
+                        .all(|m| [0, libc::ESRCH].contains(&send(m, &members)))
+                );
+            }
+        }
+        _ => loop {
+            for message in &all {
+                send(message, &to);
+            }
+        },
+    }
+    true
+}
+
+/// What a handle has counted that has heard the kernel alone, and nothing but acknowledgements
+fn nothing_but(foreign: u64) -> Stats {
+    let mut stats = Stats::default();
+    stats.foreign = foreign;
+    stats
+}
+
+/// Makes each kind of request once, which all succeed, and finds nothing to receive
+#[track_caller]
+fn expect_the_kernel_alone(handle: &Handle, foreign: u64) -> Queue {
+    let queue = handle.bind_queue(QUEUE).unwrap();
+    queue.set_maxlen(10).unwrap();
+    handle.bind_pf(Family::INET).unwrap();
+    handle.sync().unwrap();
+    assert!(is_silent(handle, &mut RecvBatch::default()));
+    assert_eq!(handle.stats(), nothing_but(foreign));
+    queue
+}
+
+/// A packet of the kernel's comes out and goes on
+#[track_caller]
+fn expect_a_packet(lab: &Lab, handle: &Handle) {
+    lab.send(b"of the kernel");
+    let mut batch = RecvBatch::default();
+    let packet = next_packet(handle, &mut batch);
+    assert_eq!(
+        (packet.id(), udp_payload(&packet)),
+        (1, &b"of the kernel"[..])
+    );
+    handle.verdict(packet.key(), Verdict::Accept).unwrap();
+    assert_eq!(lab.recv().as_deref(), Some(&b"of the kernel"[..]));
+    assert!(is_silent(handle, &mut batch));
+}
+
+#[test]
+fn what_another_process_forged_before_a_socket_was_taken_over_is_counted_and_nothing_more() {
+    isolated(|| {
+        if forge() {
+            return;
+        }
+        let lab = Lab::new();
+        let mut victim = netfilter_socket();
+        let port = victim.bind_auto().unwrap().port_number();
+        wait_for(forger("once", port, Stdio::null()));
+        let fd = victim.as_fd().try_clone_to_owned().unwrap();
+        drop(victim);
+        let handle = Handle::builder().open_fd(fd).unwrap();
+        let foreign = u64::try_from(forgeries().len()).unwrap();
+        let _queue = expect_the_kernel_alone(&handle, foreign);
+        expect_a_packet(&lab, &handle);
+    });
+}
+
+#[test]
+fn another_process_can_not_send_to_a_handle_nor_answer_its_requests() {
+    isolated(|| {
+        if forge() {
+            return;
+        }
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let port = socket::netlink_port(&handle).unwrap();
+        let mut forger = forger("refused", port, Stdio::null());
+        let queue = expect_the_kernel_alone(&handle, 0);
+        while forger.try_wait().unwrap().is_none() {
+            queue.set_maxlen(10).unwrap();
+        }
+        wait_for(forger);
+        assert!(is_silent(&handle, &mut RecvBatch::default()));
+        assert_eq!(handle.stats(), nothing_but(0));
+        expect_a_packet(&lab, &handle);
+    });
+}
+
+/// Who has that can do what the handle can, but not play the kernel
+#[test]
+fn nor_can_a_copy_of_the_descriptor_in_another_process() {
+    isolated(|| {
+        if forge() {
+            return;
+        }
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let port = socket::netlink_port(&handle).unwrap();
+        let copy = handle.as_fd().try_clone_to_owned().unwrap();
+        wait_for(forger("from a copy", port, copy));
+        let _queue = expect_the_kernel_alone(&handle, 0);
+        expect_a_packet(&lab, &handle);
+    });
+}
+
+/// Also by a group that the socket was in before
+#[test]
+fn nor_can_multicast_of_another_process() {
+    isolated(|| {
+        if forge() {
+            return;
+        }
+        let lab = Lab::new();
+        let mut member = netfilter_socket();
+        member.bind_auto().unwrap();
+        for group in 1..=u32::BITS {
+            // Not all of these exist.
+            let _ = member.add_membership(group);
+        }
+        let fd = member.as_fd().try_clone_to_owned().unwrap();
+        wait_for(forger("to the groups", 0, Stdio::null()));
+        let handle = Handle::builder().open_fd(fd).unwrap();
+        let foreign = handle.stats().foreign;
+        assert!(foreign > 0, "it was in none, so this shows nothing");
+        wait_for(forger("to the groups", 0, Stdio::null()));
+        let _queue = expect_the_kernel_alone(&handle, foreign);
+        expect_a_packet(&lab, &handle);
+    });
+}
+
+/// What is sent between any two steps of opening is thrown away, or does not come
+#[test]
+fn handles_that_are_opened_under_fire_hear_the_kernel_alone() {
+    isolated(|| {
+        if forge() {
+            return;
+        }
+        let lab = Lab::new();
+        // The first netlink socket of a process has its number for a port.
+        let port = std::process::id();
+        let mut forgers = [(); 2].map(|()| forger("for ever", port, Stdio::null()));
+        let end = Instant::now() + Duration::from_secs(1);
+        let mut is_taken_over = false;
+        while !is_taken_over || Instant::now() < end {
+            is_taken_over = !is_taken_over;
+            let handle = if is_taken_over {
+                let mut socket = netfilter_socket();
+                socket.bind_auto().unwrap();
+                let poll = PollFd::new(&socket, PollFlags::IN);
+                assert_eq!(rustix::event::poll(&mut [poll], None).unwrap(), 1);
+                let fd = socket.as_fd().try_clone_to_owned().unwrap();
+                Handle::builder().open_fd(fd).unwrap()
+            } else {
+                Handle::open().unwrap()
+            };
+            assert_eq!(socket::netlink_port(&handle).unwrap(), port);
+            let foreign = handle.stats().foreign;
+            assert!(foreign > 0 || !is_taken_over);
+            let _queue = expect_the_kernel_alone(&handle, foreign);
+            expect_a_packet(&lab, &handle);
+        }
+        for forger in &mut forgers {
+            forger.kill().unwrap();
+        }
+    });
+}
 
 /// Whatever has become of the queue in the kernel, which the answer would have told
 #[test]
@@ -42,17 +310,12 @@ fn a_lost_answer_to_a_binding_leaves_no_key_from_before_that_hits_a_later_packet
                 assert_ne!(packet.key(), old, "an earlier packet's key");
             }
         }
-        let refused = refusal(set);
-        assert_eq!(refused.situation(), Situation::NotBound);
+        assert_eq!(refusal(set).situation(), Situation::NotBound);
 
         let _queue = handle.bind_queue(QUEUE).expect("with room for the answer");
         lab.send(b"after");
         let packet = next_packet(&handle, &mut batch);
-        assert_eq!(udp_payload(&packet), b"after");
-        assert_eq!(
-            (packet.id(), packet.key().binding == old.binding),
-            (1, false)
-        );
+        assert_eq!((packet.id(), udp_payload(&packet)), (1, &b"after"[..]));
         let error = handle.verdict(old, Verdict::Drop).unwrap_err();
         assert!(
             matches!(error, Error::Stale { key, .. } if key == old),

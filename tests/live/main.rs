@@ -5,6 +5,8 @@
 
 mod batch;
 mod callback;
+#[path = "../../proto/tests/common/mod.rs"]
+mod common;
 mod config;
 #[path = "../../examples/support/mod.rs"]
 mod examples;
