@@ -3,24 +3,28 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::process::Stdio;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use netlink_sys::{Socket, SocketAddr};
 use nfqnl::consts::{
-    NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQNL_MSG_CONFIG, NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH,
-    NLM_F_CAPPED, NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, message_type,
+    MESSAGE_HEADER_LEN, NFQA_MARK, NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_VLAN, NFQNL_MSG_CONFIG,
+    NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, NLM_F_CAPPED, NLMSG_DONE,
+    NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, message_type,
 };
 use nfqnl::proto::ConfigRequest;
 use nfqnl::{
-    CopyMode, Error, Event, Family, Handle, Operation, Queue, RecvBatch, Situation, Stats, Verdict,
+    CopyMode, Error, Event, Family, Handle, Operation, Queue, QueueConfig, RecvBatch, Situation,
+    Stats, Verdict,
 };
 use nfqnl_testkit::netns::{isolated, part, part_in_another_process};
 use nfqnl_testkit::socket;
 use rustix::event::{PollFd, PollFlags};
 
-use crate::common::{MessageBuilder, wire};
+use crate::common::{MessageBuilder, datagram, wire};
 use crate::lab::{
-    Lab, QUEUE, configure_past_the_library, is_silent, next_packet, refusal, udp_payload,
+    Lab, QUEUE, configure_past_the_library, is_silent, next_packet, recv_past_the_library, refusal,
+    udp_payload,
 };
 
 /// A packet of a queue, as the kernel would send it
@@ -272,6 +276,183 @@ fn handles_that_are_opened_under_fire_hear_the_kernel_alone() {
         }
         for forger in &mut forgers {
             forger.kill().unwrap();
+        }
+    });
+}
+
+/// What comes of a broken datagram: an error, and whether it names the packet, or nothing but a count
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Found {
+    Malformed { names_packet: bool },
+    Truncated { names_packet: bool },
+    Discarded,
+    Overrun,
+    Nothing,
+}
+
+/// Each breaks another rule, and whether the messages behind it can't be found
+fn broken_datagrams() -> Vec<(Vec<u8>, Found, bool)> {
+    const PACKET: u16 = message_type(NFQNL_MSG_PACKET);
+    // The id that the last packet had, so that none seems to be missing
+    let good = |queue| packet(queue, 1);
+    let no_mark = |queue, len: u16| good(queue).field([0]).field(wire![len, NFQA_MARK, [0; 4]]);
+    let noop = MessageBuilder::new(NLMSG_NOOP, 0).build();
+    let with_len = |len: u32, message: &[u8]| wire![len, message[4..]];
+    let whole = good(QUEUE).attr(NFQA_PAYLOAD, [0; 64]).build();
+    let malformed = |names_packet| Found::Malformed { names_packet };
+    let truncated = |names_packet| Found::Truncated { names_packet };
+
+    let mut all = Vec::new();
+    for len in 1..MESSAGE_HEADER_LEN {
+        all.push((vec![0; len], malformed(false), true));
+    }
+    for len in 0..16 {
+        all.push((with_len(len, &noop), malformed(false), true));
+        all.push((with_len(len, &whole), malformed(true), true));
+    }
+    for len in [1 << 20, u32::MAX - 3, u32::MAX] {
+        all.push((with_len(len, &noop), truncated(false), true));
+        all.push((with_len(len, &whole), truncated(true), true));
+    }
+    // Of an attribute behind the packet's header, and of that itself
+    for len in [0, 1, 2, 3, 9, u16::MAX] {
+        all.push((no_mark(QUEUE, len).build(), malformed(true), false));
+        all.push((no_mark(QUEUE + 1, len).build(), Found::Discarded, false));
+        let header = MessageBuilder::packet(Family::INET, QUEUE);
+        let header = header.field(wire![len, NFQA_PACKET_HDR, [0; 4]]);
+        all.push((header.build(), malformed(false), false));
+    }
+    let empty = MessageBuilder::packet(Family::INET, QUEUE);
+    let vlan = good(QUEUE).attr(NFQA_VLAN, wire![9_u16, 1_u16, [0; 4]]);
+    let twice = good(QUEUE).attr(NFQA_MARK, [0; 4]).attr(NFQA_MARK, [0; 3]);
+    all.extend([
+        (
+            MessageBuilder::new(PACKET, 0).build(),
+            malformed(false),
+            false,
+        ),
+        (empty.build(), malformed(false), false),
+        (vlan.build(), malformed(true), false),
+        (twice.build(), malformed(true), false),
+        (
+            MessageBuilder::new(NLMSG_ERROR, 0).build(),
+            malformed(false),
+            false,
+        ),
+        (good(QUEUE + 1).build(), Found::Discarded, false),
+        (
+            MessageBuilder::new(NLMSG_OVERRUN, 0).build(),
+            Found::Overrun,
+            false,
+        ),
+        (
+            MessageBuilder::new(NLMSG_DONE, 0).build(),
+            Found::Nothing,
+            false,
+        ),
+        (
+            MessageBuilder::new(u16::MAX, u16::MAX).build(),
+            Found::Nothing,
+            false,
+        ),
+        (noop, Found::Nothing, false),
+    ]);
+    for (kind, seq) in [(PACKET, 1), (message_type(NFQNL_MSG_CONFIG), 1), (0, 0)] {
+        all.push((answer(-libc::EPERM, kind, seq, 0), Found::Nothing, false));
+    }
+    all
+}
+
+/// By what the call says, and by what it has counted
+fn found(result: &nfqnl::Result<usize>, before: Stats, after: Stats) -> Found {
+    let counts = [
+        after.malformed - before.malformed,
+        after.truncated - before.truncated,
+        after.discarded - before.discarded,
+        after.overruns - before.overruns,
+    ];
+    match (result, counts) {
+        (Err(Error::Decode { key, .. }), [1, 0, 0, 0]) => Found::Malformed {
+            names_packet: key.is_some(),
+        },
+        (Err(Error::Truncated { key, .. }), [0, 1, 0, 0]) => Found::Truncated {
+            names_packet: key.is_some(),
+        },
+        (Ok(0), [0, 0, 1, 0]) => Found::Discarded,
+        (Ok(0), [0, 0, 0, 1]) => Found::Overrun,
+        (Ok(0), [0, 0, 0, 0]) => Found::Nothing,
+        _ => panic!("{result:?}, counted {counts:?}"),
+    }
+}
+
+/// The packet that waits in the kernel meanwhile, those around it in one datagram, and those passed on later
+#[test]
+fn a_broken_datagram_is_an_error_or_skipped_and_loses_no_packet() {
+    isolated(|| {
+        let lab = Lab::new();
+        let mut handle = nfqnl::open().unwrap();
+        let (send, seen) = mpsc::channel();
+        let config = QueueConfig::new().copy_mode(CopyMode::PACKET, 0);
+        let _queue = handle
+            .create_queue_with(QUEUE, &config, move |data| {
+                send.send(udp_payload(data.packet()).to_vec()).unwrap();
+                data.set_verdict(Verdict::Accept, None);
+            })
+            .unwrap();
+        for (broken, expected, is_end) in broken_datagrams() {
+            let what = format!("{expected:?} in {broken:?}");
+            lab.send(b"waits");
+            let before = handle.stats();
+            let result = handle.handle_packet(&broken);
+            assert_eq!(found(&result, before, handle.stats()), expected, "{what}");
+            let waits = recv_past_the_library(&handle);
+            assert_eq!(handle.handle_packet(&waits).unwrap(), 1, "{what}");
+
+            let [front, behind] = [b"front" as &[u8], b"behind"].map(|payload| {
+                lab.send(payload);
+                recv_past_the_library(&handle)
+            });
+            let around = handle.handle_packet(&datagram([&front, &broken, &behind]));
+            assert_eq!(around.is_err(), result.is_err(), "{what}");
+            if is_end {
+                assert_eq!(handle.handle_packet(&behind).unwrap(), 1, "{what}");
+            } else if let Ok(packets) = around {
+                assert_eq!(packets, 2, "{what}");
+            }
+            for payload in [b"waits" as &[u8], b"front", b"behind"] {
+                assert_eq!(seen.try_recv().as_deref(), Ok(payload), "{what}");
+                assert_eq!(lab.recv().as_deref(), Some(payload), "{what}");
+            }
+            assert!(seen.try_recv().is_err(), "{what}");
+        }
+        assert_eq!(handle.stats().refused_verdicts, 0);
+        assert!(is_silent(&handle, &mut RecvBatch::default()));
+    });
+}
+
+/// The second time it is gone, which is no more than a refusal
+#[test]
+fn a_datagram_that_is_passed_on_twice_is_answered_once() {
+    isolated(|| {
+        let lab = Lab::new();
+        let mut handle = nfqnl::open().unwrap();
+        let config = QueueConfig::new().copy_mode(CopyMode::PACKET, 0);
+        let _queue = handle
+            .create_queue_with(QUEUE, &config, |data| {
+                data.set_verdict(Verdict::Accept, None);
+            })
+            .unwrap();
+        for refused in 1..3 {
+            lab.send(b"once");
+            let datagram = recv_past_the_library(&handle);
+            for _ in 0..2 {
+                assert_eq!(handle.handle_packet(&datagram).unwrap(), 1);
+            }
+            let answer = recv_past_the_library(&handle);
+            assert_eq!(handle.handle_packet(&answer).unwrap(), 0);
+            assert_eq!(handle.stats().refused_verdicts, refused);
+            assert_eq!(lab.recv().as_deref(), Some(&b"once"[..]));
+            assert!(lab.v4.is_silent());
         }
     });
 }
