@@ -156,8 +156,9 @@ impl Shared {
 }
 
 impl State {
-    /// Notes that a queue was unbound; one at a time of each number, since binding it again outwaits that first
+    /// Notes that a queue was unbound: one entry for each number at most, since binding that again outwaits it first
     fn note_ending(&mut self, queue: u16) {
+        debug_assert!(self.ended.iter().all(|&(ended, _)| ended != queue));
         self.endings += 1;
         self.ended.push((queue, self.endings));
     }

@@ -430,6 +430,30 @@ fn a_broken_datagram_is_an_error_or_skipped_and_loses_no_packet() {
     });
 }
 
+/// Neither do packets pile up in here that nobody receives: the kernel holds each until it is answered, and no more than its
+/// limit
+#[test]
+fn what_requests_keep_for_later_is_no_more_than_may_wait() {
+    isolated(|| {
+        const MAXLEN: u32 = 50;
+        let lab = Lab::new();
+        let handle = Handle::open().unwrap();
+        let queue = handle.bind_queue(QUEUE).unwrap();
+        for _ in 0..20 {
+            queue.set_maxlen(MAXLEN).unwrap();
+            lab.send_numbered(0..2 * MAXLEN);
+        }
+        handle.sync().unwrap();
+        assert_eq!(handle.stats().packets, u64::from(MAXLEN));
+        let mut batch = RecvBatch::default();
+        for number in 0..MAXLEN {
+            let packet = next_packet(&handle, &mut batch);
+            assert_eq!(udp_payload(&packet), number.to_be_bytes());
+        }
+        assert!(is_silent(&handle, &mut batch));
+    });
+}
+
 /// The second time it is gone, which is no more than a refusal
 #[test]
 fn a_datagram_that_is_passed_on_twice_is_answered_once() {
