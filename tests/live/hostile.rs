@@ -23,8 +23,8 @@ use rustix::event::{PollFd, PollFlags};
 
 use crate::common::{MessageBuilder, datagram, wire};
 use crate::lab::{
-    Lab, QUEUE, configure_past_the_library, is_silent, next_packet, recv_past_the_library, refusal,
-    udp_payload,
+    Lab, QUEUE, configure_past_the_library, is_free, is_silent, next_packet, recv_past_the_library,
+    refusal, udp_payload,
 };
 
 /// A packet of a queue, as the kernel would send it
@@ -492,22 +492,20 @@ fn a_lost_answer_to_a_binding_leaves_no_key_from_before_that_hits_a_later_packet
         lab.send(b"before");
         let old = next_packet(&handle, &mut batch).key();
         configure_past_the_library(&handle, &ConfigRequest::unbind(QUEUE));
-        // Refused each, until the receive buffer has no room for more answers.
-        for _ in 0..200 {
-            handle.verdict(old, Verdict::Accept).unwrap();
+        for num in [QUEUE, QUEUE + 1] {
+            // Refused each, until the receive buffer has no room for more answers.
+            for _ in 0..200 {
+                handle.verdict(old, Verdict::Accept).unwrap();
+            }
+            let error = handle.bind_queue(num).unwrap_err();
+            let op = Operation::Bind(num);
+            assert!(
+                matches!(error, Error::NoAck { op: of, .. } if of == op),
+                "{error:?}"
+            );
+            while !is_silent(&handle, &mut batch) {}
+            assert!(is_free(num), "the handle has given it up");
         }
-        let error = handle.bind_queue(QUEUE).unwrap_err();
-        assert!(
-            matches!(
-                error,
-                Error::NoAck {
-                    op: Operation::Bind(QUEUE),
-                    ..
-                }
-            ),
-            "{error:?}"
-        );
-        while !is_silent(&handle, &mut batch) {}
         let set = before.set_mode(CopyMode::PACKET, 0);
         lab.send(b"of a later binding, if there is one");
         while let Some(event) = handle.try_recv(&mut batch).unwrap().next() {
