@@ -8,8 +8,8 @@ use common::{
 };
 use nfqnl_proto::consts::*;
 use nfqnl_proto::{
-    Attrs, DecodeError, Family, Header, Hook, HwAddr, Message, Messages, Packet, PacketKey, Reply,
-    RequestHeader, SkbInfo, Verdict, Vlan,
+    Attrs, DecodeError, EncodeError, Family, Header, Hook, HwAddr, Message, Messages, Packet,
+    PacketKey, Reply, RequestHeader, SkbInfo, Verdict, Vlan,
 };
 use std::time::Duration;
 
@@ -474,6 +474,68 @@ fn attribute_errors_say_where() {
             "attribute 2 within attribute 19 at byte 136 needs 2 bytes of value, has 1",
             "attribute 3 within attribute 19 at byte 136 says it is 7 bytes long, 6 are left",
             "attribute 3 within attribute 19 at byte 136 says it is 0 bytes long, 6 are left",
+        ]
+    );
+}
+
+/// All the others, word by word
+#[test]
+fn errors_are_one_line_each() {
+    let short = |what| DecodeError::Short {
+        what,
+        offset: 20,
+        needed: 16,
+        had: 3,
+    };
+    let texts = [
+        short(Header::Message).to_string(),
+        short(Header::Family).to_string(),
+        short(Header::Error).to_string(),
+        DecodeError::MessageLength {
+            offset: 20,
+            len: 15,
+            needed: 16,
+        }
+        .to_string(),
+        DecodeError::Truncated {
+            offset: 20,
+            needed: 600,
+            had: 200,
+        }
+        .to_string(),
+        DecodeError::NotAPacket {
+            message_type: 0x0301,
+        }
+        .to_string(),
+        DecodeError::TooLong {
+            had: 262_145,
+            max: 262_144,
+        }
+        .to_string(),
+        EncodeError::NoSpace {
+            needed: 32,
+            had: 31,
+        }
+        .to_string(),
+        EncodeError::AttributeTooLong {
+            kind: NFQA_PAYLOAD,
+            had: 65532,
+            max: 65531,
+        }
+        .to_string(),
+    ];
+    assert_eq!(
+        texts,
+        [
+            "netlink header at byte 20 needs 16 bytes, 3 left",
+            "netfilter header at byte 20 needs 16 bytes, 3 left",
+            "error message at byte 20 needs 16 bytes, 3 left",
+            "netlink message at byte 20 says it is 15 bytes long, its header alone takes 16",
+            "netlink message at byte 20 is 600 bytes long, the buffer holds 200 of them",
+            "message type 0x0301 is not NFQNL_MSG_PACKET",
+            "message of 262145 bytes, at most 262144 can be indexed",
+            "the message needs 32 bytes, the buffer has 31",
+            "attribute 10 has 65532 bytes of value, at most 65531 fit",
         ]
     );
 }
