@@ -694,13 +694,21 @@ impl Turn<'_> {
         }
     }
 
-    /// Deals with the first event of a datagram, after laying by what follows it
+    /// Deals with the first event of a datagram, after laying by the messages that follow it, one by one
     fn handle_datagram(&mut self, datagram: &[u8]) {
         let mut messages = Messages::new(datagram);
         let event = next_event(&mut messages, self.bindings);
-        if !messages.rest().is_empty() {
-            self.rest
-                .push_front(Stashed::Datagram(messages.rest().into()));
+        let mut behind = VecDeque::new();
+        let mut rest = messages.rest();
+        while messages.next().is_some() {
+            let len = rest.len().saturating_sub(messages.rest().len());
+            let message = rest.get(..len).unwrap_or_default();
+            behind.push_back(Stashed::Datagram(message.into()));
+            rest = messages.rest();
+        }
+        if !behind.is_empty() {
+            behind.append(&mut self.rest);
+            self.rest = behind;
         }
         if let Some(event) = event {
             self.handle(event);

@@ -19,6 +19,7 @@ use nfqnl::{
 };
 use nfqnl_testkit::netns::{isolated, part, part_in_another_process};
 use nfqnl_testkit::socket;
+use nfqnl_testkit::traffic::TIMEOUT;
 use rustix::event::{PollFd, PollFlags};
 
 use crate::common::{MessageBuilder, datagram, wire};
@@ -451,6 +452,31 @@ fn what_requests_keep_for_later_is_no_more_than_may_wait() {
             assert_eq!(udp_payload(&packet), number.to_be_bytes());
         }
         assert!(is_silent(&handle, &mut batch));
+    });
+}
+
+/// Far more than any kernel sends: the time that it takes grows with their number, and not with its square
+#[test]
+fn a_datagram_of_very_many_messages_is_dealt_with_in_time() {
+    isolated(|| {
+        const MANY: usize = 1 << 18;
+        let lab = Lab::new();
+        let mut handle = nfqnl::open().unwrap();
+        let config = QueueConfig::new().copy_mode(CopyMode::PACKET, 0);
+        let _queue = handle
+            .create_queue_with(QUEUE, &config, |data| {
+                data.set_verdict(Verdict::Accept, None);
+            })
+            .unwrap();
+        lab.send(b"behind them all");
+        let packet = recv_past_the_library(&handle);
+        let overruns = MessageBuilder::new(NLMSG_OVERRUN, 0).build().repeat(MANY);
+        let begin = Instant::now();
+        let handled = handle.handle_packet(&datagram([overruns, packet]));
+        assert_eq!(handled.unwrap(), 1);
+        assert!(begin.elapsed() < TIMEOUT, "{:?}", begin.elapsed());
+        assert_eq!(handle.stats().overruns, u64::try_from(MANY).unwrap());
+        assert_eq!(lab.recv().as_deref(), Some(&b"behind them all"[..]));
     });
 }
 
