@@ -119,7 +119,7 @@ fn answer_packets(options: &Options) -> Result<[usize; 5]> {
     let config = QueueConfig::new()
         .copy_mode(CopyMode::PACKET, 0xffff)
         .flags(options.flags, options.flags);
-    let queue = handle.bind_queue_with(options.queue, &config)?;
+    let _queue = handle.bind_queue_with(options.queue, &config)?;
 
     // One at a time, if each is answered late, or has many refusals come before the next one
     let slots = if options.delay.is_some() || options.bogus {
@@ -131,16 +131,15 @@ fn answer_packets(options: &Options) -> Result<[usize; 5]> {
     let mut verdicts = VerdictBatch::new();
     let mut held = Vec::new();
     let mut counts = [0; 5];
-    let mut last = Instant::now();
-    while options
-        .timeout
-        .is_none_or(|timeout| last.elapsed() < timeout)
-    {
-        let events = match options.timeout {
-            Some(timeout) => handle.recv_deadline(&mut batch, last + timeout)?,
+    loop {
+        let deadline = options.timeout.map(|timeout| Instant::now() + timeout);
+        let events = match deadline {
+            Some(deadline) => handle.recv_deadline(&mut batch, deadline)?,
             None => handle.recv(&mut batch)?,
         };
+        let mut is_idle = true;
         for event in events {
+            is_idle = false;
             match event {
                 Event::Packet(packet) => {
                     let count = counts.get_mut(usize::from(packet.hook().0));
@@ -169,12 +168,12 @@ fn answer_packets(options: &Options) -> Result<[usize; 5]> {
                 Event::Refused(refusal) => return Err(Box::new(refusal)),
                 other => return Err(format!("{other:?}").into()),
             }
-            last = Instant::now();
         }
         handle.send(&mut verdicts)?;
+        if is_idle && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Ok(counts);
+        }
     }
-    queue.destroy()?;
-    Ok(counts)
 }
 
 /// The line that is expected of this program: where it says "hook" is the protocol, and the hook behind the other word
