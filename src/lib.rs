@@ -32,7 +32,8 @@
 //!
 //! # Privileges
 //! Every request, verdicts included, takes `CAP_NET_ADMIN` in the user namespace that owns the socket's network
-//! namespace. `unshare -Urn` gives an ordinary user one of each.
+//! namespace; so does opening the socket, which shows at the first request. `unshare -Urn` gives an ordinary user one of
+//! each.
 //!
 //! # Losses
 //! The kernel drops packets that find the queue or the socket's receive buffer full (or accepts them, with

@@ -122,6 +122,18 @@ fn without_privilege_every_request_is_refused() {
     });
 }
 
+#[test]
+fn who_opened_the_socket_needs_the_privilege_too() {
+    isolated(|| {
+        let handle = user::without_net_admin(|| Handle::open().unwrap());
+        let op = Operation::Bind(QUEUE);
+        let refusal = refusal(handle.bind_queue(QUEUE));
+        let situation = Situation::NotPermitted;
+        expect_refusal(&refusal, op, libc::EPERM, situation, "CAP_NET_ADMIN");
+        drop(Handle::open().unwrap().bind_queue(QUEUE).unwrap());
+    });
+}
+
 /// EPERM again
 #[test]
 fn a_queue_of_another_owner_is_refused_until_it_is_free() {
