@@ -274,7 +274,7 @@ fn payloads_that_would_crash_or_be_cut_are_refused_before_they_are_sent() {
                 .verdict(key, Verdict::Accept.with_payload(payload))
                 .unwrap_err();
             let named = match payload.len() {
-                len if len == too_long.len() => matches!(error, nfqnl::Error::Encode(_)),
+                len if len == too_long.len() => matches!(error, nfqnl::Error::Encode { .. }),
                 _ => matches!(error, nfqnl::Error::PayloadTooShort { .. }),
             };
             assert!(named, "{error:?} for {} bytes", payload.len());
