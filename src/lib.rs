@@ -49,6 +49,17 @@
 //!   versions of that crate; a release of this one that raises it is no breaking one.
 //! * `tokio`: `AsyncHandle`, for tokio 1.53.3 and later.
 #![cfg_attr(docsrs, feature(doc_cfg))]
+// Nothing from outside makes it panic.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::string_slice,
+        clippy::unreachable
+    )
+)]
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
