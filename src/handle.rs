@@ -230,14 +230,25 @@ impl HandleBuilder {
                 source,
             })?;
         }
+        let handle = self.over(socket)?;
+        handle.shared.discard_foreign()?;
+        Ok(handle)
+    }
+
+    fn over(self, socket: Socket) -> Result<Handle> {
         let shared = Shared::new(socket, self.ack_timeout, self.coalesce).map_err(open_error)?;
-        shared.discard_foreign()?;
         Ok(Handle {
             shared: Arc::new(shared),
             bindings: Bindings::default(),
             verdicts: VerdictBatch::new(),
             callbacks: Mutex::default(),
         })
+    }
+
+    /// A handle over a socket that is left as it is, for a target's kernel to speak for
+    #[cfg(fuzzing)]
+    pub(crate) fn open_over(self, fd: OwnedFd) -> Result<Handle> {
+        self.over(sys::socket_from(fd))
     }
 }
 

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nfqnl_proto::{Message, Messages, Packet, PacketKey};
@@ -153,8 +153,7 @@ impl Shared {
         at_most: Duration,
     ) -> MutexGuard<'s, State> {
         state.sleepers += 1;
-        let wait = self.changed.wait_timeout(state, at_most);
-        state = wait.unwrap_or_else(PoisonError::into_inner).0;
+        state = sys::wait_for(&self.changed, state, at_most);
         state.sleepers -= 1;
         state
     }
@@ -183,15 +182,13 @@ impl Shared {
                 None => -1,
                 Some(deadline) => {
                     // Rounded up, so that the last wait is not a spin.
-                    let left = deadline
-                        .saturating_duration_since(Instant::now())
-                        .as_micros();
+                    let left = deadline.saturating_duration_since(sys::now()).as_micros();
                     left.div_ceil(1000).try_into().unwrap_or(libc::c_int::MAX)
                 }
             };
             match sys::wait_readable(self.as_fd(), timeout) {
                 Ok(true) => return Ok(true),
-                Ok(false) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
+                Ok(false) if deadline.is_some_and(|deadline| sys::now() >= deadline) => {
                     return Ok(false);
                 }
                 Ok(false) => {}

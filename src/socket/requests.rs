@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use nfqnl_proto::consts::{MESSAGE_HEADER_LEN, NFQNL_MSG_CONFIG, NLMSG_NOOP, message_type};
 use nfqnl_proto::{ConfigRequest, Reply, RequestHeader, encode_noop};
@@ -96,7 +95,7 @@ impl Shared {
 
     /// Reads until the answer is there; the kernel has sent it before our send returned, unless its buffer was full
     fn wait_for_answer(&self, Pending { op, seq, drops }: Pending) -> Result<()> {
-        let begin = Instant::now();
+        let begin = sys::now();
         let mut buf = vec![0; REQUEST_BUFFER_LEN];
         let mut state = self.state();
         loop {
@@ -104,7 +103,7 @@ impl Shared {
             if let Some(answer) = state.take_answer(seq) {
                 return Ok(answer?);
             }
-            let waited = begin.elapsed();
+            let waited = sys::now().saturating_duration_since(begin);
             let is_empty = !state.has_reader && self.read_to_stash(&mut state, &mut buf)?;
             // Nobody else has it, and it is not there: the kernel had no room for it.
             let is_lost = is_empty
