@@ -56,11 +56,32 @@ pub(crate) struct Contents {
 /// Something that a configuration call received while it waited for its answer
 #[derive(Debug)]
 pub(crate) enum Stashed {
+    /// In the stash one message alone, so that a packet can go with its queue
     Datagram(Box<[u8]>),
     Overrun,
 }
 
 impl Stashed {
+    /// The events of a datagram, each by itself
+    pub(crate) fn each(datagram: &[u8], bindings: &Bindings) -> impl Iterator<Item = Self> {
+        let mut messages = Messages::new(datagram);
+        std::iter::from_fn(move || {
+            let from = messages.rest();
+            messages.next()?.ok();
+            from.get(..from.len() - messages.rest().len())
+        })
+        .filter(|message| next_event(&mut Messages::new(message), bindings).is_some())
+        .map(|message| Self::Datagram(message.into()))
+    }
+
+    /// The same for what is no datagram, too
+    pub(crate) fn apart(self, bindings: &Bindings) -> Vec<Self> {
+        match self {
+            Self::Datagram(bytes) => Self::each(&bytes, bindings).collect(),
+            Self::Overrun => vec![self],
+        }
+    }
+
     /// The packet, if it begins with one
     pub(crate) fn key(&self) -> Option<PacketKey> {
         match self {

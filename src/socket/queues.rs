@@ -176,3 +176,42 @@ fn check_config(queue: u16, config: &QueueConfig) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
+    use nfqnl_proto::consts::{NFQNL_MSG_PACKET, NLMSG_NOOP, message_type};
+
+    use super::*;
+
+    /// Or a later binding of the queue would have it for one of its own
+    #[test]
+    fn a_stashed_packet_goes_with_its_queue_wherever_in_a_datagram_it_was() {
+        let socket = Socket::new(isize::from(NETLINK_NETFILTER)).unwrap();
+        let shared = Shared::new(socket, Duration::ZERO, true).unwrap();
+        let message = |kind: u16, body: &[u8]| {
+            let len = u32::try_from(16 + body.len()).unwrap().to_ne_bytes();
+            [&len[..], &kind.to_ne_bytes(), &[0; 10], body].concat()
+        };
+        let packet_of = |queue: u8| {
+            let header = [11_u16.to_ne_bytes(), 1_u16.to_ne_bytes()].concat();
+            let body = [&[2, 0, 0, queue][..], &header, &[0, 0, 0, 1, 8, 0, 1, 0]].concat();
+            message(message_type(NFQNL_MSG_PACKET), &body)
+        };
+        let noop = message(NLMSG_NOOP, &[]);
+        let datagram = [noop, packet_of(7), packet_of(8), packet_of(7)].concat();
+
+        let mut state = shared.state();
+        let [seventh, eighth] = [7, 8].map(|queue| {
+            let binding = Binding::new(queue, false);
+            let id = binding.id;
+            shared.change_bindings(&mut state, |bindings| bindings.insert(binding));
+            id
+        });
+        assert!(!shared.stash(&mut state, Ok(&datagram)).unwrap());
+        assert!(shared.forget(&mut state, seventh));
+        assert_eq!((state.stats.packets, state.stats.discarded), (3, 2));
+        assert!(shared.forget(&mut state, eighth));
+        assert_eq!((state.stats.packets, state.stats.discarded), (3, 3));
+    }
+}

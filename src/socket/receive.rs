@@ -229,7 +229,9 @@ impl Shared {
     }
 
     /// Puts back what was taken in and could not be looked at, in front of what has come since
-    pub(crate) fn put_back(&self, mut rest: VecDeque<Stashed>, bindings: &Bindings) {
+    pub(crate) fn put_back(&self, rest: VecDeque<Stashed>, bindings: &Bindings) {
+        let apart = rest.into_iter().flat_map(|all| all.apart(bindings));
+        let mut rest: VecDeque<_> = apart.collect();
         if rest.is_empty() {
             return;
         }

@@ -158,11 +158,14 @@ impl Shared {
     }
 
     /// Sees what was received, keeps it if there is an event in it, and says whether nothing was there
-    fn stash(&self, state: &mut State, received: io::Result<&[u8]>) -> Result<bool> {
+    pub(super) fn stash(&self, state: &mut State, received: io::Result<&[u8]>) -> Result<bool> {
         match received {
             Ok(datagram) => {
                 if self.note(state, datagram, sole_packet(datagram).as_ref()) {
-                    state.stash.push_back(Stashed::Datagram(datagram.into()));
+                    let State {
+                        stash, bindings, ..
+                    } = state;
+                    stash.extend(Stashed::each(datagram, bindings));
                 }
                 Ok(false)
             }
