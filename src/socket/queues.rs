@@ -7,7 +7,7 @@ use nfqnl_proto::{ConfigRequest, CopyMode, QueueConfig};
 use super::requests::Pending;
 use super::{Shared, State};
 use crate::bindings::{Binding, BindingId, Bindings};
-use crate::error::{Error, Operation, Result};
+use crate::error::{Error, Operation, Result, Situation};
 use crate::sys;
 
 impl Shared {
@@ -54,8 +54,10 @@ impl Shared {
         let result = self.finish(pending);
         match &result {
             Ok(()) => {}
-            Err(Error::Refused(_)) => {
-                self.forget(&mut self.state(), id);
+            Err(Error::Refused(refusal)) => {
+                let mut state = self.state();
+                self.forget(&mut state, id);
+                state.note_refused_bind(queue, refusal.situation());
             }
             // The kernel may have bound it.
             Err(_) => self.post_unbind(id),
@@ -134,8 +136,7 @@ impl Shared {
     }
 
     fn begin_unbind(&self, state: &mut State, queue: u16) -> Result<Pending> {
-        state.endings += 1;
-        state.ended.push((queue, state.endings));
+        state.note_ended(queue);
         let request = ConfigRequest::unbind(queue);
         self.begin(state, Operation::Unbind(queue), Some(&request))
     }
@@ -161,6 +162,20 @@ impl Shared {
     /// The bindings that stand now
     pub(crate) fn present_bindings(&self) -> Bindings {
         self.state().bindings.clone()
+    }
+}
+
+impl State {
+    fn note_ended(&mut self, queue: u16) {
+        self.endings += 1;
+        self.ended.push((queue, self.endings));
+    }
+
+    /// A queue that the socket has, and this handle has not, may end at any time, and nothing will tell
+    fn note_refused_bind(&mut self, queue: u16, situation: Situation) {
+        if situation == Situation::AlreadyBound {
+            self.note_ended(queue);
+        }
     }
 }
 
@@ -213,5 +228,15 @@ mod tests {
         assert_eq!((state.stats.packets, state.stats.discarded), (3, 2));
         assert!(shared.forget(&mut state, eighth));
         assert_eq!((state.stats.packets, state.stats.discarded), (3, 3));
+    }
+
+    /// Its last packets could come under a later binding
+    #[test]
+    fn a_queue_that_the_socket_has_and_the_handle_has_not_may_end_before_it_is_bound() {
+        let mut state = State::default();
+        state.note_refused_bind(7, Situation::NotPermitted);
+        assert_eq!(state.ended, [], "somebody else has it");
+        state.note_refused_bind(8, Situation::AlreadyBound);
+        assert_eq!(state.ended, [(8, 1)]);
     }
 }
