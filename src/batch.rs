@@ -8,7 +8,7 @@ use nfqnl_proto::consts::{MAX_PAYLOAD, align};
 use nfqnl_proto::{CopyMode, Messages, Packet, PacketIndex, PacketKey};
 
 use crate::bindings::Bindings;
-use crate::event::{Event, next_event};
+use crate::event::{Event, next_event, next_message};
 use crate::sys::{self, RECV_MAX, Wait};
 
 /// Room for what one receive call takes: slots of equal length, one datagram each
@@ -65,13 +65,9 @@ impl Stashed {
     /// The events of a datagram, each by itself
     pub(crate) fn each(datagram: &[u8], bindings: &Bindings) -> impl Iterator<Item = Self> {
         let mut messages = Messages::new(datagram);
-        std::iter::from_fn(move || {
-            let from = messages.rest();
-            messages.next()?.ok();
-            from.get(..from.len() - messages.rest().len())
-        })
-        .filter(|message| next_event(&mut Messages::new(message), bindings).is_some())
-        .map(|message| Self::Datagram(message.into()))
+        std::iter::from_fn(move || next_message(&mut messages))
+            .filter(|(bytes, _)| next_event(&mut Messages::new(bytes), bindings).is_some())
+            .map(|(bytes, _)| Self::Datagram(bytes.into()))
     }
 
     /// The same for what is no datagram, too

@@ -13,7 +13,7 @@ use super::{Shared, State};
 use crate::batch::{Contents, RecvBatch, Stashed};
 use crate::bindings::{Bindings, Noted, Stretch};
 use crate::error::{Error, Operation, Refusal, Result};
-use crate::event::{Event, index_sole_packet, next_event};
+use crate::event::{Event, index_sole_packet, next_event, next_message};
 use crate::sys::{self, Wait};
 
 /// How long a call waits for another thread before it looks again
@@ -274,16 +274,17 @@ impl Shared {
         let mut answered = false;
         let mut messages = Messages::new(datagram);
         loop {
-            let rest = messages.rest();
-            let key = match messages.next() {
-                None => break,
-                Some(Ok(Message::Reply(reply))) => {
+            let Some((bytes, message)) = next_message(&mut messages) else {
+                break;
+            };
+            let key = match message {
+                Ok(Message::Reply(reply)) => {
                     answered |= state.note_answer(&reply);
                     None
                 }
-                Some(Ok(Message::Packet(packet))) => Some(packet.key()),
-                Some(Ok(_)) => None,
-                Some(Err(_)) => PacketKey::peek(rest),
+                Ok(Message::Packet(packet)) => Some(packet.key()),
+                Ok(_) => None,
+                Err(_) => PacketKey::peek(bytes),
             };
             match key {
                 // No event tells of it.
