@@ -20,11 +20,13 @@ impl Shared {
     ) -> Result<BindingId> {
         check_config(queue, &config)?;
         let op = Operation::Bind(queue);
+        let mut had_ended = false;
         let mut state = loop {
             let mut state = self.state();
             if state.ended.iter().any(|&(ended, _)| ended == queue) {
                 drop(state);
                 self.outwait_endings(op)?;
+                had_ended = true;
             } else if let Some(present) = state.bindings.get(queue).map(|binding| binding.id) {
                 // Ours already: let the kernel say so. If it says otherwise, the queue was unbound through another
                 // descriptor of this socket, and the present binding is at its end.
@@ -57,7 +59,7 @@ impl Shared {
             Err(Error::Refused(refusal)) => {
                 let mut state = self.state();
                 self.forget(&mut state, id);
-                state.note_refused_bind(queue, refusal.situation());
+                state.note_refused_bind(queue, had_ended, refusal.situation());
             }
             // The kernel may have bound it.
             Err(_) => self.post_unbind(id),
@@ -171,9 +173,10 @@ impl State {
         self.ended.push((queue, self.endings));
     }
 
-    /// A queue that the socket has, and this handle has not, may end at any time, and nothing will tell
-    fn note_refused_bind(&mut self, queue: u16, situation: Situation) {
-        if situation == Situation::AlreadyBound {
+    /// A queue that the socket has, and this handle has not, may end at any time, and nothing will tell: one that is said
+    /// to be so, or of which that can't be excluded, since an unbinding can be refused too
+    fn note_refused_bind(&mut self, queue: u16, had_ended: bool, situation: Situation) {
+        if had_ended || situation == Situation::AlreadyBound {
             self.note_ended(queue);
         }
     }
@@ -234,9 +237,10 @@ mod tests {
     #[test]
     fn a_queue_that_the_socket_has_and_the_handle_has_not_may_end_before_it_is_bound() {
         let mut state = State::default();
-        state.note_refused_bind(7, Situation::NotPermitted);
+        state.note_refused_bind(7, false, Situation::NotPermitted);
         assert_eq!(state.ended, [], "somebody else has it");
-        state.note_refused_bind(8, Situation::AlreadyBound);
-        assert_eq!(state.ended, [(8, 1)]);
+        state.note_refused_bind(8, false, Situation::AlreadyBound);
+        state.note_refused_bind(9, true, Situation::NotPermitted);
+        assert_eq!(state.ended, [(8, 1), (9, 2)]);
     }
 }
