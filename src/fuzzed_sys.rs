@@ -42,6 +42,8 @@ pub trait Kernel {
     fn has_net_admin(&self) -> bool;
     /// `membarrier(2)`
     fn wait_for_rcu(&self) -> io::Result<()>;
+    /// The longest datagram that it sends, if whoever receives has the room
+    fn longest(&self) -> usize;
     /// The monotonic clock
     fn now(&self) -> Instant;
     /// A wait for another thread, of which there is none: this time has to pass
@@ -112,6 +114,10 @@ pub(crate) fn has_net_admin() -> bool {
 
 pub(crate) fn wait_for_rcu() -> io::Result<()> {
     kernel().map_or_else(real::wait_for_rcu, |kernel| kernel.wait_for_rcu())
+}
+
+pub(crate) fn room_for(longest: usize) -> Vec<u8> {
+    real::room_for(kernel().map_or(longest, |kernel| kernel.longest()))
 }
 
 pub(crate) fn now() -> Instant {

@@ -251,6 +251,11 @@ pub(crate) fn no_huge_pages(memory: &mut [u8]) {
     };
 }
 
+/// Room for a message of this length
+pub(crate) fn room_for(longest: usize) -> Vec<u8> {
+    vec![0; longest]
+}
+
 /// What a wait is measured by
 pub(crate) fn now() -> Instant {
     Instant::now()

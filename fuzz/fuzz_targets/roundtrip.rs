@@ -256,7 +256,11 @@ fuzz_target!(|input: Input<'_>| {
             let mut attrs = Vec::new();
             if let Some((mode, range)) = copy {
                 config = config.copy_mode(CopyMode(mode), range);
-                attrs.push((2, false, [&range.to_be_bytes()[..], &[mode]].concat().into()));
+                attrs.push((
+                    2,
+                    false,
+                    [&range.to_be_bytes()[..], &[mode]].concat().into(),
+                ));
             }
             if let Some(maxlen) = maxlen {
                 config = config.maxlen(maxlen);

@@ -96,7 +96,7 @@ impl Shared {
     /// Reads until the answer is there; the kernel has sent it before our send returned, unless its buffer was full
     fn wait_for_answer(&self, Pending { op, seq, drops }: Pending) -> Result<()> {
         let begin = sys::now();
-        let mut buf = vec![0; REQUEST_BUFFER_LEN];
+        let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
         let mut state = self.state();
         loop {
             // What another thread has read may hold our answer, so look before every read.
@@ -134,7 +134,7 @@ impl Shared {
     ///
     /// A message of the kernel that came before then is kept, as by any request.
     pub(crate) fn discard_foreign(&self) -> Result<()> {
-        let mut buf = vec![0; REQUEST_BUFFER_LEN];
+        let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
         let mut state = self.state();
         loop {
             let is_empty = match sys::recv_with_sender(self.as_fd(), &mut buf) {

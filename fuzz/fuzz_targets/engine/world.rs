@@ -16,6 +16,9 @@ pub const QUEUES: usize = 3;
 /// No message is longer
 pub const LONGEST: usize = 512;
 
+/// So many come in one datagram at most
+pub const JOINED: usize = 4;
+
 /// More bindings than this there are never
 pub const GENERATIONS: usize = 64;
 
@@ -146,7 +149,7 @@ pub struct World {
     pub dropped: u32,
     pub interruptions: u8,
     /// How many of the next messages come in one datagram with what follows them
-    pub joins: u8,
+    pub joins: usize,
     /// Of the last request
     last_seq: u32,
     /// Sent while their queue was unbound, and not there yet
