@@ -5,9 +5,12 @@
 
 mod batch;
 mod callback;
+#[path = "../../proto/tests/common/mod.rs"]
+mod common;
 mod config;
 #[path = "../../examples/support/mod.rs"]
 mod examples;
+mod hostile;
 mod lab;
 mod lifetime;
 mod optional;
