@@ -26,6 +26,7 @@ pub mod alloc;
 pub mod cpu;
 pub mod hosts;
 pub mod kernel;
+pub mod ledger;
 pub mod link;
 mod netlink;
 pub mod netns;
