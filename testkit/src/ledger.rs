@@ -14,7 +14,6 @@ use crate::traffic::{TIMEOUT, Udp};
 pub struct Ledger {
     packets: Vec<AtomicU8>,
     sent: AtomicU32,
-    /// How many have come to their end: delivered, dropped by a verdict, or gone
     settled: AtomicU32,
 }
 
@@ -68,10 +67,16 @@ impl Ledger {
         self.sent.load(Ordering::SeqCst)
     }
 
-    /// How many have not come to their end, as far as is known
+    /// How many have come to their end, as far as is known: delivered, dropped by a verdict, or lost
+    #[must_use]
+    pub fn settled(&self) -> u32 {
+        self.settled.load(Ordering::SeqCst)
+    }
+
+    /// How many have not
     #[must_use]
     pub fn open(&self) -> u32 {
-        self.sent() - self.settled.load(Ordering::SeqCst)
+        self.sent() - self.settled()
     }
 
     /// Notes that a verdict accepts a packet
@@ -129,20 +134,32 @@ impl Ledger {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             self.collect(socket).expect("a socket to receive from");
-            let unexplained = self.that_are(ACCEPTED).next();
-            let counts = [0, DELIVERED].map(|entry| self.that_are(entry).count() as u64);
-            if unexplained.is_none() && counts == [lost, passed] {
-                return;
+            match self.imbalance(lost, passed) {
+                None => return,
+                Some(imbalance) => assert!(Instant::now() < deadline, "{imbalance}"),
             }
-            assert!(
-                Instant::now() < deadline,
-                "not balanced: [lost, passed] are {counts:?} of {}, and should be {:?}; accepted and not delivered is \
-                 {unexplained:?}",
-                self.sent(),
-                [lost, passed],
-            );
             thread::yield_now();
         }
+    }
+
+    /// What can't be explained, if anything
+    fn imbalance(&self, lost: u64, passed: u64) -> Option<String> {
+        let mut missing = self.that_are(ACCEPTED);
+        if let Some(first) = missing.next() {
+            let more = missing.count();
+            return Some(format!(
+                "packet {first} and {more} more were accepted, and not delivered"
+            ));
+        }
+        let [is_lost, has_passed] = [0, DELIVERED].map(|entry| self.that_are(entry).count() as u64);
+        let is_balanced = is_lost == lost && has_passed == passed;
+        (!is_balanced).then(|| {
+            format!(
+                "without a verdict, {is_lost} packets of {} are lost, and {lost} counted; {has_passed} have passed, and \
+                 {passed} are counted",
+                self.sent()
+            )
+        })
     }
 
     /// The packets whose entry is this
@@ -160,5 +177,71 @@ fn describe(entry: u8) -> String {
         "open".to_owned()
     } else {
         set.join(" and ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ledger(packets: u32) -> Ledger {
+        let ledger = Ledger::new(packets);
+        ledger.send(packets, |_| {});
+        ledger
+    }
+
+    #[test]
+    fn all_is_balanced_when_each_packet_is_accounted_for() {
+        let ledger = ledger(6);
+        ledger.accept(0);
+        ledger.note(0, DELIVERED);
+        ledger.note(1, DELIVERED); // which may be seen first
+        ledger.accept(1);
+        ledger.drop(2);
+        ledger.accept(3);
+        ledger.lose(3);
+        ledger.note(4, DELIVERED);
+        assert_eq!(ledger.imbalance(1, 1), None);
+        assert_eq!((ledger.settled(), ledger.open()), (5, 1));
+        for wrong in [(0, 1), (2, 1), (1, 0), (1, 2), (0, 2), (2, 0)] {
+            let imbalance = ledger.imbalance(wrong.0, wrong.1).expect("not so");
+            assert!(imbalance.contains("without a verdict, 1 packets of 6 are lost"));
+        }
+        ledger.accept(5);
+        let imbalance = ledger.imbalance(0, 1).expect("it was not delivered");
+        assert!(imbalance.starts_with("packet 5 and 0 more were accepted"));
+        ledger.clear();
+        assert_eq!((ledger.sent(), ledger.imbalance(0, 0)), (0, None));
+    }
+
+    #[test]
+    #[should_panic(expected = "packet 1 was delivered, and now is delivered")]
+    fn a_packet_is_delivered_once() {
+        let ledger = ledger(2);
+        ledger.note(1, DELIVERED);
+        ledger.note(1, DELIVERED);
+    }
+
+    #[test]
+    #[should_panic(expected = "packet 1 was dropped, and now is delivered")]
+    fn a_dropped_packet_is_not_delivered() {
+        let ledger = ledger(2);
+        ledger.drop(1);
+        ledger.note(1, DELIVERED);
+    }
+
+    #[test]
+    #[should_panic(expected = "packet 0 was accepted and delivered, and now is gone")]
+    fn a_delivered_packet_is_not_lost() {
+        let ledger = ledger(1);
+        ledger.accept(0);
+        ledger.note(0, DELIVERED);
+        ledger.lose(0);
+    }
+
+    #[test]
+    #[should_panic(expected = "packet 2 was never sent")]
+    fn a_packet_that_was_not_sent_is_not_delivered() {
+        ledger(2).note(2, DELIVERED);
     }
 }

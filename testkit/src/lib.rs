@@ -30,6 +30,7 @@ pub mod ledger;
 pub mod link;
 mod netlink;
 pub mod netns;
+pub mod process;
 pub mod rules;
 pub mod signal;
 pub mod socket;

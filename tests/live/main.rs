@@ -8,6 +8,7 @@ mod callback;
 mod config;
 #[path = "../../examples/support/mod.rs"]
 mod examples;
+mod faults;
 mod lab;
 mod lifetime;
 mod optional;
