@@ -37,7 +37,7 @@ struct Books<'s> {
 }
 
 /// What was received
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Received {
     packets: Vec<Held>,
     refusals: Vec<Refusal>,
@@ -80,15 +80,28 @@ impl<'s> Books<'s> {
 
     /// Receives whatever is there
     fn receive(&self, handle: &Handle) -> Received {
+        self.receive_until(handle, |_| true)
+    }
+
+    /// Receives whatever is there, and waits for it until `is_all`
+    #[track_caller]
+    fn receive_until(&self, handle: &Handle, is_all: impl Fn(&Received) -> bool) -> Received {
         let (mut batch, mut received) = (RecvBatch::default(), Received::default());
+        while !is_all(&received) {
+            let events = handle.recv_deadline(&mut batch, Instant::now() + TIMEOUT);
+            assert!(
+                received.add(events.unwrap()),
+                "more in time than {received:?}"
+            );
+        }
         while received.add(handle.try_recv(&mut batch).unwrap()) {}
         received
     }
 
-    /// Receives packets that are there, and nothing else
+    /// Receives so many packets, and nothing else
     #[track_caller]
     fn packets(&self, handle: &Handle, count: usize) -> Vec<Held> {
-        let received = self.receive(handle);
+        let received = self.receive_until(handle, |received| received.packets.len() >= count);
         assert!(received.refusals.is_empty(), "{:?}", received.refusals);
         let packets = received.packets;
         assert_eq!((packets.len(), received.overruns), (count, 0));

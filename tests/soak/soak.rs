@@ -11,8 +11,8 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{panic, process, thread};
 
 use nfqnl::{Event, Handle, PacketKey, RecvBatch, Situation, Verdict, VerdictBatch, VerdictSender};
 use nfqnl_testkit::alloc::resident;
@@ -37,6 +37,12 @@ const GROWTH: usize = 256 << 10;
 
 fn main() {
     netns::enter().unwrap();
+    // The other threads would wait for ever for one that has panicked.
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        process::exit(1);
+    }));
     let packets = std::env::args().nth(1).map_or(50_000_000, |packets| {
         packets.parse().expect("a number of packets")
     });
