@@ -193,10 +193,20 @@ fn expect_kernel_drops(full_queue: u64, full_socket: u64) {
     }
 }
 
+/// What puts packets to [`PORT`] in the queue
+fn queueing_rule() -> Rule {
+    Rule::new().udp().dport(PORT).queue(QUEUE)
+}
+
+/// Packets are queued, or not, as they leave: by their sender, and not by a softirq that may come later on a busy machine
+fn lab() -> Lab {
+    Lab::with(Hook::Output, &queueing_rule())
+}
+
 #[test]
 fn a_flood_beyond_the_receive_buffer() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         for (reports, is_open) in [(true, false), (true, true), (false, false), (false, true)] {
             let books = Books::new(&lab.v4);
             let builder = Handle::builder().recv_buffer(SMALL_BUFFER);
@@ -233,7 +243,7 @@ fn a_flood_beyond_the_receive_buffer() {
 fn a_full_queue() {
     isolated(|| {
         const N: u32 = 20;
-        let lab = Lab::new();
+        let lab = lab();
         for (maxlen, is_open) in [(1, false), (1, true), (7, false), (7, true)] {
             let books = Books::new(&lab.v4);
             let handle = Handle::open().unwrap();
@@ -258,7 +268,7 @@ fn a_full_queue() {
 fn a_slow_consumer() {
     isolated(|| {
         const N: u32 = 2000;
-        let lab = Lab::new();
+        let lab = lab();
         for maxlen in [u32::MAX, 15] {
             let books = Books::new(&lab.v4);
             let handle = Handle::builder().recv_buffer(SMALL_BUFFER).open().unwrap();
@@ -299,7 +309,7 @@ fn a_slow_consumer() {
 fn acknowledgements_lost_in_an_overrun() {
     isolated(|| {
         const N: u32 = 150;
-        let lab = Lab::new();
+        let lab = lab();
         for reports in [true, false] {
             let books = Books::new(&lab.v4);
             let builder = Handle::builder().recv_buffer(SMALL_BUFFER);
@@ -351,8 +361,8 @@ fn a_consumer_is_killed_and_another_takes_over() {
                 bypass,
                 ..QueueOptions::default()
             };
-            let rule = Rule::new().udp().dport(PORT);
-            let lab = Lab::with(Hook::Input, &rule.queue_with(QUEUE..=QUEUE, options));
+            let rule = queueing_rule().queue_with(QUEUE..=QUEUE, options);
+            let lab = Lab::with(Hook::Output, &rule);
             let books = Books::new(&lab.v4);
             let (mut here, mut there) = UnixStream::pair().unwrap();
             let consumer = process::fork(|| {
@@ -400,7 +410,7 @@ fn a_consumer_is_killed_and_another_takes_over() {
 #[test]
 fn a_handle_is_dropped_with_packets_held() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         let books = Books::new(&lab.v4);
         for lost in [3, 6] {
             let handle = Handle::open().unwrap();
@@ -426,7 +436,7 @@ fn a_handle_is_dropped_with_packets_held() {
 fn no_verdict_of_an_ended_binding_hits_a_packet_of_the_next() {
     isolated(|| {
         const N: usize = 20;
-        let lab = Lab::new();
+        let lab = lab();
         let handle = Handle::open().unwrap();
         for round in 0..40 {
             let at_once = if round % 2 == 0 { 1 } else { N };
@@ -503,15 +513,10 @@ fn no_verdict_of_an_ended_binding_hits_a_packet_of_the_next() {
     });
 }
 
-/// What puts packets to [`PORT`] in the queue
-fn queueing_rule() -> Rule {
-    Rule::new().udp().dport(PORT).queue(QUEUE)
-}
-
 #[test]
 fn packets_that_the_kernel_drops_while_they_wait_are_told_of_one_by_one() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         let delete_chain = |name| {
             let table = Table::new(Family::Ip, name).unwrap();
             table.chain("chain", Hook::Forward, 0).unwrap();
@@ -552,7 +557,7 @@ fn rules_are_flushed_and_their_chain_is_deleted() {
         let _queue = handle.bind_queue(QUEUE).unwrap();
         for passed in [5, 10] {
             let table = Table::new(Family::Ip, "table").unwrap();
-            let chain = table.chain("chain", Hook::Input, 0).unwrap();
+            let chain = table.chain("chain", Hook::Output, 0).unwrap();
             chain.add(&queueing_rule()).unwrap();
             books.send(20);
             let held = books.packets(&handle, 20);
@@ -575,7 +580,7 @@ fn a_network_namespace_is_removed_while_packets_wait_to_go_there() {
     isolated(|| {
         let Router { client, server } = Router::new().unwrap();
         let table = Table::new(Family::Ip, "table").unwrap();
-        for hook in [Hook::Forward, Hook::Input] {
+        for hook in [Hook::Forward, Hook::Output] {
             let chain = table.chain(&format!("{hook:?}"), hook, 0).unwrap();
             chain.add(&queueing_rule()).unwrap();
         }
@@ -617,7 +622,7 @@ fn a_network_namespace_is_removed_while_packets_wait_to_go_there() {
 fn the_handles_own_network_namespace_is_removed_while_packets_wait() {
     isolated(|| {
         let there = Namespace::new().unwrap();
-        let (lab, handle) = there.run(|| (Lab::new(), Handle::open().unwrap()));
+        let (lab, handle) = there.run(|| (lab(), Handle::open().unwrap()));
         let books = Books::new(&lab.v4);
         let _queue = handle.bind_queue(QUEUE).unwrap();
         books.send(10);
@@ -634,7 +639,7 @@ fn the_handles_own_network_namespace_is_removed_while_packets_wait() {
 #[test]
 fn one_thread_drops_its_privileges() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         let books = Books::new(&lab.v4);
         let handle = Handle::open().unwrap();
         let queue = handle.bind_queue(QUEUE).unwrap();
@@ -650,7 +655,7 @@ fn one_thread_drops_its_privileges() {
 #[test]
 fn a_process_drops_its_privileges() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         let books = Books::new(&lab.v4);
         let (mut here, mut there) = UnixStream::pair().unwrap();
         let consumer = process::fork(|| {
@@ -713,7 +718,7 @@ fn expect_no_privilege(books: &Books<'_>, handle: &Handle, queue: &Queue, held: 
 #[test]
 fn a_descriptor_is_duplicated() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         let books = Books::new(&lab.v4);
         let handle = Handle::open().unwrap();
         let queue = handle.bind_queue(QUEUE).unwrap();
@@ -750,7 +755,7 @@ fn a_descriptor_is_duplicated() {
 #[test]
 fn a_process_forks() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         let books = Books::new(&lab.v4);
         let handle = Handle::open().unwrap();
         let _queue = handle.bind_queue(QUEUE).unwrap();
@@ -784,7 +789,7 @@ fn a_process_forks() {
 fn a_storm_of_signals() {
     isolated(|| {
         const N: u32 = 400;
-        let lab = Lab::new();
+        let lab = lab();
         let books = Books::new(&lab.v4);
         let storm = Duration::from_micros(100);
         let send_in_time = || {
@@ -864,7 +869,7 @@ fn a_storm_of_signals() {
 #[test]
 fn the_limit_of_descriptors_is_reached() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         let books = Books::new(&lab.v4);
         let handle = Handle::open().unwrap();
         let queue = handle.bind_queue(QUEUE).unwrap();
@@ -906,7 +911,7 @@ fn is_io<T>(result: &nfqnl::Result<T>, op: Operation, errno: u16) -> bool {
 #[test]
 fn sends_that_fail_can_be_made_again() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         for errno in [libc::ENOBUFS, libc::EAGAIN] {
             let errno = u16::try_from(errno).unwrap();
             let books = Books::new(&lab.v4);
@@ -946,7 +951,7 @@ fn sends_that_fail_can_be_made_again() {
 #[test]
 fn sends_of_run_once_that_fail_are_made_again() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         let books = Books::new(&lab.v4);
         let mut handle = Handle::open().unwrap();
         let _queue = handle
@@ -973,7 +978,7 @@ fn sends_of_run_once_that_fail_are_made_again() {
 #[test]
 fn the_send_buffer_is_too_small() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = lab();
         let books = Books::new(&lab.v4);
         let handle = Handle::open().unwrap();
         let _queue = handle.bind_queue(QUEUE).unwrap();
@@ -1010,7 +1015,7 @@ fn ten_thousand_packets_are_held_and_answered_in_any_order_by_eight_threads() {
         const THREADS: usize = 8;
         /// So many fit an ordinary user's buffers
         const FIT: u32 = 100;
-        let lab = Lab::new();
+        let lab = Lab::new(); // as they come in, when none is charged to its sender any more
         let orders: [fn(&mut [Held]); 2] = [<[Held]>::reverse, shuffle];
         for order in orders {
             let books = Books::new(&lab.v4);
