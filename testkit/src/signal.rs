@@ -39,6 +39,12 @@ pub fn interrupting_every<T>(interval: Duration, f: impl FnOnce() -> T) -> io::R
     Ok((result, sys::signals() - before))
 }
 
+/// How many have been handled in this process
+#[must_use]
+pub fn count() -> usize {
+    sys::signals()
+}
+
 struct SetOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
