@@ -71,7 +71,9 @@ fn main() -> Result<()> {
         ("--count", usize::MAX),
     ])?;
     let first: u16 = first.try_into()?;
-    let last = first + u16::try_from(queues)?;
+    let last = first
+        .checked_add(queues.try_into()?)
+        .ok_or("there are no queues beyond 65535")?;
     let stop = Stop {
         flag: AtomicBool::new(false),
         seen: AtomicUsize::new(0),

@@ -369,3 +369,18 @@ impl Contents {
         Some(slot.get(..len).unwrap_or_default())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_as_long_as_the_copy_range_and_no_longer_than_packets_get() {
+        let slot_len = |mode, range| RecvBatch::for_copy(1, mode, range).received.slot_len;
+        let bare = slot_len(CopyMode::META, u32::MAX);
+        assert_eq!(slot_len(CopyMode::PACKET, 126), bare + 128);
+        for range in [0, 0xffff, 0x1_0000, 0x1_0001, u32::MAX / 2, u32::MAX] {
+            assert_eq!(slot_len(CopyMode::PACKET, range), bare + align(MAX_PAYLOAD));
+        }
+    }
+}

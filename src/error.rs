@@ -1,6 +1,6 @@
 //! Errors as situations: what was tried, on which queue, what the kernel said, and what likely stands behind it
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io;
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ pub enum Error {
         Refusal,
     ),
     /// A system call failed
-    #[error("{op}: {}", IoCause(source))]
+    #[error("{op}: {}", IoCause(*op, source))]
     #[non_exhaustive]
     Io {
         /// What was being done
@@ -35,7 +35,7 @@ pub enum Error {
     /// The request was most likely carried out. Asking again is safe; a queue whose binding ends so is given up.
     #[error(
         "{op}: no acknowledgement within {waited:?}: lost in an overrun of the receive buffer, or read by other code \
-         and not passed to handle_packet; try again, or raise the receive buffer"
+         and not passed to handle_packet; try again, and raise the receive buffer"
     )]
     #[non_exhaustive]
     NoAck {
@@ -47,8 +47,8 @@ pub enum Error {
     /// The packet belongs to a binding of its queue that has ended: the kernel dropped it then, and its id may by now
     /// be another packet's; or its key is not from this handle
     #[error(
-        "verdict on packet {} of queue {}: not a packet of a queue that this handle has bound now; if its binding has \
-         ended, the kernel has dropped it", key.id, key.queue
+        "{}: not a packet of a queue that this handle has bound now; if its binding has ended, the kernel has dropped it, \
+         and nothing is left to answer", Operation::Verdict(*key)
     )]
     #[non_exhaustive]
     Stale {
@@ -58,7 +58,7 @@ pub enum Error {
     /// This binding of the queue has ended: its handle is closed, or the queue was unbound through a copy of the
     /// descriptor and has been bound anew
     #[error(
-        "{op}: this binding of the queue has ended, with its handle or through another descriptor"
+        "{op}: this binding of the queue has ended, with its handle or through another descriptor; bind it again"
     )]
     #[non_exhaustive]
     Ended {
@@ -66,14 +66,18 @@ pub enum Error {
         op: Operation,
     },
     /// A length limit of 0
-    #[error("maximum length 0 for queue {queue}: the kernel would accept it and drop every packet")]
+    #[error(
+        "maximum length 0 for queue {queue}: the kernel would accept it and drop every packet; set 1 or more"
+    )]
     #[non_exhaustive]
     ZeroMaxlen {
         /// The queue
         queue: u16,
     },
     /// A copy mode that the kernel does not know
-    #[error("copy {mode} for queue {queue}: the kernel would acknowledge it and change nothing")]
+    #[error(
+        "copy {mode} for queue {queue}: the kernel would acknowledge it and change nothing; set none, meta or packet"
+    )]
     #[non_exhaustive]
     UnknownCopyMode {
         /// The queue
@@ -98,9 +102,13 @@ pub enum Error {
     /// A new payload that is shorter than its own network header
     ///
     /// Kernels before 5.10.135 and 5.18.16 crash on it (CVE-2022-36946).
-    #[error("new payload of {had} bytes: its network header alone takes {needed}")]
+    #[error(
+        "{}: new payload of {had} bytes, its network header alone takes {needed}", Operation::Verdict(*key)
+    )]
     #[non_exhaustive]
     PayloadTooShort {
+        /// The packet
+        key: PacketKey,
         /// The least length
         needed: usize,
         /// The length given
@@ -110,7 +118,8 @@ pub enum Error {
     ///
     /// The packet still waits in the kernel, and can be answered by its key.
     #[error(
-        "datagram of {needed} bytes was cut to {had}: receive into a buffer of at least {needed} bytes"
+        "receive: {}message of {needed} bytes was cut to {had}: receive into a buffer of at least {needed} bytes",
+        Whose(*key)
     )]
     #[non_exhaustive]
     Truncated {
@@ -122,14 +131,29 @@ pub enum Error {
         had: usize,
     },
     /// The bytes given to `handle_packet` are no netlink messages of the queue subsystem
-    #[error(transparent)]
-    Decode(#[from] DecodeError),
+    ///
+    /// If they are of a packet, it still waits in the kernel, and can be answered by its key.
+    #[error("receive: {}{source}", Whose(*key))]
+    #[non_exhaustive]
+    Decode {
+        /// The packet, if they are a packet message as far as its id
+        key: Option<PacketKey>,
+        /// What is wrong with them
+        source: DecodeError,
+    },
     /// The decision does not fit a netlink message
-    #[error(transparent)]
-    Encode(#[from] EncodeError),
+    #[error("{op}: {source}")]
+    #[non_exhaustive]
+    Encode {
+        /// What was to be sent
+        op: Operation,
+        /// What does not fit
+        source: EncodeError,
+    },
     /// A descriptor that is no netfilter netlink socket
     #[error(
-        "descriptor is no AF_NETLINK socket of protocol NETLINK_NETFILTER (domain {domain}, protocol {protocol})"
+        "{}: the descriptor is no AF_NETLINK socket of protocol NETLINK_NETFILTER (domain {domain}, protocol {protocol})",
+        Operation::Open
     )]
     #[non_exhaustive]
     NotNetfilter {
@@ -251,6 +275,15 @@ impl Refusal {
         }
     }
 
+    /// What the kernel would answer
+    pub(crate) fn already_bound(op: Operation) -> Self {
+        Self {
+            op,
+            source: io::Error::from_raw_os_error(libc::EBUSY),
+            text: None,
+        }
+    }
+
     /// What was refused
     #[must_use]
     pub const fn operation(&self) -> Operation {
@@ -292,10 +325,13 @@ impl fmt::Display for Refusal {
         if situation == Situation::Other {
             write!(f, " ({})", self.source)?;
         }
-        match &self.text {
-            Some(text) => write!(f, "; the kernel says: {text}"),
-            None => Ok(()),
-        }
+        let Some(text) = &self.text else {
+            return Ok(());
+        };
+        f.write_str("; the kernel says: ")?;
+        // One line, whatever it says
+        let mut chars = text.chars();
+        chars.try_for_each(|c| f.write_char(if c.is_control() { ' ' } else { c }))
     }
 }
 
@@ -359,42 +395,54 @@ impl Situation {
         }
     }
 
-    /// The likely causes, in words
+    /// The likely causes, in words, and what to do
     fn cause(self, op: Operation) -> &'static str {
+        use Operation as Op;
         match (self, op) {
-            (Self::NotPermitted, Operation::Verdict(_) | Operation::BatchVerdict(_)) => {
-                "not permitted (EPERM): the process has dropped CAP_NET_ADMIN, which every verdict needs, or another \
-                 socket owns the queue"
+            (Self::NotPermitted, Op::Verdict(_) | Op::BatchVerdict(_)) => {
+                "not permitted (EPERM): the thread that sent it has no CAP_NET_ADMIN, which every verdict takes, or \
+                 another socket has the queue now; with the capability, answer the packet again"
+            }
+            (Self::NotPermitted, _) if op.queue().is_none() => {
+                "not permitted (EPERM): no CAP_NET_ADMIN over this network namespace; run as root, or give the program \
+                 the capability (setcap cap_net_admin+ep)"
             }
             (Self::NotPermitted, _) => {
-                "not permitted (EPERM): no CAP_NET_ADMIN in this network namespace, or another process (or another \
-                 handle) owns the queue"
+                "not permitted (EPERM): no CAP_NET_ADMIN over this network namespace (run as root, or give the program \
+                 the capability by setcap cap_net_admin+ep), or another process or handle has the queue (the second \
+                 column of /proc/net/netfilter/nfnetlink_queue is most often its pid)"
             }
-            (Self::AlreadyBound, _) => "already bound by this handle (EBUSY)",
+            (Self::AlreadyBound, _) => {
+                "already bound on this socket (EBUSY): go on with the Queue that has it, or destroy that first"
+            }
+            (Self::NotBound, Op::Verdict(_) | Op::BatchVerdict(_)) => {
+                "the queue is not bound any more (ENODEV): the kernel has dropped the packet, and nothing is left to answer"
+            }
             (Self::NotBound, _) => {
-                "the queue is not bound (ENODEV): it was unbound through another descriptor"
+                "the queue is not bound (ENODEV): it was unbound through another descriptor; bind it again"
             }
-            (Self::Invalid, Operation::Verdict(_) | Operation::BatchVerdict(_)) => {
+            (Self::Invalid, Op::Verdict(_) | Op::BatchVerdict(_)) => {
                 "invalid (EINVAL): STOLEN, which the kernel refuses from user space, or a link-layer header of \
                  another length; with STOLEN the packet goes on waiting"
             }
-            (Self::Invalid, Operation::SetFlags(_) | Operation::Bind(_)) => {
-                "invalid (EINVAL): a flag this kernel does not know, or nfnetlink_queue is not available"
+            (Self::Invalid, Op::SetFlags(_) | Op::Bind(_)) => {
+                "invalid (EINVAL): a flag that this kernel does not know (ask for fewer), or nfnetlink_queue is not \
+                 available (modprobe nfnetlink_queue)"
             }
             (Self::Invalid, _) => {
-                "invalid (EINVAL): nfnetlink_queue is not available in this kernel"
+                "invalid (EINVAL): nfnetlink_queue is not available in this kernel (modprobe nfnetlink_queue)"
             }
-            (Self::Unsupported, Operation::SetFlags(_) | Operation::Bind(_)) => {
-                "not supported (EOPNOTSUPP): a flag this kernel does not know or was built without (CONNTRACK needs \
-                 nf_conntrack_netlink, SECCTX needs NETWORK_SECMARK)"
+            (Self::Unsupported, Op::SetFlags(_) | Op::Bind(_)) => {
+                "not supported (EOPNOTSUPP): a flag that this kernel does not know or was built without (CONNTRACK needs \
+                 nf_conntrack_netlink, SECCTX needs NETWORK_SECMARK); ask for fewer flags"
             }
             (Self::Unsupported, _) => "not supported by this kernel (EOPNOTSUPP)",
             (Self::NoSuchPacket, _) => {
                 "no such packet (ENOENT): answered already, or dropped by the kernel because its device went down, a \
-                 base chain was deleted or the queue was unbound"
+                 base chain was deleted or the queue was unbound; nothing is left to answer"
             }
-            (Self::NoBuffers, _) => "the kernel is out of memory (ENOBUFS)",
-            (Self::OutOfMemory, _) => "the kernel is out of memory (ENOMEM)",
+            (Self::NoBuffers, _) => "the kernel is out of memory (ENOBUFS); try again",
+            (Self::OutOfMemory, _) => "the kernel is out of memory (ENOMEM); try again",
             (Self::OutOfRange, _) => {
                 "an attribute is too short for this kernel (ERANGE): please report it as a bug of this library"
             }
@@ -403,19 +451,429 @@ impl Situation {
     }
 }
 
-/// What a failed system call likely means
-struct IoCause<'e>(&'e io::Error);
+/// What a failed system call likely means, and what to do
+struct IoCause<'e>(Operation, &'e io::Error);
 
 impl fmt::Display for IoCause<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.0.raw_os_error() {
-            Some(libc::EPROTONOSUPPORT) => "this kernel has no netfilter netlink (EPROTONOSUPPORT)",
-            Some(libc::EMFILE | libc::ENFILE) => "no file descriptors left",
-            Some(libc::EMSGSIZE) => "longer than the socket's send buffer (EMSGSIZE)",
-            Some(libc::ENOBUFS | libc::ENOMEM) => "out of memory",
-            Some(libc::EPERM | libc::EACCES) => "not permitted",
-            Some(libc::EAGAIN) => "would block",
-            _ => return self.0.fmt(f),
+        let Self(op, error) = self;
+        f.write_str(match (error.raw_os_error(), op) {
+            (Some(libc::EPROTONOSUPPORT), _) => {
+                "this kernel has no netfilter netlink (EPROTONOSUPPORT): modprobe nfnetlink_queue, or take a kernel that \
+                 has it (CONFIG_NETFILTER_NETLINK_QUEUE)"
+            }
+            (Some(libc::EMFILE), _) => {
+                "no file descriptor is left to this process (EMFILE): raise its limit (ulimit -n), or close some"
+            }
+            (Some(libc::ENFILE), _) => {
+                "no file descriptor is left in the system (ENFILE): raise fs.file-max"
+            }
+            (Some(libc::EMSGSIZE), _) => {
+                "longer than the socket's send buffer (EMSGSIZE): raise it (SO_SNDBUF of the descriptor, or \
+                 net.core.wmem_default before it is opened)"
+            }
+            (Some(libc::ENOBUFS), _) => "the kernel is out of memory (ENOBUFS); try again",
+            (Some(libc::ENOMEM), _) => "out of memory (ENOMEM); try again",
+            (Some(libc::EPERM | libc::EACCES), Operation::ReadStats) => {
+                "not permitted (EACCES): root of the initial user namespace alone may read it"
+            }
+            (Some(libc::ENOENT), Operation::ReadStats) => {
+                "no such file (ENOENT): nfnetlink_queue is not loaded (modprobe nfnetlink_queue), or /proc not mounted"
+            }
+            _ => return error.fmt(f),
         })
+    }
+}
+
+/// The packet that a message is of, and waits, if it is of one
+struct Whose(Option<PacketKey>);
+
+impl fmt::Display for Whose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(key) => write!(
+                f,
+                "packet {} of queue {}, which still waits: ",
+                key.id, key.queue
+            ),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use nfqnl_proto::Header;
+
+    use super::*;
+
+    const QUEUE: u16 = 7;
+    const KEY: PacketKey = PacketKey {
+        queue: QUEUE,
+        binding: 1,
+        id: 42,
+    };
+    const OPERATIONS: [Operation; 17] = [
+        Operation::Open,
+        Operation::SetRecvBuffer,
+        Operation::GetRecvBuffer,
+        Operation::SetNonblocking,
+        Operation::Register,
+        Operation::BindPf(Family::INET),
+        Operation::UnbindPf(Family::INET6),
+        Operation::Bind(QUEUE),
+        Operation::Unbind(QUEUE),
+        Operation::SetMode(QUEUE),
+        Operation::SetFlags(QUEUE),
+        Operation::SetMaxlen(QUEUE),
+        Operation::Verdict(KEY),
+        Operation::BatchVerdict(KEY),
+        Operation::Sync,
+        Operation::Receive,
+        Operation::ReadStats,
+    ];
+    /// More than Linux has, and the kernel's own behind them
+    const ERRNOS: [std::ops::RangeInclusive<i32>; 2] = [1..=140, 512..=530];
+
+    fn refused(op: Operation, errno: i32, text: Option<&str>) -> Error {
+        let source = io::Error::from_raw_os_error(errno);
+        let text = text.map(Into::into);
+        Refusal { op, source, text }.into()
+    }
+
+    fn failed(op: Operation, errno: i32) -> Error {
+        let source = io::Error::from_raw_os_error(errno);
+        Error::Io { op, source }
+    }
+
+    /// All that stand for something that the system has said: each operation with each number
+    fn system_errors() -> impl Iterator<Item = (Operation, i32, [Error; 3])> {
+        let errnos = || ERRNOS.into_iter().flatten();
+        let pairs = OPERATIONS
+            .into_iter()
+            .flat_map(move |op| errnos().map(move |errno| (op, errno)));
+        pairs.map(|(op, errno)| {
+            let text = "two\nlines\r\0";
+            let errors = [
+                refused(op, errno, None),
+                refused(op, errno, Some(text)),
+                failed(op, errno),
+            ];
+            (op, errno, errors)
+        })
+    }
+
+    /// All the others, and what each must name
+    fn other_errors() -> Vec<(&'static str, Error)> {
+        let source = DecodeError::Short {
+            what: Header::Message,
+            offset: 0,
+            needed: 16,
+            had: 3,
+        };
+        let mode = CopyMode(9);
+        let (op, waited) = (Operation::SetMode(QUEUE), Duration::from_millis(1500));
+        vec![
+            ("set copy mode of queue 7", Error::NoAck { op, waited }),
+            ("verdict on packet 42 of queue 7", Error::Stale { key: KEY }),
+            ("set copy mode of queue 7", Error::Ended { op }),
+            (
+                "maximum length 0 for queue 7",
+                Error::ZeroMaxlen { queue: QUEUE },
+            ),
+            (
+                "copy mode 9 for queue 7",
+                Error::UnknownCopyMode { queue: QUEUE, mode },
+            ),
+            (
+                "replacing packet 42 of queue 7",
+                Error::CutPacket {
+                    key: KEY,
+                    needed: 1500,
+                    had: 64,
+                },
+            ),
+            (
+                "verdict on packet 42 of queue 7",
+                Error::PayloadTooShort {
+                    key: KEY,
+                    needed: 20,
+                    had: 19,
+                },
+            ),
+            (
+                "receive: packet 42 of queue 7",
+                Error::Truncated {
+                    key: Some(KEY),
+                    needed: 600,
+                    had: 200,
+                },
+            ),
+            (
+                "receive: ",
+                Error::Truncated {
+                    key: None,
+                    needed: 600,
+                    had: 20,
+                },
+            ),
+            (
+                "receive: packet 42 of queue 7",
+                Error::Decode {
+                    key: Some(KEY),
+                    source,
+                },
+            ),
+            ("receive: ", Error::Decode { key: None, source }),
+            (
+                "verdict on packet 42 of queue 7",
+                Error::Encode {
+                    op: Operation::Verdict(KEY),
+                    source: EncodeError::AttributeTooLong {
+                        kind: 10,
+                        had: 65532,
+                        max: 65531,
+                    },
+                },
+            ),
+            (
+                "open netfilter socket",
+                Error::NotNetfilter {
+                    domain: 2,
+                    protocol: 17,
+                },
+            ),
+        ]
+    }
+
+    /// A new variant has to come into the tests
+    const fn is_tested(error: &Error) -> bool {
+        match error {
+            Error::Refused(_)
+            | Error::Io { .. }
+            | Error::NoAck { .. }
+            | Error::Stale { .. }
+            | Error::Ended { .. }
+            | Error::ZeroMaxlen { .. }
+            | Error::UnknownCopyMode { .. }
+            | Error::CutPacket { .. }
+            | Error::PayloadTooShort { .. }
+            | Error::Truncated { .. }
+            | Error::Decode { .. }
+            | Error::Encode { .. }
+            | Error::NotNetfilter { .. } => true,
+        }
+    }
+
+    #[track_caller]
+    fn expect_line(error: &Error, names: &str) {
+        let text = error.to_string();
+        assert!(is_tested(error));
+        assert!(text.starts_with(names), "{text:?} names no {names:?}");
+        assert!(text.len() > names.len() + 8, "{text:?} says nothing");
+        assert!(!text.chars().any(char::is_control), "{text:?} is no line");
+        assert!(!text.ends_with(['.', ' ', ';', ':', ',']), "{text:?}");
+        assert!(!text.contains("  "), "{text:?}");
+    }
+
+    #[test]
+    fn each_is_one_line_that_names_what_was_tried_and_where() {
+        for (op, _, errors) in system_errors() {
+            for error in errors {
+                // What the kernel says comes last, whatever that is.
+                let text = error.to_string();
+                let own = text.split("; the kernel says: two lines").next();
+                assert!(own.is_some_and(|own| own.starts_with(&format!("{op}: "))));
+                assert!(!text.chars().any(char::is_control), "{text:?} is no line");
+                if own == Some(&text) {
+                    expect_line(&error, &op.to_string());
+                }
+            }
+        }
+        for (names, error) in other_errors() {
+            expect_line(&error, names);
+        }
+    }
+
+    #[test]
+    fn an_operation_on_a_queue_names_it() {
+        for op in OPERATIONS {
+            let names = op.to_string().contains("queue 7");
+            assert_eq!(names, op.queue() == Some(QUEUE), "{op}");
+        }
+    }
+
+    #[test]
+    fn the_source_is_the_systems_error_where_there_is_one() {
+        for (_, errno, errors) in system_errors() {
+            for error in errors {
+                let source = error.source().and_then(|s| s.downcast_ref::<io::Error>());
+                assert_eq!(source.and_then(io::Error::raw_os_error), Some(errno));
+            }
+        }
+        for (_, error) in other_errors() {
+            let source = error.source();
+            match &error {
+                Error::Decode { .. } => assert!(source.is_some_and(|s| s.is::<DecodeError>())),
+                Error::Encode { .. } => assert!(source.is_some_and(|s| s.is::<EncodeError>())),
+                _ => assert!(source.is_none()),
+            }
+        }
+    }
+
+    /// Those that users meet
+    #[test]
+    fn the_common_ones_word_by_word() {
+        let [bind, flags, verdict] = [
+            Operation::Bind(QUEUE),
+            Operation::SetFlags(QUEUE),
+            Operation::Verdict(KEY),
+        ];
+        let batch = Operation::BatchVerdict(KEY);
+        let cases = [
+            (
+                refused(bind, libc::EPERM, None),
+                "bind queue 7: not permitted (EPERM): no CAP_NET_ADMIN over this network namespace (run as root, or give \
+                 the program the capability by setcap cap_net_admin+ep), or another process or handle has the queue (the \
+                 second column of /proc/net/netfilter/nfnetlink_queue is most often its pid)",
+            ),
+            (
+                refused(Operation::Sync, libc::EPERM, None),
+                "sync: not permitted (EPERM): no CAP_NET_ADMIN over this network namespace; run as root, or give the \
+                 program the capability (setcap cap_net_admin+ep)",
+            ),
+            (
+                refused(verdict, libc::EPERM, None),
+                "verdict on packet 42 of queue 7: not permitted (EPERM): the thread that sent it has no CAP_NET_ADMIN, \
+                 which every verdict takes, or another socket has the queue now; with the capability, answer the packet \
+                 again",
+            ),
+            (
+                refused(bind, libc::EBUSY, None),
+                "bind queue 7: already bound on this socket (EBUSY): go on with the Queue that has it, or destroy that \
+                 first",
+            ),
+            (
+                refused(flags, libc::ENODEV, None),
+                "set flags of queue 7: the queue is not bound (ENODEV): it was unbound through another descriptor; bind it \
+                 again",
+            ),
+            (
+                refused(verdict, libc::ENODEV, None),
+                "verdict on packet 42 of queue 7: the queue is not bound any more (ENODEV): the kernel has dropped the \
+                 packet, and nothing is left to answer",
+            ),
+            (
+                refused(flags, libc::EOPNOTSUPP, None),
+                "set flags of queue 7: not supported (EOPNOTSUPP): a flag that this kernel does not know or was built \
+                 without (CONNTRACK needs nf_conntrack_netlink, SECCTX needs NETWORK_SECMARK); ask for fewer flags",
+            ),
+            (
+                refused(bind, libc::EINVAL, None),
+                "bind queue 7: invalid (EINVAL): a flag that this kernel does not know (ask for fewer), or \
+                 nfnetlink_queue is not available (modprobe nfnetlink_queue)",
+            ),
+            (
+                refused(verdict, libc::ENOENT, None),
+                "verdict on packet 42 of queue 7: no such packet (ENOENT): answered already, or dropped by the kernel \
+                 because its device went down, a base chain was deleted or the queue was unbound; nothing is left to \
+                 answer",
+            ),
+            (
+                refused(batch, libc::ENOENT, None),
+                "verdict on all packets up to 42 of queue 7: no such packet (ENOENT): answered already, or dropped by the \
+                 kernel because its device went down, a base chain was deleted or the queue was unbound; nothing is left \
+                 to answer",
+            ),
+            (
+                refused(verdict, libc::EINVAL, None),
+                "verdict on packet 42 of queue 7: invalid (EINVAL): STOLEN, which the kernel refuses from user space, or a \
+                 link-layer header of another length; with STOLEN the packet goes on waiting",
+            ),
+            (
+                refused(
+                    verdict,
+                    libc::ERANGE,
+                    Some("Attribute failed policy validation"),
+                ),
+                "verdict on packet 42 of queue 7: an attribute is too short for this kernel (ERANGE): please report it as \
+                 a bug of this library; the kernel says: Attribute failed policy validation",
+            ),
+            (
+                refused(bind, libc::ENOMEM, None),
+                "bind queue 7: the kernel is out of memory (ENOMEM); try again",
+            ),
+            (
+                failed(Operation::Open, libc::EMFILE),
+                "open netfilter socket: no file descriptor is left to this process (EMFILE): raise its limit (ulimit -n), \
+                 or close some",
+            ),
+            (
+                failed(Operation::Open, libc::ENFILE),
+                "open netfilter socket: no file descriptor is left in the system (ENFILE): raise fs.file-max",
+            ),
+            (
+                failed(Operation::Open, libc::EPROTONOSUPPORT),
+                "open netfilter socket: this kernel has no netfilter netlink (EPROTONOSUPPORT): modprobe nfnetlink_queue, \
+                 or take a kernel that has it (CONFIG_NETFILTER_NETLINK_QUEUE)",
+            ),
+            (
+                failed(verdict, libc::EMSGSIZE),
+                "verdict on packet 42 of queue 7: longer than the socket's send buffer (EMSGSIZE): raise it (SO_SNDBUF of \
+                 the descriptor, or net.core.wmem_default before it is opened)",
+            ),
+            (
+                failed(verdict, libc::ENOBUFS),
+                "verdict on packet 42 of queue 7: the kernel is out of memory (ENOBUFS); try again",
+            ),
+            (
+                failed(Operation::ReadStats, libc::EACCES),
+                "read /proc/thread-self/net/netfilter/nfnetlink_queue: not permitted (EACCES): root of the initial user \
+                 namespace alone may read it",
+            ),
+            (
+                failed(Operation::ReadStats, libc::ENOENT),
+                "read /proc/thread-self/net/netfilter/nfnetlink_queue: no such file (ENOENT): nfnetlink_queue is not \
+                 loaded (modprobe nfnetlink_queue), or /proc not mounted",
+            ),
+        ];
+        for (error, expected) in cases {
+            assert_eq!(error.to_string(), expected);
+        }
+        let unknown = refused(bind, libc::EXDEV, None);
+        let system = io::Error::from_raw_os_error(libc::EXDEV);
+        assert_eq!(
+            unknown.to_string(),
+            format!("bind queue 7: refused by the kernel ({system})")
+        );
+        let others = other_errors()
+            .into_iter()
+            .map(|(_, error)| error.to_string());
+        assert_eq!(
+            Vec::from_iter(others),
+            [
+                "set copy mode of queue 7: no acknowledgement within 1.5s: lost in an overrun of the receive buffer, or \
+                 read by other code and not passed to handle_packet; try again, and raise the receive buffer",
+                "verdict on packet 42 of queue 7: not a packet of a queue that this handle has bound now; if its binding \
+                 has ended, the kernel has dropped it, and nothing is left to answer",
+                "set copy mode of queue 7: this binding of the queue has ended, with its handle or through another \
+                 descriptor; bind it again",
+                "maximum length 0 for queue 7: the kernel would accept it and drop every packet; set 1 or more",
+                "copy mode 9 for queue 7: the kernel would acknowledge it and change nothing; set none, meta or packet",
+                "replacing packet 42 of queue 7: only 64 of its 1500 bytes were copied, the rest would be lost; raise the \
+                 copy range",
+                "verdict on packet 42 of queue 7: new payload of 19 bytes, its network header alone takes 20",
+                "receive: packet 42 of queue 7, which still waits: message of 600 bytes was cut to 200: receive into a \
+                 buffer of at least 600 bytes",
+                "receive: message of 600 bytes was cut to 20: receive into a buffer of at least 600 bytes",
+                "receive: packet 42 of queue 7, which still waits: netlink header at byte 0 needs 16 bytes, 3 left",
+                "receive: netlink header at byte 0 needs 16 bytes, 3 left",
+                "verdict on packet 42 of queue 7: attribute 10 has 65532 bytes of value, at most 65531 fit",
+                "open netfilter socket: the descriptor is no AF_NETLINK socket of protocol NETLINK_NETFILTER (domain 2, \
+                 protocol 17)",
+            ]
+        );
     }
 }

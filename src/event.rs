@@ -185,6 +185,38 @@ mod tests {
     use super::*;
     use crate::bindings::Binding;
 
+    /// The 32 bits of the sender's port hold the queue and its binding, and the sequence number is the packet's id: none
+    /// reaches into another, up to the last of each
+    #[test]
+    fn a_refusal_names_the_last_queue_binding_and_id_whole() {
+        let ends = [0, 1, u16::MAX - 1, u16::MAX];
+        let ids = [0, 1, u32::MAX / 2, u32::MAX / 2 + 1, u32::MAX];
+        for (queue, binding) in ends.into_iter().flat_map(|q| ends.map(|b| (q, b))) {
+            for id in ids {
+                let key = PacketKey { queue, binding, id };
+                let header = verdict_header(key);
+                // struct nlmsgerr in a message: ENOENT, and the header of a verdict
+                let message = [
+                    &36_u32.to_ne_bytes()[..],
+                    &2_u16.to_ne_bytes(),
+                    &[0; 10],
+                    &(-libc::ENOENT).to_ne_bytes(),
+                    &32_u32.to_ne_bytes(),
+                    &message_type(NFQNL_MSG_VERDICT).to_ne_bytes(),
+                    &1_u16.to_ne_bytes(),
+                    &header.seq.to_ne_bytes(),
+                    &header.pid.to_ne_bytes(),
+                ];
+                let message = message.concat();
+                let event = next_event(&mut Messages::new(&message), &Bindings::default());
+                match event {
+                    Some(Event::Refused(refusal)) => assert_eq!(refusal.packet(), Some(key)),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+
     /// It may have come before its queue was bound once more: then its id is another packet's there
     #[test]
     fn a_broken_packet_is_an_event_of_its_binding_alone() {

@@ -204,13 +204,12 @@ impl HandleBuilder {
         let mut address = SocketAddr::new(0, 0);
         socket.get_address(&mut address).map_err(open_error)?;
         let port = address.port_number();
-        match port {
-            0 => socket.bind_auto().map(drop),
+        if port != 0 {
             // Out of all groups, to which other processes may send too
-            _ => socket.bind(&SocketAddr::new(port, 0)),
+            let in_none = SocketAddr::new(port, 0);
+            socket.bind(&in_none).map_err(open_error)?;
         }
-        .map_err(open_error)?;
-        // From here on the kernel keeps other processes' messages away from this socket.
+        // From here on the kernel keeps other processes' messages away from this socket, which has a port now.
         socket.connect(&SocketAddr::new(0, 0)).map_err(open_error)?;
         // Errors shall not repeat the request, which may hold a whole packet; and shall carry the kernel's words. We
         // can do without: Linux has the first since 4.3 and the second since 4.12.
@@ -695,13 +694,21 @@ impl Turn<'_> {
         }
     }
 
-    /// Deals with the first event of a datagram, after laying by what follows it
+    /// Deals with the first event of a datagram, after laying by the messages that follow it, one by one
     fn handle_datagram(&mut self, datagram: &[u8]) {
         let mut messages = Messages::new(datagram);
         let event = next_event(&mut messages, self.bindings);
-        if !messages.rest().is_empty() {
-            self.rest
-                .push_front(Stashed::Datagram(messages.rest().into()));
+        let mut behind = VecDeque::new();
+        let mut rest = messages.rest();
+        while messages.next().is_some() {
+            let len = rest.len().saturating_sub(messages.rest().len());
+            let message = rest.get(..len).unwrap_or_default();
+            behind.push_back(Stashed::Datagram(message.into()));
+            rest = messages.rest();
+        }
+        if !behind.is_empty() {
+            behind.append(&mut self.rest);
+            self.rest = behind;
         }
         if let Some(event) = event {
             self.handle(event);
@@ -717,7 +724,9 @@ impl Turn<'_> {
             Event::Truncated { key, needed, had } => {
                 self.note(Err(Error::Truncated { key, needed, had }));
             }
-            Event::Malformed { error, .. } => self.note(Err(error.into())),
+            Event::Malformed { key, error: source } => {
+                self.note(Err(Error::Decode { key, source }));
+            }
             event => self.pass_on(event),
         }
     }

@@ -32,7 +32,8 @@
 //!
 //! # Privileges
 //! Every request, verdicts included, takes `CAP_NET_ADMIN` in the user namespace that owns the socket's network
-//! namespace. `unshare -Urn` gives an ordinary user one of each.
+//! namespace; so does opening the socket, which shows at the first request. `unshare -Urn` gives an ordinary user one of
+//! each.
 //!
 //! # Losses
 //! The kernel drops packets that find the queue or the socket's receive buffer full (or accepts them, with
@@ -48,6 +49,17 @@
 //!   versions of that crate; a release of this one that raises it is no breaking one.
 //! * `tokio`: `AsyncHandle`, for tokio 1.53.3 and later.
 #![cfg_attr(docsrs, feature(doc_cfg))]
+// Nothing from outside makes it panic.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::string_slice,
+        clippy::unreachable
+    )
+)]
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 

@@ -164,12 +164,15 @@ impl Shared {
     /// Sends one verdict that is no more than verdict, mark and priority
     fn common_verdict(&self, key: PacketKey, common: BatchVerdict, sent: Sent) -> Result<()> {
         let mut out = [0; BatchVerdict::MAX_LEN];
-        let len = common.encode_single(&mut out, key.queue, key.id, verdict_header(key))?;
+        let op = Operation::Verdict(key);
+        let len = common
+            .encode_single(&mut out, key.queue, key.id, verdict_header(key))
+            .map_err(|source| Error::Encode { op, source })?;
         let message = out.get(..len).unwrap_or_default();
         let bindings = self.bindings();
         let binding = bindings.current(key.into()).ok_or(Error::Stale { key })?;
         if !self.coalesces() || common.verdict() == Verdict::Stolen {
-            return self.send(Operation::Verdict(key), message);
+            return self.send(op, message);
         }
         let verdict = Some(common);
         let needs_proof = match sent {

@@ -313,3 +313,71 @@ pub(crate) fn register(handle: Handle) -> io::Result<AsyncFd<Handle>> {
     let registered = unsafe { AsyncFd::register_with_interest(handle, INTEREST) };
     registered.map_err(io::Error::from)
 }
+
+#[cfg(test)]
+mod tests {
+    //! The calls as this target's C library has them: its structs, and its 32 bits
+    #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
+
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixDatagram;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn many_datagrams_come_each_into_its_slot_with_its_length() {
+        let (here, there) = UnixDatagram::pair().unwrap();
+        let sent: [&[u8]; 4] = [b"first", b"", b"too long for its slot", b"left"];
+        for datagram in sent {
+            there.send(datagram).unwrap();
+        }
+        let mut slots = [[0_u8; 8]; 3];
+        let mut lens = [usize::MAX; 3];
+        let n = recv_many(
+            here.as_fd(),
+            Wait::ForFirst,
+            slots.iter_mut().map(|slot| &mut slot[..]),
+            &mut lens,
+        );
+        assert_eq!(n.unwrap(), 3);
+        assert_eq!(lens, [5, 0, 8]);
+        assert_eq!(slots, [*b"first\0\0\0", [0; 8], *b"too long"]);
+        let mut slot = [0; 8];
+        assert_eq!(recv_one(here.as_fd(), Wait::No, &mut slot).unwrap(), 4);
+        assert_eq!(&slot[..4], b"left");
+        let none = recv_many(
+            here.as_fd(),
+            Wait::No,
+            [&mut slot[..]].into_iter(),
+            &mut lens,
+        );
+        assert_eq!(none.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_wait_takes_as_long_as_it_says_and_no_longer_than_it_must() {
+        let (here, there) = UnixDatagram::pair().unwrap();
+        let begin = Instant::now();
+        assert!(!wait_readable(here.as_fd(), 0).unwrap());
+        assert!(!wait_readable(here.as_fd(), 20).unwrap());
+        assert!(begin.elapsed() >= Duration::from_millis(20));
+        there.send(b"now").unwrap();
+        for timeout in [0, libc::c_int::MAX, -1] {
+            assert!(wait_readable(here.as_fd(), timeout).unwrap());
+        }
+    }
+
+    #[test]
+    fn the_receive_buffer_is_set_and_read_up_to_the_last_int() {
+        let (here, _there) = UnixDatagram::pair().unwrap();
+        set_recv_buffer(here.as_fd(), 1 << 14).unwrap();
+        assert_eq!(recv_buffer(here.as_fd()).unwrap(), 1 << 15);
+        set_recv_buffer(here.as_fd(), libc::c_int::MAX / 2).unwrap();
+        assert!(recv_buffer(here.as_fd()).unwrap() > 1 << 15);
+        assert_eq!(
+            domain_and_protocol(here.as_fd()).unwrap(),
+            (libc::AF_UNIX, 0)
+        );
+    }
+}

@@ -7,7 +7,7 @@ use nfqnl_proto::{
 };
 
 use crate::bindings::{BindingId, Bindings};
-use crate::error::{Error, Result};
+use crate::error::{Error, Operation, Result};
 use crate::event::{said_again_header, verdict_header};
 use crate::waiting::{Unproven, Waiting};
 
@@ -165,20 +165,26 @@ impl VerdictBatch {
 
     fn encode_raw(&mut self, key: PacketKey, decision: &Decision<'_>) -> Result<What> {
         if let Some(payload) = decision.payload() {
-            check_payload(payload)?;
+            check_payload(key, payload)?;
         }
         let header = verdict_header(key);
+        let refused = |source| Error::Encode {
+            op: Operation::Verdict(key),
+            source,
+        };
         // Nothing is too long, or it is refused before there is memory for it.
         let len = match decision.encode(&mut [], key.queue, key.id, header) {
             Ok(len) => len,
             Err(EncodeError::NoSpace { needed, .. }) => needed,
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(refused(error)),
         };
         let start = self.raw.len();
         let end = start + len;
         self.raw.resize(end, 0);
         let room = self.raw.get_mut(start..).unwrap_or_default();
-        decision.encode(room, key.queue, key.id, header)?;
+        decision
+            .encode(room, key.queue, key.id, header)
+            .map_err(refused)?;
         Ok(What::Raw {
             start,
             end,
@@ -253,7 +259,7 @@ impl VerdictBatch {
 }
 
 /// The least that a replaced payload must have: its network header
-fn check_payload(payload: &[u8]) -> Result<()> {
+fn check_payload(key: PacketKey, payload: &[u8]) -> Result<()> {
     const IPV4_HEADER_LEN: usize = 20;
     const IPV6_HEADER_LEN: usize = 40;
     let first = payload.first().copied().unwrap_or(0);
@@ -264,6 +270,7 @@ fn check_payload(payload: &[u8]) -> Result<()> {
     };
     if payload.len() < needed {
         return Err(Error::PayloadTooShort {
+            key,
             needed,
             had: payload.len(),
         });

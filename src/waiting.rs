@@ -167,6 +167,7 @@ impl Waiting {
 
     fn answer_one(&mut self, id: u32) {
         let place = self.runs.partition_point(|run| is_before(run.last, id));
+        let has_room = self.runs.len() < MAX_RUNS;
         let Some(run) = self.runs.get_mut(place) else {
             return;
         };
@@ -180,6 +181,7 @@ impl Waiting {
             }
             (true, false) => run.first = id.wrapping_add(1),
             (false, true) => run.last = id.wrapping_sub(1),
+            (false, false) if !has_room => self.go_blind(),
             (false, false) => {
                 run.last = id.wrapping_sub(1);
                 let first = id.wrapping_add(1);
@@ -356,6 +358,26 @@ mod tests {
         assert!(!together.needs_proof_alone(Some(accept)));
         assert!(together.needs_proof_alone(Some(drop)));
         assert_eq!(ids(&together), [1, 2]);
+    }
+
+    /// A list without end would be no use either
+    #[test]
+    fn too_many_apart_blind_however_they_come_to_be_apart() {
+        let most = u32::try_from(MAX_RUNS).unwrap();
+        let mut apart = Waiting::default();
+        for id in 0..=most {
+            apart.receive(2 * id, 2 * id);
+            assert!(apart.runs.len() <= MAX_RUNS);
+        }
+        assert!(apart.is_blind && apart.runs.is_empty());
+
+        let mut split = Waiting::default();
+        split.receive(0, 2 * most + 2);
+        for id in 0..=most {
+            split.answer(2 * id + 1, 2 * id + 1);
+            assert!(split.runs.len() <= MAX_RUNS);
+        }
+        assert!(split.is_blind && split.runs.is_empty());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Not among the live tests, which can be built for a target without building the examples for it.
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use nfqnl_testkit::cpu;
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
-use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
+use nfqnl_testkit::traffic::{SILENCE, TIMEOUT, Udp, V4, V6};
 
 // For its own test, which says that it does not end well when it should not. Cargo could run that too, but would then
 // not build the program.
@@ -63,6 +64,12 @@ impl Example {
         let line = self.lines.recv_timeout(TIMEOUT).expect("a line in time");
         assert!(line.contains(words), "no {words:?} in {line:?}");
         line
+    }
+
+    /// The same for the whole line
+    #[track_caller]
+    fn expect_line(&self, whole: &str) {
+        assert_eq!(self.expect(whole), whole);
     }
 
     /// Waits until it has ended by itself; fails if it does not in time
@@ -324,4 +331,136 @@ fn an_example_says_what_it_takes() {
             assert!(!Example::start("batch", arguments).wait().success());
         }
     });
+}
+
+/// What Linux's `nft_queue.sh` reads; `tests/kernels/run selftest` has that script itself
+mod nf_queue {
+    use super::*;
+
+    const QUEUE: u16 = 7;
+
+    impl Example {
+        /// Sends until the example has bound its queue and prints a line for a datagram; says how many it has got by then
+        fn probe(&self, send: impl Fn()) -> usize {
+            let next = |within| self.lines.recv_timeout(within);
+            let deadline = Instant::now() + TIMEOUT;
+            loop {
+                assert!(Instant::now() < deadline, "it prints nothing");
+                send();
+                if next(Duration::from_millis(50)).is_ok() {
+                    return 1 + std::iter::from_fn(|| next(SILENCE).ok()).count();
+                }
+            }
+        }
+
+        /// What it prints until it ends, which shall be well
+        fn rest(self) -> Vec<String> {
+            let rest = self.lines.iter().collect();
+            assert!(self.wait().success());
+            rest
+        }
+    }
+
+    fn counts(hooks: [usize; 5]) -> Vec<String> {
+        let lines = hooks.iter().enumerate();
+        let lines = lines.map(|(hook, count)| format!("hook {hook} packets {count:08}"));
+        let total = format!("{} packets total", hooks.iter().sum::<usize>());
+        lines.chain([total]).collect()
+    }
+
+    #[test]
+    fn prints_packets_and_counts_them_by_hook() {
+        isolated(|| {
+            let [(v4, _), (v6, _)] = sockets_into(QUEUE);
+            let table = Table::new(Family::Ip, "later").unwrap();
+            let later = table.chain("out", Hook::Output, 0).unwrap();
+            let unfinished = " csumnotready";
+            // Where nothing is left to the device, the checksum is finished for the first queue, and not looked at for the next.
+            for (options, state, next) in [
+                ("-cvt2", unfinished, unfinished),
+                ("-Gcvt2", "", " csumnotverified"),
+            ] {
+                let example = Example::start("nf_queue", &[options, "-q", "7"]);
+                let probes = example.probe(|| v4.send(b"probe", v4.address()).unwrap());
+                v6.send(b"v6", v6.address()).unwrap();
+                example.expect_line(&format!("packet hook=34525, hwproto 0x1{state}"));
+                later.add(&Rule::new().udp().queue(QUEUE)).unwrap();
+                v4.send(b"v4", v4.address()).unwrap();
+                example.expect_line(&format!("packet hook=2048, hwproto 0x3{state}"));
+                example.expect_line(&format!("packet hook=2048, hwproto 0x1{next}"));
+                later.flush().unwrap();
+                assert_eq!(example.rest(), counts([0, probes + 2, 0, 1, 0]));
+                assert_eq!((v4.drain(), v6.drain()), (probes + 1, 1));
+            }
+        });
+    }
+
+    #[test]
+    fn hands_packets_to_another_queue_after_a_while() {
+        isolated(|| {
+            let [(socket, _), _] = sockets_into(QUEUE);
+            let second = Example::start("nf_queue", &["-vc", "-q8", "-t3"]);
+            let first = Example::start("nf_queue", &["-c", "-t2", "-d", "150", "-q7", "-Q8"]);
+            let count = second.probe(|| socket.send(b"probe", socket.address()).unwrap());
+            let begin = Instant::now();
+            socket.send(b"late", socket.address()).unwrap();
+            assert_eq!(socket.drain(), count + 1);
+            assert!(begin.elapsed() >= Duration::from_millis(150));
+            let expected = counts([0, count + 1, 0, 0, 0]);
+            assert_eq!(first.rest(), expected);
+            second.expect("packet hook=2048, hwproto 0x1");
+            assert_eq!(second.rest(), expected);
+        });
+    }
+
+    /// And what waits for fifteen others is dropped when it ends
+    #[test]
+    fn answers_out_of_order_amid_bogus_verdicts() {
+        isolated(|| {
+            let [(socket, _), _] = sockets_into(QUEUE);
+            let next = Cell::new(0_u8);
+            let send = || {
+                socket.send(&[next.get()], socket.address()).unwrap();
+                next.set(next.get() + 1);
+            };
+            let example = Example::start("nf_queue", &["-Ob", "-vct2", "-q7"]);
+            let probes = example.probe(send);
+            (probes..16 + 16 + 5).for_each(|_| send());
+            let first = next.get() - (16 + 16 + 5);
+            for start in [first, first + 16] {
+                for number in (start..start + 16).rev() {
+                    assert_eq!(socket.recv(), Some(vec![number]));
+                }
+            }
+            let lines = example.rest();
+            let (packets, end) = lines.split_at(16 + 16 + 5 - probes);
+            assert!(packets.iter().all(|line| line.starts_with("packet ")));
+            assert_eq!(end, counts([0, 16 + 16 + 5, 0, 0, 0]));
+            assert!(socket.is_silent());
+        });
+    }
+
+    #[test]
+    fn fails_where_it_can_not_do_as_told() {
+        isolated(|| {
+            let other = nfqnl::Handle::open().unwrap();
+            let _queue = other.bind_queue(QUEUE).unwrap();
+            for arguments in [
+                &["-q7"][..],
+                &["-q", "1", "-Q", "1"],
+                &["-Q"],
+                &["-Q65536"],
+                &["-d", "0"],
+                &["-t", "soon"],
+                &["-x"],
+                &["7"],
+            ] {
+                let status = Example::start("nf_queue", arguments).wait();
+                assert_eq!(status.code(), Some(1), "{arguments:?}");
+            }
+            let example = Example::start("nf_queue", &["-h"]);
+            example.expect("Usage: nf_queue [-c] ");
+            assert!(example.wait().success());
+        });
+    }
 }

@@ -49,6 +49,17 @@
 //! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `interop`. Needs std; off by default.
 #![no_std]
 #![forbid(unsafe_code)]
+// Nothing from outside makes it panic.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::string_slice,
+        clippy::unreachable
+    )
+)]
 #![deny(missing_docs)]
 
 #[cfg(feature = "netlink-packet-core")]

@@ -29,6 +29,9 @@ use crate::vlan::Vlan;
 /// Offsets are kept in 4-byte words, so that 16 bits reach this far
 const MAX_MESSAGE_LEN: usize = (u16::MAX as usize + 1) * 4;
 
+/// Where an index has the attribute that is always there
+const PACKET_HDR: usize = NFQA_PACKET_HDR as usize;
+
 /// Names a waiting packet: what a verdict is addressed to, at any later time and from any thread
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[expect(
@@ -229,7 +232,7 @@ impl<'a> Packet<'a> {
                 *slot = u16::try_from((attr.offset + ATTRS_OFFSET) / 4).unwrap_or_default();
             }
         }
-        if at[NFQA_PACKET_HDR as usize] == 0 {
+        if at[PACKET_HDR] == 0 {
             return Err(DecodeError::MissingAttribute {
                 kind: NFQA_PACKET_HDR,
                 within: None,
@@ -336,7 +339,7 @@ impl<'a> Packet<'a> {
     /// `struct nfqnl_msg_packet_hdr`; `parse` saw that it is there
     #[inline]
     fn header(&self) -> [u8; PACKET_HDR_LEN] {
-        let word = self.index.at[NFQA_PACKET_HDR as usize];
+        let word = self.index.at[PACKET_HDR];
         self.value_at(word).unwrap_or_default()
     }
 
@@ -643,11 +646,12 @@ fn index(message: &[u8], at: &mut [u16; NFQA_MAX as usize + 1]) -> bool {
         }
         offset += align(len);
     }
-    at[NFQA_PACKET_HDR as usize] != 0
+    at[PACKET_HDR] != 0
 }
 
 /// The greatest `nla_len` that is too short for each attribute that has a getter; what has to be looked into is never long
 /// enough
+#[expect(clippy::indexing_slicing, reason = "by the compiler")]
 const TOO_SHORT: [usize; NFQA_MAX as usize + 1] = {
     let mut table = [0; NFQA_MAX as usize + 1];
     let mut kind = 0;
@@ -682,6 +686,7 @@ fn check(attr: Attr<'_>, needed: usize) -> Result<(), DecodeError> {
 }
 
 /// [`min_len`] of every attribute that has a getter
+#[expect(clippy::indexing_slicing, reason = "by the compiler")]
 const MIN_LEN: [usize; NFQA_MAX as usize + 1] = {
     let mut table = [0; NFQA_MAX as usize + 1];
     let mut kind = 0;

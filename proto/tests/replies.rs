@@ -8,8 +8,8 @@ use common::{
 };
 use nfqnl_proto::consts::*;
 use nfqnl_proto::{
-    DecodeError, Family, Header, Hook, HwAddr, Message, Messages, Packet, PacketKey, Reply,
-    RequestHeader, SkbInfo, Verdict, Vlan,
+    Attrs, DecodeError, EncodeError, Family, Header, Hook, HwAddr, Message, Messages, Packet,
+    PacketKey, Reply, RequestHeader, SkbInfo, Verdict, Vlan,
 };
 use std::time::Duration;
 
@@ -357,7 +357,20 @@ fn broken_messages(base: usize) -> Vec<(Vec<u8>, DecodeError)> {
     let in_vlan = behind_header + ATTR_HEADER_LEN;
     let packet_type = message_type(NFQNL_MSG_PACKET);
     let error_len = size_of::<i32>() + MESSAGE_HEADER_LEN;
-    vec![
+    let too_short_to_be_one = (0..4_u16).flat_map(|len| {
+        let bytes = wire![len, NFQA_MARK, [0; 4]];
+        let first = header_only().field(&bytes).build();
+        let behind = packet().field([0]).field(&bytes).build();
+        [
+            (first, attr_length(None, ATTRS_OFFSET, len.into(), 8)),
+            (behind, attr_length(None, behind_header, len.into(), 8)),
+        ]
+    });
+    let others = vec![
+        (
+            MessageBuilder::new(packet_type, 0).build(),
+            short(Header::Family, MESSAGE_HEADER_LEN, FAMILY_HEADER_LEN, 0),
+        ),
         (
             MessageBuilder::new(packet_type, 0)
                 .field([Family::INET.0, 0, 0])
@@ -388,9 +401,9 @@ fn broken_messages(base: usize) -> Vec<(Vec<u8>, DecodeError)> {
         (
             packet()
                 .field([0])
-                .field(wire![3u16, NFQA_MARK, [0; 4]])
+                .field(wire![u16::MAX, NFQA_MARK, [0; 4]])
                 .build(),
-            attr_length(None, behind_header, 3, 8),
+            attr_length(None, behind_header, u16::MAX.into(), 8),
         ),
         (
             packet()
@@ -421,7 +434,14 @@ fn broken_messages(base: usize) -> Vec<(Vec<u8>, DecodeError)> {
                 .build(),
             attr_length(Some(NFQA_VLAN), in_vlan, 7, 6),
         ),
-    ]
+        (
+            packet()
+                .attr(NFQA_VLAN, wire![0u16, NFQA_MARK, [1, 2]])
+                .build(),
+            attr_length(Some(NFQA_VLAN), in_vlan, 0, 6),
+        ),
+    ];
+    too_short_to_be_one.chain(others).collect()
 }
 
 /// Number 1 is `NFQA_PACKET_HDR` in a message and `NFQA_VLAN_PROTO` in a VLAN: the text must tell them apart
@@ -436,15 +456,86 @@ fn attribute_errors_say_where() {
     assert_eq!(
         texts.collect::<Vec<_>>(),
         [
+            "attribute 3 at byte 120 says it is 0 bytes long, 8 are left",
+            "attribute 3 at byte 132 says it is 0 bytes long, 8 are left",
+            "attribute 3 at byte 120 says it is 1 bytes long, 8 are left",
+            "attribute 3 at byte 132 says it is 1 bytes long, 8 are left",
+            "attribute 3 at byte 120 says it is 2 bytes long, 8 are left",
+            "attribute 3 at byte 132 says it is 2 bytes long, 8 are left",
+            "attribute 3 at byte 120 says it is 3 bytes long, 8 are left",
+            "attribute 3 at byte 132 says it is 3 bytes long, 8 are left",
             "attribute 1 is missing from the message at byte 100",
             "attribute 1 is missing from the message at byte 100",
             "attribute 1 at byte 120 needs 7 bytes of value, has 6",
-            "attribute 3 at byte 132 says it is 3 bytes long, 8 are left",
+            "attribute 3 at byte 132 says it is 65535 bytes long, 8 are left",
             "attribute 3 at byte 132 says it is 9 bytes long, 8 are left",
             "attribute 1 is missing from the value of attribute 19 at byte 136",
             "attribute 2 is missing from the value of attribute 19 at byte 136",
             "attribute 2 within attribute 19 at byte 136 needs 2 bytes of value, has 1",
             "attribute 3 within attribute 19 at byte 136 says it is 7 bytes long, 6 are left",
+            "attribute 3 within attribute 19 at byte 136 says it is 0 bytes long, 6 are left",
+        ]
+    );
+}
+
+/// All the others, word by word
+#[test]
+fn errors_are_one_line_each() {
+    let short = |what| DecodeError::Short {
+        what,
+        offset: 20,
+        needed: 16,
+        had: 3,
+    };
+    let texts = [
+        short(Header::Message).to_string(),
+        short(Header::Family).to_string(),
+        short(Header::Error).to_string(),
+        DecodeError::MessageLength {
+            offset: 20,
+            len: 15,
+            needed: 16,
+        }
+        .to_string(),
+        DecodeError::Truncated {
+            offset: 20,
+            needed: 600,
+            had: 200,
+        }
+        .to_string(),
+        DecodeError::NotAPacket {
+            message_type: 0x0301,
+        }
+        .to_string(),
+        DecodeError::TooLong {
+            had: 262_145,
+            max: 262_144,
+        }
+        .to_string(),
+        EncodeError::NoSpace {
+            needed: 32,
+            had: 31,
+        }
+        .to_string(),
+        EncodeError::AttributeTooLong {
+            kind: NFQA_PAYLOAD,
+            had: 65532,
+            max: 65531,
+        }
+        .to_string(),
+    ];
+    assert_eq!(
+        texts,
+        [
+            "netlink header at byte 20 needs 16 bytes, 3 left",
+            "netfilter header at byte 20 needs 16 bytes, 3 left",
+            "error message at byte 20 needs 16 bytes, 3 left",
+            "netlink message at byte 20 says it is 15 bytes long, its header alone takes 16",
+            "netlink message at byte 20 is 600 bytes long, the buffer holds 200 of them",
+            "message type 0x0301 is not NFQNL_MSG_PACKET",
+            "message of 262145 bytes, at most 262144 can be indexed",
+            "the message needs 32 bytes, the buffer has 31",
+            "attribute 10 has 65532 bytes of value, at most 65531 fit",
         ]
     );
 }
@@ -486,23 +577,15 @@ fn broken_message_length_is_the_end() {
         u32::try_from(MESSAGE_HEADER_LEN).unwrap(),
     );
     let had = 2 * size;
-    let cases = [
-        (
-            with_len(0),
-            DecodeError::MessageLength {
-                offset,
-                len: 0,
-                needed: size,
-            },
-        ),
-        (
-            with_len(size_u32 - 1),
-            DecodeError::MessageLength {
-                offset,
-                len: size - 1,
-                needed: size,
-            },
-        ),
+    let too_short = (0..size_u32).map(|len| {
+        let error = DecodeError::MessageLength {
+            offset,
+            len: usize::try_from(len).unwrap(),
+            needed: size,
+        };
+        (with_len(len), error)
+    });
+    let too_long = [
         (
             with_len(2 * size_u32 + 1),
             DecodeError::Truncated {
@@ -520,7 +603,7 @@ fn broken_message_length_is_the_end() {
             },
         ),
     ];
-    for (broken, error) in cases {
+    for (broken, error) in too_short.chain(too_long) {
         let bytes = datagram([&good, &broken, &noop]);
         assert_eq!(see(&bytes), [Seen::Packet(ID), Seen::Broken(error)]);
 
@@ -539,6 +622,77 @@ fn broken_message_length_is_the_end() {
         let bytes = datagram([&good[..], &noop[..had]]);
         assert_eq!(see(&bytes), [Seen::Packet(ID), Seen::Broken(error)]);
     }
+}
+
+/// What no kernel sends, and yet is no broken message: it is read as the kernel would read it, and so is what stands behind
+#[test]
+fn odd_messages_are_read_and_what_is_behind_them_comes() {
+    let other_id = wire![[9, 9, 9, 9], PACKET_HDR[4..]];
+    let mut nested = Vec::new();
+    for _ in 0..1000 {
+        nested = attr(NFQA_CT | NLA_F_NESTED, &nested);
+    }
+    // Shorter than what stands in it: the message ends in the middle of its first attribute, and another begins there.
+    let inner = MessageBuilder::new(NLMSG_NOOP, 0).build();
+    let mut overlapping = packet().attr(NFQA_SECCTX, &inner).build();
+    let end = u32::try_from(overlapping.len() - inner.len()).unwrap();
+    overlapping[..4].copy_from_slice(&end.to_ne_bytes());
+    let cut_attribute = DecodeError::AttributeLength {
+        kind: NFQA_SECCTX,
+        within: None,
+        offset: packet().offset(),
+        len: ATTR_HEADER_LEN + inner.len(),
+        had: ATTR_HEADER_LEN,
+    };
+    let cases = [
+        // An attribute over the header of the next one, which so is none
+        (
+            packet()
+                .field([0])
+                .field(wire![12_u16, NFQA_MARK, [0; 4], 0_u16, NFQA_MARK])
+                .build(),
+            vec![Seen::Packet(ID)],
+        ),
+        (
+            packet().attr(NFQA_PACKET_HDR, &other_id).build(),
+            vec![Seen::Packet(0x0909_0909)],
+        ),
+        (
+            packet().attr(NFQA_CT | NLA_F_NESTED, &nested).build(),
+            vec![Seen::Packet(ID)],
+        ),
+        (
+            datagram([packet().build(), packet().build()]),
+            vec![Seen::Packet(ID), Seen::Packet(ID)],
+        ),
+        (overlapping, vec![Seen::Broken(cut_attribute), Seen::Noop]),
+        // Messages that are the program's to send, and those of another subsystem
+        (
+            request(REQUEST),
+            vec![Seen::Other(message_type(NFQNL_MSG_VERDICT))],
+        ),
+        (
+            MessageBuilder::new(0x0100, 0).field([0; 4]).build(),
+            vec![Seen::Other(0x0100)],
+        ),
+        (
+            MessageBuilder::new(u16::MAX, u16::MAX).build(),
+            vec![Seen::Other(u16::MAX)],
+        ),
+    ];
+    for (odd, mut expected) in cases {
+        expected.push(Seen::Packet(ID));
+        assert_eq!(see(&datagram([odd, packet().build()])), expected);
+    }
+    let levels = std::iter::successors(Some(&nested[..]), |inner| {
+        let attr = Attrs::new(inner).next()?.unwrap();
+        Some(attr.value)
+    });
+    assert_eq!(
+        levels.count(),
+        1001,
+        "each level is one call of the caller's"
+    );
 }
 
 #[test]

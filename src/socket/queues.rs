@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use nfqnl_proto::{ConfigRequest, CopyMode, QueueConfig};
+use nfqnl_proto::{ConfigFlags, ConfigRequest, CopyMode, QueueConfig};
 
 use super::requests::Pending;
 use super::{Shared, State};
 use crate::bindings::{Binding, BindingId, Bindings};
-use crate::error::{Error, Operation, Result};
+use crate::error::{Error, Operation, Refusal, Result, Situation};
 use crate::sys;
 
 impl Shared {
@@ -26,14 +26,23 @@ impl Shared {
                 drop(state);
                 self.outwait_endings(op)?;
             } else if let Some(present) = state.bindings.get(queue).map(|binding| binding.id) {
-                // Ours already: let the kernel say so. If it says otherwise, the queue was unbound through another
-                // descriptor of this socket, and the present binding is at its end.
-                let bare = ConfigRequest::bind(queue, QueueConfig::new());
-                let endings = state.endings;
-                let pending = self.begin(&mut state, op, Some(&bare))?;
+                // Ours already, unless the queue was unbound through another descriptor of this socket: then the present
+                // binding is at its end. To bind would tell too, but if the answer is lost, there is a queue in the
+                // kernel whose packets would pass for the present binding's. This changes nothing.
+                let none = ConfigFlags::empty();
+                let question = ConfigRequest::update(queue, QueueConfig::new().flags(none, none));
+                let pending = self.begin(&mut state, op, Some(&question))?;
                 drop(state);
-                self.finish(pending)?;
-                self.unbind_bare(present, endings)?;
+                match self.finish(pending) {
+                    Ok(()) => return Err(Refusal::already_bound(op).into()),
+                    Err(Error::Refused(refusal)) if refusal.situation() == Situation::NotBound => {
+                        let mut state = self.state();
+                        if self.forget(&mut state, present) {
+                            state.note_ending(queue);
+                        }
+                    }
+                    Err(error) => return Err(error),
+                }
             } else {
                 break state;
             }
@@ -100,23 +109,6 @@ impl Shared {
         self.end(id).map_or(Ok(()), |pending| self.finish(pending?))
     }
 
-    /// Unbinds a queue that was just bound though there was a binding; does nothing if the queue was unbound since the
-    /// count of endings stood so
-    fn unbind_bare(&self, present: BindingId, endings: u64) -> Result<()> {
-        let mut state = self.state();
-        if !self.forget(&mut state, present) {
-            // Others may have unbound the queue meanwhile, and bound it again, which must not be undone.
-            let is_bound = state.bindings.get(present.queue).is_some();
-            let mut later = state.ended.iter().filter(|(_, place)| *place > endings);
-            if is_bound || later.any(|(queue, _)| *queue == present.queue) {
-                return Ok(());
-            }
-        }
-        let pending = self.begin_unbind(&mut state, present.queue)?;
-        drop(state);
-        self.finish(pending)
-    }
-
     /// Unbinds a queue without waiting; does nothing if this binding has ended
     pub(crate) fn post_unbind(&self, id: BindingId) {
         if let Some(Ok(pending)) = self.end(id) {
@@ -134,8 +126,7 @@ impl Shared {
     }
 
     fn begin_unbind(&self, state: &mut State, queue: u16) -> Result<Pending> {
-        state.endings += 1;
-        state.ended.push((queue, state.endings));
+        state.note_ending(queue);
         let request = ConfigRequest::unbind(queue);
         self.begin(state, Operation::Unbind(queue), Some(&request))
     }
@@ -161,6 +152,15 @@ impl Shared {
     /// The bindings that stand now
     pub(crate) fn present_bindings(&self) -> Bindings {
         self.state().bindings.clone()
+    }
+}
+
+impl State {
+    /// Notes that a queue was unbound: one entry for each number at most, since binding that again outwaits it first
+    fn note_ending(&mut self, queue: u16) {
+        debug_assert!(self.ended.iter().all(|&(ended, _)| ended != queue));
+        self.endings += 1;
+        self.ended.push((queue, self.endings));
     }
 }
 

@@ -179,16 +179,9 @@ impl Shared {
     /// Waits for something to receive, until the deadline if there is one; `false` when it has passed
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<bool> {
         loop {
-            let timeout = match deadline {
-                None => -1,
-                Some(deadline) => {
-                    // Rounded up, so that the last wait is not a spin.
-                    let left = deadline
-                        .saturating_duration_since(Instant::now())
-                        .as_micros();
-                    left.div_ceil(1000).try_into().unwrap_or(libc::c_int::MAX)
-                }
-            };
+            let timeout = deadline.map_or(-1, |deadline| {
+                poll_timeout(deadline.saturating_duration_since(Instant::now()))
+            });
             match sys::wait_readable(self.as_fd(), timeout) {
                 Ok(true) => return Ok(true),
                 Ok(false) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
@@ -366,6 +359,12 @@ impl Shared {
     }
 }
 
+/// As `poll` counts: milliseconds, rounded up so that the last wait is not a spin, and no more than it can
+fn poll_timeout(left: Duration) -> libc::c_int {
+    let left = left.as_micros().div_ceil(1000);
+    left.try_into().unwrap_or(libc::c_int::MAX)
+}
+
 impl State {
     /// Brings a copy of the bindings up to date, and says whether it was not
     fn refresh(&self, bindings: &mut Bindings) -> bool {
@@ -380,6 +379,21 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wait_is_rounded_up_and_longer_than_poll_can_only_in_parts() {
+        let of = poll_timeout;
+        assert_eq!(of(Duration::ZERO), 0);
+        assert_eq!(of(Duration::from_micros(1)), 1);
+        assert_eq!(of(Duration::from_micros(1001)), 2);
+        let most = Duration::from_millis(0x7fff_ffff);
+        assert_eq!(of(most), libc::c_int::MAX);
+        assert_eq!(of(most + Duration::from_micros(1)), libc::c_int::MAX);
+        // What would be short, or no timeout at all, in 32 bits
+        assert_eq!(of(Duration::from_millis((1 << 32) | 5)), libc::c_int::MAX);
+        assert_eq!(of(Duration::from_millis((1 << 32) - 1)), libc::c_int::MAX);
+        assert_eq!(of(Duration::MAX), libc::c_int::MAX);
+    }
 
     #[test]
     fn gaps_are_set_against_the_kernels_count_of_drops() {

@@ -63,10 +63,11 @@ impl Shared {
             pid: 0,
         };
         let mut buf = [0; ConfigRequest::MAX_LEN];
-        let len = match request {
-            Some(request) => request.encode(&mut buf, header)?,
-            None => encode_noop(&mut buf, header)?,
+        let encoded = match request {
+            Some(request) => request.encode(&mut buf, header),
+            None => encode_noop(&mut buf, header),
         };
+        let len = encoded.map_err(|source| Error::Encode { op, source })?;
         let drops = sys::drops(self.as_fd()).ok();
         state.requests.push(Request {
             seq,
@@ -133,7 +134,8 @@ impl Shared {
 
     /// Throws away what other processes have sent to the socket before it was connected, after which none can
     ///
-    /// A message of the kernel that came before then is kept, as by any request.
+    /// A message of the kernel that came before then is kept, as by any request; but what had no room then is no loss of
+    /// this handle, and others can see to that.
     pub(crate) fn discard_foreign(&self) -> Result<()> {
         let mut buf = vec![0; REQUEST_BUFFER_LEN];
         let mut state = self.state();
@@ -146,6 +148,7 @@ impl Shared {
                 Ok((len, true)) => {
                     self.stash(&mut state, Ok(buf.get(..len).unwrap_or_default()))?
                 }
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => false,
                 Err(error) => self.stash(&mut state, Err(error))?,
             };
             if is_empty {

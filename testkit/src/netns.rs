@@ -19,6 +19,8 @@ use crate::{link, sys};
 const MARK: &str = "NFQNL_TESTKIT_ISOLATED";
 /// Another value of it: the process does nothing
 const IDLE: &str = "idle";
+/// Set in a process that [`part_in_another_process`] has started, to the part that it has
+const PART: &str = "NFQNL_TESTKIT_PART";
 /// Leaves out what needs namespaces, and says so
 const SKIP: &str = "NFQNL_SKIP_LIVE";
 /// Longer than any test here takes on a slow machine
@@ -94,6 +96,28 @@ pub fn idle(stdin: impl Into<Stdio>) -> io::Result<Child> {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
+}
+
+/// Starts another process, within [`isolated`], that runs the same test in the same namespaces, and finds its part of it by
+/// [`part`]; it ends with its test at the latest
+///
+/// Like any other program that is started, it has those descriptors alone that are not closed on exec, and `stdin`.
+///
+/// # Errors
+/// What the system says.
+pub fn part_in_another_process(part: &str, stdin: impl Into<Stdio>) -> io::Result<Child> {
+    let mark = std::env::var(MARK).map_err(io::Error::other)?;
+    again(std::env::args_os().skip(1), &mark)
+        .env(PART, part)
+        .stdin(stdin)
+        .stdout(Stdio::null())
+        .spawn()
+}
+
+/// The part of the test that this process has, if [`part_in_another_process`] has started it
+#[must_use]
+pub fn part() -> Option<String> {
+    std::env::var(PART).ok()
 }
 
 /// Runs the whole program again in a network namespace of its own, with loopback up

@@ -6,6 +6,7 @@
 use std::io;
 use std::ops::RangeInclusive;
 
+use crate::kernel;
 use crate::netlink::{
     Message, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, attr, attrs, query, transact,
 };
@@ -224,12 +225,11 @@ impl Chain<'_> {
     /// What the kernel says; `ENOENT` where it has no way to queue.
     pub fn add(&self, rule: &Rule) -> io::Result<()> {
         let added = self.add_with(rule, QueueExpression::Native);
-        match added {
-            Err(error) if error.kind() == io::ErrorKind::NotFound && rule.queue.is_some() => {
-                self.add_with(rule, QueueExpression::Xtables)
-            }
-            added => added,
+        let is_unknown = matches!(&added, Err(error) if error.kind() == io::ErrorKind::NotFound);
+        if is_unknown && rule.queue.is_some() && !kernel::is_complete() {
+            return self.add_with(rule, QueueExpression::Xtables);
         }
+        added
     }
 
     fn add_with(&self, rule: &Rule, queue: QueueExpression) -> io::Result<()> {

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::sys;
 
@@ -12,6 +12,12 @@ use crate::sys;
 /// What the system says.
 pub fn set_send_buffer(socket: &impl AsFd, bytes: i32) -> io::Result<()> {
     sys::set_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUF, bytes)
+}
+
+/// A netlink socket by its descriptor
+#[must_use]
+pub fn netlink(fd: OwnedFd) -> netlink_sys::Socket {
+    sys::netlink(fd)
 }
 
 /// Whether a descriptor is closed when this process runs another program

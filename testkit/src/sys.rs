@@ -5,7 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::CStr;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::panic::{self, AssertUnwindSafe};
 use std::process::{Child, Command};
@@ -501,6 +501,12 @@ pub(crate) fn socket(
     let fd = check(unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) })?;
     // SAFETY: the descriptor is new and nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Wraps a netlink socket that somebody else opened
+pub(crate) fn netlink(fd: OwnedFd) -> netlink_sys::Socket {
+    // SAFETY: the descriptor was owned, and from here on `Socket` alone owns it.
+    unsafe { netlink_sys::Socket::from_raw_fd(fd.into_raw_fd()) }
 }
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {

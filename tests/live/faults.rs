@@ -885,7 +885,7 @@ fn the_limit_of_descriptors_is_reached() {
                     "{error:?}"
                 );
                 assert!(
-                    error.to_string().contains("no file descriptors left"),
+                    error.to_string().contains("no file descriptor is left"),
                     "{error}"
                 );
             }

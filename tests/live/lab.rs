@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nfqnl::proto::{ConfigRequest, RequestHeader};
-use nfqnl::{Event, Handle, Packet, RecvBatch};
+use nfqnl::{Error, Event, Handle, Packet, RecvBatch, Refusal, Situation};
 use nfqnl_testkit::hosts::Bridge;
 use nfqnl_testkit::kernel;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
@@ -160,6 +160,28 @@ pub(crate) fn next_packet<'b>(handle: &Handle, batch: &'b mut RecvBatch) -> Pack
     match next_event(handle, batch) {
         Event::Packet(packet) => packet,
         other => panic!("no packet, but {other:?}"),
+    }
+}
+
+/// Whether somebody else could bind the queue now
+pub(crate) fn is_free(num: u16) -> bool {
+    let other = Handle::open().unwrap();
+    match other.bind_queue(num) {
+        Ok(queue) => {
+            queue.destroy().unwrap();
+            true
+        }
+        Err(Error::Refused(refusal)) if refusal.situation() == Situation::NotPermitted => false,
+        Err(other) => panic!("{other:?}"),
+    }
+}
+
+/// The kernel's refusal; fails if there is none
+#[track_caller]
+pub(crate) fn refusal<T: std::fmt::Debug>(result: nfqnl::Result<T>) -> Refusal {
+    match result {
+        Err(Error::Refused(refusal)) => refusal,
+        other => panic!("no refusal, but {other:?}"),
     }
 }
 

@@ -12,23 +12,11 @@ use nfqnl_testkit::link;
 use nfqnl_testkit::netns::{idle, isolated};
 
 use crate::lab::{
-    Lab, QUEUE, configure_past_the_library, is_silent, next_event, next_packet, udp_payload,
+    Lab, QUEUE, configure_past_the_library, is_free, is_silent, next_event, next_packet,
+    udp_payload,
 };
 
 const WHOLE_PACKETS: QueueConfig = QueueConfig::new().copy_mode(CopyMode::PACKET, 0);
-
-/// Whether somebody else could bind the queue now
-fn is_free(num: u16) -> bool {
-    let other = Handle::open().unwrap();
-    match other.bind_queue(num) {
-        Ok(queue) => {
-            queue.destroy().unwrap();
-            true
-        }
-        Err(Error::Refused(refusal)) if refusal.situation() == Situation::NotPermitted => false,
-        Err(other) => panic!("{other:?}"),
-    }
-}
 
 #[test]
 fn a_key_from_before_the_queue_was_bound_again_is_refused() {

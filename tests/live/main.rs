@@ -5,10 +5,13 @@
 
 mod batch;
 mod callback;
+#[path = "../../proto/tests/common/mod.rs"]
+mod common;
 mod config;
 #[path = "../../examples/support/mod.rs"]
 mod examples;
 mod faults;
+mod hostile;
 mod lab;
 mod lifetime;
 mod optional;

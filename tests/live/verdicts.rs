@@ -1,6 +1,6 @@
 //! What becomes of a packet: every verdict, mark, priority, and new payloads
 
-use nfqnl::{Decision, Event, Handle, QueueConfig, RecvBatch, Situation, Verdict};
+use nfqnl::{Decision, Event, Handle, QueueConfig, RecvBatch, Situation, Verdict, VerdictBatch};
 use nfqnl_testkit::hosts::Router;
 use nfqnl_testkit::kernel;
 use nfqnl_testkit::netns::isolated;
@@ -274,7 +274,7 @@ fn payloads_that_would_crash_or_be_cut_are_refused_before_they_are_sent() {
                 .verdict(key, Verdict::Accept.with_payload(payload))
                 .unwrap_err();
             let named = match payload.len() {
-                len if len == too_long.len() => matches!(error, nfqnl::Error::Encode(_)),
+                len if len == too_long.len() => matches!(error, nfqnl::Error::Encode { .. }),
                 _ => matches!(error, nfqnl::Error::PayloadTooShort { .. }),
             };
             assert!(named, "{error:?} for {} bytes", payload.len());
@@ -440,5 +440,46 @@ fn a_decision_with_everything_in_it_is_taken() {
         handle.sync().unwrap();
         assert!(is_silent(&handle, &mut batch), "not refused");
         expect_rewritten(&lab.v4, b"unladen");
+    });
+}
+
+/// Its number is all ones: nothing that is added to it, shifted or sent back may run over into another's
+#[test]
+fn the_last_queue_is_a_queue_like_any_other_and_none_beside_it() {
+    isolated(|| {
+        const LAST: u16 = u16::MAX;
+        let lab = Lab::with(Hook::Input, &Rule::new().udp().dport(PORT).queue(0));
+        let handle = Handle::open().unwrap();
+        let _queues = [0, LAST].map(|queue| handle.bind_queue(queue).unwrap());
+        let mut batch = RecvBatch::default();
+        let mut verdicts = VerdictBatch::new();
+        let moved = Verdict::Queue {
+            num: LAST,
+            bypass: false,
+        };
+        (0..3).for_each(|number| lab.send(&[number]));
+        for _ in 0..3 {
+            let first = next_packet(&handle, &mut batch);
+            assert_eq!(first.queue(), 0);
+            handle.verdict(first.key(), moved).unwrap();
+        }
+        for number in 0..3 {
+            let packet = next_packet(&handle, &mut batch);
+            assert_eq!(packet.queue(), LAST);
+            assert_eq!(udp_payload(&packet), [number]);
+            verdicts.push(packet.key(), Verdict::Accept).unwrap();
+            let last = packet.key();
+            if number == 2 {
+                handle.send(&mut verdicts).unwrap();
+                handle.verdict(last, Verdict::Accept).unwrap();
+                match next_event(&handle, &mut batch) {
+                    Event::Refused(refusal) => assert_eq!(refusal.packet(), Some(last)),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        for number in 0..3 {
+            assert_eq!(lab.recv().as_deref(), Some(&[number][..]));
+        }
     });
 }

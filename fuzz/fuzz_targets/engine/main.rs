@@ -380,7 +380,7 @@ impl Fuzz {
             let _ = error.to_string();
             let is_expected = matches!(
                 error,
-                Error::Io { .. } | Error::Truncated { .. } | Error::Decode(_)
+                Error::Io { .. } | Error::Truncated { .. } | Error::Decode { .. }
             );
             assert!(is_expected, "{error:?}");
         }

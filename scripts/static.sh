@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# Fully static programs with musl, for what routers have: no file but the program is needed there
+#
+#     scripts/static.sh TARGET                          # the example accept_all as small as it gets, and how small
+#     scripts/static.sh TARGET build --release ...      # any command of cargo's
+#     scripts/static.sh all                             # accept_all for six targets, for the table in README.md
+#
+# TARGET is one of rustc's for musl, such as mips-unknown-linux-musl. Where rustup has a standard library for it, that is
+# used, with the linker that comes with rustc: no C compiler is needed. Else (mips, mipsel, s390x and others) Debian's rustc
+# builds the standard library from its sources, and zig links; that is for Debian on x86-64, and installs what it needs
+# there and into ${XDG_CACHE_HOME:-$HOME/.cache}/nfqnl-static. Programs for other processors run under qemu-user. What cargo
+# prints on standard output is all that comes there.
+#
+# accept_all is built as in anybody's project: an empty one, with what README.md says. On this machine's processor it runs at
+# full rate too, for its memory. Fails above 400 KiB of program for x86-64, or 1024 KiB of memory.
+set -euo pipefail
+shopt -s inherit_errexit
+cd "$(dirname "$0")/.."
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/nfqnl-static
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target/static}
+
+fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+# Installs packages unless there is what they bring
+need() {
+    [ -e "$1" ] || command -v "$1" >/dev/null || {
+        as_root apt-get -o DPkg::Lock::Timeout=600 update -q
+        as_root apt-get -o DPkg::Lock::Timeout=600 install -yq --no-install-recommends "${@:2}"
+    } >&2
+}
+
+# Finds out how to build for a target
+prepare() {
+    variable=CARGO_TARGET_$(tr a-z- A-Z_ <<<"$target")
+    case $target in
+    "$(uname -m)"-* | i686-*) emulator= ;;
+    armv*) emulator=qemu-arm-static ;;
+    *) emulator=qemu-${target%%-*}-static ;;
+    esac
+    [ -z "$emulator" ] || export "${variable}_RUNNER=$emulator"
+    if command -v rustup >/dev/null && rustup --quiet target add "$target" 2>/dev/null; then
+        library="rustup's" cargo=(cargo) options=()
+        export "${variable}_LINKER=rust-lld"
+        return
+    fi
+    library='built for size' cargo=(cargo-zigbuild) options=(-Zbuild-std=std,panic_abort)
+    need /usr/lib/rustlib/src/rust/library rustc-web rust-web-src
+    if [ ! -e "$cache/zig/complete" ]; then
+        echo "installing zig into $cache" >&2
+        need python3 python3
+        python3 -c 'import ensurepip' 2>/dev/null || need /nowhere python3-venv
+        python3 -m venv --clear "$cache/zig"
+        "$cache/zig/bin/pip" install --quiet ziglang==0.15.2 cargo-zigbuild >&2
+        touch "$cache/zig/complete"
+    fi
+    export PATH=$cache/zig/bin:$PATH RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1
+    # Where rustc would link a musl of its own, zig's is enough.
+    case $target in
+    x86_64-* | i686-* | aarch64-* | arm*) export RUSTFLAGS="${RUSTFLAGS:-} -Clink-self-contained=no" ;;
+    esac
+}
+
+# Runs a command of cargo's for the target
+run() {
+    local command=$1
+    case ${cargo[0]}-$1 in
+    cargo-zigbuild-build) command=zigbuild ;;
+    *-test | *-run) [ -z "$emulator" ] || need "$emulator" qemu-user-static ;;
+    esac
+    "${cargo[@]}" "$command" "${options[@]}" --target "$target" "${@:2}"
+}
+
+# What README.md says is in a file: the block of code that begins with its name
+block() {
+    awk -v name="$1" '
+        /^```/ { inside = 0; begins = $0 != "```"; next }
+        begins { inside = index($0, name) > 0 }
+        { begins = 0 }
+        inside' README.md | grep . || fail "README.md has no $1"
+}
+
+# Builds accept_all in a project of its own, and looks at it; prints a line of the table in README.md
+accept_all() {
+    local project=$CARGO_TARGET_DIR/accept_all program=$CARGO_TARGET_DIR/$target/router/accept_all said size memory=
+    rm -rf "$project"
+    mkdir -p "$project"/{src,.cargo}
+    cp examples/accept_all.rs "$project/src/main.rs"
+    cp Cargo.lock "$project"
+    cat >"$project/Cargo.toml" <<END
+package = { name = "accept_all", edition = "2024" }
+dependencies.nfqnl.path = "$PWD"
+workspace = {}
+
+$(block Cargo.toml)
+END
+    if [ "$library" = "rustup's" ]; then
+        unset "${variable}_LINKER" # The README names one.
+        block .cargo/config.toml >"$project/.cargo/config.toml"
+        block small.ld >"$project/small.ld"
+    else
+        options+=(-Zbuild-std-features=optimize_for_size) # and none of those that are on by default
+    fi
+    (cd "$project" && run build --profile router) >&2
+
+    ! readelf -lW "$program" | grep INTERP >&2 || fail "$program is not static"
+    ! readelf -dW "$program" | grep NEEDED >&2 || fail "$program is not static"
+    size=$(stat -c %s "$program")
+    case $target in x86_64-*) [ "$size" -le $((400 * 1024)) ] || fail "$program has $size bytes" ;; esac
+    if [ -z "$emulator" ]; then
+        memory=$(CARGO_TARGET_DIR=target cargo run --quiet --release -p nfqnl-testkit --example resident -- "$program" 1)
+        [ "$memory" -le 1024 ] || fail "$program takes $memory KiB of memory"
+        memory+=' KiB'
+    else
+        # It has no netfilter sockets, and the program says so.
+        need "$emulator" qemu-user-static
+        said=$("$emulator" "$program" 1 2>&1) || true
+        [[ $said == *EPROTONOSUPPORT* ]] || fail "$program said: $said"
+    fi
+    echo "$program" >&2
+    echo "| \`$target\` | $library | $(((size + 1023) / 1024)) KiB | ${memory:-} |"
+}
+
+case ${1:-} in
+all)
+    rows=
+    for target in {x86_64,aarch64}-unknown-linux-musl armv7-unknown-linux-musleabihf {mips,mipsel,s390x}-unknown-linux-musl; do
+        rows+=$(prepare; accept_all)$'\n'
+    done
+    awk -v rows="$rows" '
+        /^\| `.*-linux-musl/ { printf "%s", rows; rows = ""; next }
+        { print }' README.md >"$CARGO_TARGET_DIR/README.md"
+    cp "$CARGO_TARGET_DIR/README.md" README.md
+    ;;
+*-linux-musl*)
+    target=$1
+    prepare
+    if [ $# -gt 1 ]; then run "${@:2}"; else accept_all; fi
+    ;;
+*) sed -n '2,/^set/s/^# \?//p' "$0" >&2 && exit 2 ;;
+esac

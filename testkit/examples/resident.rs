@@ -1,0 +1,118 @@
+//! How much memory a program takes that accepts all packets of queue 1, at the rate at which it can
+//!
+//! ```text
+//! cargo run --release -p nfqnl-testkit --example resident -- PROGRAM [ARGUMENT...]
+//! ```
+//!
+//! It runs in a network namespace of its own, with packets that other threads send as fast as they come through. Prints
+//! the peak of its resident memory in KiB, and fails if a packet did not come through.
+
+use std::error::Error;
+use std::fs;
+use std::net::UdpSocket;
+use std::process::{Child, Command};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nfqnl_testkit::netns;
+use nfqnl_testkit::rules::{Chain, Family, Hook, Rule, Table};
+use nfqnl_testkit::traffic::{TIMEOUT, V4};
+
+const PORT: u16 = 5000;
+const QUEUE: u16 = 1;
+const SENDERS: usize = 2;
+const FOR: Duration = Duration::from_secs(2);
+/// Fewer are no load
+const AT_LEAST: u64 = 10_000;
+/// What waits stays charged to its sender's buffer, which packets of this size fill before their headers fill the program's.
+const PAYLOAD: [u8; 4000] = [1; 4000];
+
+type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
+
+/// A running program, which is ended with this
+struct Program(Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn main() -> Result<()> {
+    let mut arguments = std::env::args_os().skip(1);
+    let name = arguments
+        .next()
+        .ok_or("usage: resident PROGRAM [ARGUMENT...]")?;
+    netns::enter()?;
+    let table = Table::new(Family::Ip, "t")?;
+    let output = table.chain("out", Hook::Output, 0)?;
+    output.add(&Rule::new().udp().dport(PORT).queue(QUEUE))?;
+    let later = table.chain("later", Hook::Output, 10)?;
+    later.add(&Rule::new().udp().dport(PORT).counted("came").drop())?;
+
+    let mut program = Program(Command::new(name).args(arguments).spawn()?);
+    wait_until("the program binds the queue", is_bound)?;
+    let begin = Instant::now();
+    let senders: Vec<_> = (0..SENDERS).map(|_| thread::spawn(send)).collect();
+    let mut sent = 0;
+    for sender in senders {
+        sent += sender.join().map_err(|_| "a sender panicked")??;
+    }
+    wait_until("all packets come through", || came(&later, sent))?;
+    let seconds = begin.elapsed().as_secs_f64();
+    if sent < AT_LEAST {
+        return Err(format!("no load: {sent} packets").into());
+    }
+    if let Some(status) = program.0.try_wait()? {
+        return Err(format!("the program ended: {status}").into());
+    }
+    eprintln!("{sent} packets in {seconds:.1} s");
+    println!("{}", peak(program.0.id())?);
+    Ok(())
+}
+
+/// Sends for a while, and says how many
+fn send() -> Result<u64> {
+    let socket = UdpSocket::bind((V4, 0))?;
+    socket.set_write_timeout(Some(TIMEOUT))?;
+    let begin = Instant::now();
+    let mut sent = 0;
+    while begin.elapsed() < FOR {
+        socket.send_to(&PAYLOAD, (V4, PORT))?;
+        sent += 1;
+    }
+    Ok(sent)
+}
+
+fn is_bound() -> Result<bool> {
+    let queues = fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_queue")?;
+    let mut numbers = queues
+        .lines()
+        .filter_map(|line| line.split_whitespace().next());
+    Ok(numbers.any(|number| number == QUEUE.to_string()))
+}
+
+fn came(chain: &Chain<'_>, sent: u64) -> Result<bool> {
+    Ok(chain.count("came")? == sent)
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + TIMEOUT;
+    while !is_so()? {
+        if Instant::now() > deadline {
+            return Err(format!("not in {TIMEOUT:?}: {what}").into());
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// The most that was in memory of a process, its program included, in KiB
+fn peak(process: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB"));
+    Ok(peak.ok_or("no VmHWM")?.trim().parse()?)
+}
