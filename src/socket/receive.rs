@@ -268,10 +268,7 @@ impl Shared {
     fn note_messages(&self, state: &mut State, datagram: &[u8]) -> bool {
         let mut answered = false;
         let mut messages = Messages::new(datagram);
-        loop {
-            let Some((bytes, message)) = next_message(&mut messages) else {
-                break;
-            };
+        while let Some((bytes, message)) = next_message(&mut messages) {
             let key = match message {
                 Ok(Message::Reply(reply)) => {
                     answered |= state.note_answer(&reply);
