@@ -201,7 +201,7 @@ mod tests {
     /// Or a later binding of the queue would have it for one of its own
     #[test]
     fn a_stashed_packet_goes_with_its_queue_wherever_in_a_datagram_it_was() {
-        let socket = Socket::new(isize::from(NETLINK_NETFILTER)).unwrap();
+        let socket = Socket::new(NETLINK_NETFILTER).unwrap();
         let shared = Shared::new(socket, Duration::ZERO, true).unwrap();
         let message = |kind: u16, body: &[u8]| {
             let len = u32::try_from(16 + body.len()).unwrap().to_ne_bytes();
