@@ -8,7 +8,7 @@ use nfqnl_proto::consts::{MAX_PAYLOAD, align};
 use nfqnl_proto::{CopyMode, Messages, Packet, PacketIndex, PacketKey};
 
 use crate::bindings::Bindings;
-use crate::event::{Event, next_event};
+use crate::event::{Event, next_event, next_message};
 use crate::sys::{self, RECV_MAX, Wait};
 
 /// Room for what one receive call takes: slots of equal length, one datagram each
@@ -56,11 +56,28 @@ pub(crate) struct Contents {
 /// Something that a configuration call received while it waited for its answer
 #[derive(Debug)]
 pub(crate) enum Stashed {
+    /// In the stash one message alone, so that a packet can go with its queue
     Datagram(Box<[u8]>),
     Overrun,
 }
 
 impl Stashed {
+    /// The events of a datagram, each by itself
+    pub(crate) fn each(datagram: &[u8], bindings: &Bindings) -> impl Iterator<Item = Self> {
+        let mut messages = Messages::new(datagram);
+        std::iter::from_fn(move || next_message(&mut messages))
+            .filter(|(bytes, _)| next_event(&mut Messages::new(bytes), bindings).is_some())
+            .map(|(bytes, _)| Self::Datagram(bytes.into()))
+    }
+
+    /// The same for what is no datagram, too
+    pub(crate) fn apart(self, bindings: &Bindings) -> Vec<Self> {
+        match self {
+            Self::Datagram(bytes) => Self::each(&bytes, bindings).collect(),
+            Self::Overrun => vec![self],
+        }
+    }
+
     /// The packet, if it begins with one
     pub(crate) fn key(&self) -> Option<PacketKey> {
         match self {

@@ -1,6 +1,8 @@
 //! What receiving yields: packets, and everything else that can come out of the socket
 
-use nfqnl_proto::consts::{NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, NLM_F_ECHO, message_type};
+use nfqnl_proto::consts::{
+    MESSAGE_HEADER_LEN, NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, NLM_F_ECHO, message_type,
+};
 use nfqnl_proto::{
     DecodeError, Message, Messages, Packet, PacketIndex, PacketKey, Reply, RequestHeader,
 };
@@ -83,13 +85,13 @@ pub(crate) fn next_event<'b>(
         return packet_event(packet, bindings);
     }
     loop {
-        let rest = messages.rest();
-        let event = match messages.next()? {
+        let (bytes, message) = next_message(messages)?;
+        let event = match message {
             Ok(Message::Packet(packet)) => packet_event(packet, bindings),
             Ok(Message::Reply(reply)) => refusal(&reply).map(Event::Refused),
             Ok(Message::Overrun) => Some(Event::Overrun),
             Ok(_) => None,
-            Err(error) => match PacketKey::peek(rest) {
+            Err(error) => match PacketKey::peek(bytes) {
                 Some(key) => bindings
                     .get(key.queue)
                     .map(|binding| broken_event(Some(binding.key(key.id)), error)),
@@ -100,6 +102,21 @@ pub(crate) fn next_event<'b>(
             return event;
         }
     }
+}
+
+/// The next message, and its bytes: all that are left if no length says where it ends
+pub(crate) fn next_message<'b>(
+    messages: &mut Messages<'b>,
+) -> Option<(&'b [u8], Result<Message<'b>, DecodeError>)> {
+    let rest = messages.rest();
+    let message = messages.next()?;
+    let len = rest.first_chunk().map(|len| u32::from_ne_bytes(*len));
+    let len = len.and_then(|len| usize::try_from(len).ok());
+    let bytes = len.filter(|len| *len >= MESSAGE_HEADER_LEN);
+    Some((
+        bytes.and_then(|len| rest.get(..len)).unwrap_or(rest),
+        message,
+    ))
 }
 
 fn broken_event<'b>(key: Option<PacketKey>, error: DecodeError) -> Event<'b> {
@@ -244,5 +261,33 @@ mod tests {
         assert!(matches!(event, Some(Event::Truncated { key: of, .. }) if of == key));
         let event = next_event(&mut Messages::new(&message[..19]), &Bindings::default());
         assert!(matches!(event, Some(Event::Truncated { key: None, .. })));
+    }
+
+    #[test]
+    fn a_broken_packet_has_no_key_of_what_follows_it() {
+        let broken = [
+            &20_u32.to_ne_bytes()[..],
+            &message_type(NFQNL_MSG_PACKET).to_ne_bytes(),
+            &[0; 10],
+            &[2, 0, 0, 7],
+        ]
+        .concat();
+        // To who reads on a long attribute, and then a packet header
+        let following = [
+            &16_u32.to_ne_bytes()[..],
+            &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            &11_u16.to_ne_bytes(),
+            &1_u16.to_ne_bytes(),
+            &[0, 0, 0, 3, 8, 0, 1, 0],
+        ]
+        .concat();
+        let datagram = [broken, following].concat();
+        let mut bindings = Bindings::default();
+        bindings.insert(Binding::new(7, false));
+        let event = next_event(&mut Messages::new(&datagram), &bindings);
+        assert!(
+            matches!(event, Some(Event::Malformed { key: None, .. })),
+            "{event:?}"
+        );
     }
 }

@@ -9,6 +9,8 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
+use std::sync::{Condvar, MutexGuard};
+use std::time::{Duration, Instant};
 
 use netlink_sys::Socket;
 
@@ -40,6 +42,12 @@ pub trait Kernel {
     fn has_net_admin(&self) -> bool;
     /// `membarrier(2)`
     fn wait_for_rcu(&self) -> io::Result<()>;
+    /// The longest datagram that it sends, if whoever receives has the room
+    fn longest(&self) -> usize;
+    /// The monotonic clock
+    fn now(&self) -> Instant;
+    /// A wait for another thread, of which there is none: this time has to pass
+    fn pass(&self, time: Duration);
 }
 
 thread_local! {
@@ -106,6 +114,28 @@ pub(crate) fn has_net_admin() -> bool {
 
 pub(crate) fn wait_for_rcu() -> io::Result<()> {
     kernel().map_or_else(real::wait_for_rcu, |kernel| kernel.wait_for_rcu())
+}
+
+pub(crate) fn room_for(longest: usize) -> Vec<u8> {
+    real::room_for(kernel().map_or(longest, |kernel| kernel.longest()))
+}
+
+pub(crate) fn now() -> Instant {
+    kernel().map_or_else(real::now, |kernel| kernel.now())
+}
+
+pub(crate) fn wait_for<'g, T>(
+    changed: &Condvar,
+    guard: MutexGuard<'g, T>,
+    at_most: Duration,
+) -> MutexGuard<'g, T> {
+    match kernel() {
+        Some(kernel) => {
+            kernel.pass(at_most);
+            guard
+        }
+        None => real::wait_for(changed, guard, at_most),
+    }
 }
 
 pub(crate) fn is_single_cpu() -> bool {

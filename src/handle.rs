@@ -229,14 +229,25 @@ impl HandleBuilder {
                 source,
             })?;
         }
+        let handle = self.over(socket)?;
+        handle.shared.discard_foreign()?;
+        Ok(handle)
+    }
+
+    fn over(self, socket: Socket) -> Result<Handle> {
         let shared = Shared::new(socket, self.ack_timeout, self.coalesce).map_err(open_error)?;
-        shared.discard_foreign()?;
         Ok(Handle {
             shared: Arc::new(shared),
             bindings: Bindings::default(),
             verdicts: VerdictBatch::new(),
             callbacks: Mutex::default(),
         })
+    }
+
+    /// A handle over a socket that is left as it is, for a target's kernel to speak for
+    #[cfg(fuzzing)]
+    pub(crate) fn open_over(self, fd: OwnedFd) -> Result<Handle> {
+        self.over(sys::socket_from(fd))
     }
 }
 
@@ -698,18 +709,9 @@ impl Turn<'_> {
     fn handle_datagram(&mut self, datagram: &[u8]) {
         let mut messages = Messages::new(datagram);
         let event = next_event(&mut messages, self.bindings);
-        let mut behind = VecDeque::new();
-        let mut rest = messages.rest();
-        while messages.next().is_some() {
-            let len = rest.len().saturating_sub(messages.rest().len());
-            let message = rest.get(..len).unwrap_or_default();
-            behind.push_back(Stashed::Datagram(message.into()));
-            rest = messages.rest();
-        }
-        if !behind.is_empty() {
-            behind.append(&mut self.rest);
-            self.rest = behind;
-        }
+        let mut rest: VecDeque<_> = Stashed::each(messages.rest(), self.bindings).collect();
+        rest.append(&mut self.rest);
+        self.rest = rest;
         if let Some(event) = event {
             self.handle(event);
         }

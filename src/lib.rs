@@ -105,6 +105,17 @@ pub use verdicts::VerdictBatch;
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::sys::{Kernel, with_kernel};
+
+    /// A handle over a socket that is left as it is, for a target's kernel to speak for
+    ///
+    /// # Errors
+    /// As [`HandleBuilder::open_fd`](crate::HandleBuilder::open_fd).
+    pub fn open_over(
+        fd: std::os::fd::OwnedFd,
+        builder: crate::HandleBuilder,
+    ) -> crate::Result<crate::Handle> {
+        builder.open_over(fd)
+    }
 }
 
 #[cfg(doctest)]

@@ -7,6 +7,8 @@ use std::io;
 use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr;
+use std::sync::{Condvar, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use netlink_sys::Socket;
 #[cfg(feature = "tokio")]
@@ -247,6 +249,26 @@ pub(crate) fn no_huge_pages(memory: &mut [u8]) {
             libc::MADV_NOHUGEPAGE,
         )
     };
+}
+
+/// Room for a message of this length
+pub(crate) fn room_for(longest: usize) -> Vec<u8> {
+    vec![0; longest]
+}
+
+/// What a wait is measured by
+pub(crate) fn now() -> Instant {
+    Instant::now()
+}
+
+/// Waits until `changed` is signalled, no longer than `at_most`; under a mutex whose state is consistent after a panic
+pub(crate) fn wait_for<'g, T>(
+    changed: &Condvar,
+    guard: MutexGuard<'g, T>,
+    at_most: Duration,
+) -> MutexGuard<'g, T> {
+    let waited = changed.wait_timeout(guard, at_most);
+    waited.unwrap_or_else(PoisonError::into_inner).0
 }
 
 /// Whether one CPU is all that there is, or that can be counted

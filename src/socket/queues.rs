@@ -20,11 +20,13 @@ impl Shared {
     ) -> Result<BindingId> {
         check_config(queue, &config)?;
         let op = Operation::Bind(queue);
+        let mut had_ended = false;
         let mut state = loop {
             let mut state = self.state();
             if state.ended.iter().any(|&(ended, _)| ended == queue) {
                 drop(state);
                 self.outwait_endings(op)?;
+                had_ended = true;
             } else if let Some(present) = state.bindings.get(queue).map(|binding| binding.id) {
                 // Ours already, unless the queue was unbound through another descriptor of this socket: then the present
                 // binding is at its end. To bind would tell too, but if the answer is lost, there is a queue in the
@@ -63,8 +65,10 @@ impl Shared {
         let result = self.finish(pending);
         match &result {
             Ok(()) => {}
-            Err(Error::Refused(_)) => {
-                self.forget(&mut self.state(), id);
+            Err(Error::Refused(refusal)) => {
+                let mut state = self.state();
+                self.forget(&mut state, id);
+                state.note_refused_bind(queue, had_ended, refusal.situation());
             }
             // The kernel may have bound it.
             Err(_) => self.post_unbind(id),
@@ -162,6 +166,16 @@ impl State {
         self.endings += 1;
         self.ended.push((queue, self.endings));
     }
+
+    /// A queue that the socket has, and this handle has not, may end at any time, and nothing will tell: one that is said
+    /// to be so, or of which that can't be excluded, since an unbinding can be refused too
+    fn note_refused_bind(&mut self, queue: u16, had_ended: bool, situation: Situation) {
+        let may_end = had_ended || situation == Situation::AlreadyBound;
+        // Meanwhile another thread may have bound it, and unbound it.
+        if may_end && !self.ended.iter().any(|&(ended, _)| ended == queue) {
+            self.note_ending(queue);
+        }
+    }
 }
 
 /// Refuses settings that the kernel would take in a way that nobody wants
@@ -174,5 +188,55 @@ fn check_config(queue: u16, config: &QueueConfig) -> Result<()> {
             Err(Error::UnknownCopyMode { queue, mode })
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
+    use nfqnl_proto::consts::{NFQNL_MSG_PACKET, NLMSG_NOOP, message_type};
+
+    use super::*;
+
+    /// Or a later binding of the queue would have it for one of its own
+    #[test]
+    fn a_stashed_packet_goes_with_its_queue_wherever_in_a_datagram_it_was() {
+        let socket = Socket::new(isize::from(NETLINK_NETFILTER)).unwrap();
+        let shared = Shared::new(socket, Duration::ZERO, true).unwrap();
+        let message = |kind: u16, body: &[u8]| {
+            let len = u32::try_from(16 + body.len()).unwrap().to_ne_bytes();
+            [&len[..], &kind.to_ne_bytes(), &[0; 10], body].concat()
+        };
+        let packet_of = |queue: u8| {
+            let header = [11_u16.to_ne_bytes(), 1_u16.to_ne_bytes()].concat();
+            let body = [&[2, 0, 0, queue][..], &header, &[0, 0, 0, 1, 8, 0, 1, 0]].concat();
+            message(message_type(NFQNL_MSG_PACKET), &body)
+        };
+        let noop = message(NLMSG_NOOP, &[]);
+        let datagram = [noop, packet_of(7), packet_of(8), packet_of(7)].concat();
+
+        let mut state = shared.state();
+        let [seventh, eighth] = [7, 8].map(|queue| {
+            let binding = Binding::new(queue, false);
+            let id = binding.id;
+            shared.change_bindings(&mut state, |bindings| bindings.insert(binding));
+            id
+        });
+        assert!(!shared.stash(&mut state, Ok(&datagram)).unwrap());
+        assert!(shared.forget(&mut state, seventh));
+        assert_eq!((state.stats.packets, state.stats.discarded), (3, 2));
+        assert!(shared.forget(&mut state, eighth));
+        assert_eq!((state.stats.packets, state.stats.discarded), (3, 3));
+    }
+
+    /// Its last packets could come under a later binding
+    #[test]
+    fn a_queue_that_the_socket_has_and_the_handle_has_not_may_end_before_it_is_bound() {
+        let mut state = State::default();
+        state.note_refused_bind(7, false, Situation::NotPermitted);
+        assert_eq!(state.ended, [], "somebody else has it");
+        state.note_refused_bind(8, false, Situation::AlreadyBound);
+        state.note_refused_bind(9, true, Situation::NotPermitted);
+        assert_eq!(state.ended, [(8, 1), (9, 2)]);
     }
 }

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nfqnl_proto::{Message, Messages, Packet, PacketKey};
@@ -13,7 +13,7 @@ use super::{Shared, State};
 use crate::batch::{Contents, RecvBatch, Stashed};
 use crate::bindings::{Bindings, Noted, Stretch};
 use crate::error::{Error, Operation, Refusal, Result};
-use crate::event::{Event, index_sole_packet, next_event};
+use crate::event::{Event, index_sole_packet, next_event, next_message};
 use crate::sys::{self, Wait};
 
 /// How long a call waits for another thread before it looks again
@@ -153,8 +153,7 @@ impl Shared {
         at_most: Duration,
     ) -> MutexGuard<'s, State> {
         state.sleepers += 1;
-        let wait = self.changed.wait_timeout(state, at_most);
-        state = wait.unwrap_or_else(PoisonError::into_inner).0;
+        state = sys::wait_for(&self.changed, state, at_most);
         state.sleepers -= 1;
         state
     }
@@ -180,11 +179,11 @@ impl Shared {
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<bool> {
         loop {
             let timeout = deadline.map_or(-1, |deadline| {
-                poll_timeout(deadline.saturating_duration_since(Instant::now()))
+                poll_timeout(deadline.saturating_duration_since(sys::now()))
             });
             match sys::wait_readable(self.as_fd(), timeout) {
                 Ok(true) => return Ok(true),
-                Ok(false) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
+                Ok(false) if deadline.is_some_and(|deadline| sys::now() >= deadline) => {
                     return Ok(false);
                 }
                 Ok(false) => {}
@@ -225,7 +224,9 @@ impl Shared {
     }
 
     /// Puts back what was taken in and could not be looked at, in front of what has come since
-    pub(crate) fn put_back(&self, mut rest: VecDeque<Stashed>, bindings: &Bindings) {
+    pub(crate) fn put_back(&self, rest: VecDeque<Stashed>, bindings: &Bindings) {
+        let apart = rest.into_iter().flat_map(|all| all.apart(bindings));
+        let mut rest: VecDeque<_> = apart.collect();
         if rest.is_empty() {
             return;
         }
@@ -268,16 +269,17 @@ impl Shared {
         let mut answered = false;
         let mut messages = Messages::new(datagram);
         loop {
-            let rest = messages.rest();
-            let key = match messages.next() {
-                None => break,
-                Some(Ok(Message::Reply(reply))) => {
+            let Some((bytes, message)) = next_message(&mut messages) else {
+                break;
+            };
+            let key = match message {
+                Ok(Message::Reply(reply)) => {
                     answered |= state.note_answer(&reply);
                     None
                 }
-                Some(Ok(Message::Packet(packet))) => Some(packet.key()),
-                Some(Ok(_)) => None,
-                Some(Err(_)) => PacketKey::peek(rest),
+                Ok(Message::Packet(packet)) => Some(packet.key()),
+                Ok(_) => None,
+                Err(_) => PacketKey::peek(bytes),
             };
             match key {
                 // No event tells of it.

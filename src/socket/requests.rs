@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use nfqnl_proto::consts::{MESSAGE_HEADER_LEN, NFQNL_MSG_CONFIG, NLMSG_NOOP, message_type};
 use nfqnl_proto::{ConfigRequest, Reply, RequestHeader, encode_noop};
@@ -97,15 +96,15 @@ impl Shared {
 
     /// Reads until the answer is there; the kernel has sent it before our send returned, unless its buffer was full
     fn wait_for_answer(&self, Pending { op, seq, drops }: Pending) -> Result<()> {
-        let begin = Instant::now();
-        let mut buf = vec![0; REQUEST_BUFFER_LEN];
+        let begin = sys::now();
+        let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
         let mut state = self.state();
         loop {
             // What another thread has read may hold our answer, so look before every read.
             if let Some(answer) = state.take_answer(seq) {
                 return Ok(answer?);
             }
-            let waited = begin.elapsed();
+            let waited = sys::now().saturating_duration_since(begin);
             let is_empty = !state.has_reader && self.read_to_stash(&mut state, &mut buf)?;
             // Nobody else has it, and it is not there: the kernel had no room for it.
             let is_lost = is_empty
@@ -137,7 +136,7 @@ impl Shared {
     /// A message of the kernel that came before then is kept, as by any request; but what had no room then is no loss of
     /// this handle, and others can see to that.
     pub(crate) fn discard_foreign(&self) -> Result<()> {
-        let mut buf = vec![0; REQUEST_BUFFER_LEN];
+        let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
         let mut state = self.state();
         loop {
             let is_empty = match sys::recv_with_sender(self.as_fd(), &mut buf) {
@@ -162,11 +161,14 @@ impl Shared {
     }
 
     /// Sees what was received, keeps it if there is an event in it, and says whether nothing was there
-    fn stash(&self, state: &mut State, received: io::Result<&[u8]>) -> Result<bool> {
+    pub(super) fn stash(&self, state: &mut State, received: io::Result<&[u8]>) -> Result<bool> {
         match received {
             Ok(datagram) => {
                 if self.note(state, datagram, sole_packet(datagram).as_ref()) {
-                    state.stash.push_back(Stashed::Datagram(datagram.into()));
+                    let State {
+                        stash, bindings, ..
+                    } = state;
+                    stash.extend(Stashed::each(datagram, bindings));
                 }
                 Ok(false)
             }

@@ -14,6 +14,14 @@ use crate::sys;
 /// # Errors
 /// What the system says.
 pub fn interrupting<T>(f: impl FnOnce() -> T) -> io::Result<(T, usize)> {
+    interrupting_every(Duration::from_millis(10), f)
+}
+
+/// The same at another pace, as fast as the system goes along
+///
+/// # Errors
+/// What the system says.
+pub fn interrupting_every<T>(interval: Duration, f: impl FnOnce() -> T) -> io::Result<(T, usize)> {
     sys::count_signals()?;
     let (done, target) = (AtomicBool::new(false), sys::Thread::current());
     let before = sys::signals();
@@ -23,12 +31,18 @@ pub fn interrupting<T>(f: impl FnOnce() -> T) -> io::Result<(T, usize)> {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 target.signal();
-                thread::sleep(Duration::from_millis(10));
+                thread::sleep(interval);
             }
         });
         f()
     });
     Ok((result, sys::signals() - before))
+}
+
+/// How many have been handled in this process
+#[must_use]
+pub fn count() -> usize {
+    sys::signals()
 }
 
 struct SetOnDrop<'a>(&'a AtomicBool);

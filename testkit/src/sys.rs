@@ -7,6 +7,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::panic::{self, AssertUnwindSafe};
 use std::process::{Child, Command};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -89,6 +90,87 @@ pub(crate) fn kill_group(leader: &Child) {
     let group = libc::pid_t::try_from(leader.id()).unwrap_or(libc::pid_t::MAX);
     // SAFETY: no memory is involved.
     unsafe { libc::kill(-group, libc::SIGKILL) };
+}
+
+/// Forks; the child does this, and ends without returning
+pub(crate) fn fork(f: impl FnOnce()) -> io::Result<libc::pid_t> {
+    // SAFETY: the child has this thread alone, so it must not wait for a lock that another one has now. libc sees to its own,
+    // the allocator's among them; and the other threads of a test wait for it, and have none.
+    match check(unsafe { libc::fork() })? {
+        0 => {
+            let ended = panic::catch_unwind(AssertUnwindSafe(f));
+            // SAFETY: this call takes a number and does not return.
+            unsafe { libc::_exit(ended.is_err().into()) }
+        }
+        child => Ok(child),
+    }
+}
+
+/// Waits for the end of a child, and says whether it ended well
+pub(crate) fn wait_for(child: libc::pid_t) -> io::Result<bool> {
+    let mut status = 0;
+    // SAFETY: the kernel writes the status, which lives during the call.
+    check(unsafe { libc::waitpid(child, &raw mut status, 0) })?;
+    Ok(status == 0)
+}
+
+/// Kills a child that has not been waited for
+pub(crate) fn kill(child: libc::pid_t) {
+    // SAFETY: no memory is involved.
+    unsafe { libc::kill(child, libc::SIGKILL) };
+}
+
+/// The number that the next descriptor would get
+pub(crate) fn next_descriptor() -> io::Result<libc::rlim_t> {
+    let next = std::fs::File::open("/dev/null")?;
+    libc::rlim_t::try_from(next.as_raw_fd()).map_err(io::Error::other)
+}
+
+/// Limits the numbers of descriptors to those below `limit`, and returns what the limit was
+pub(crate) fn limit_descriptors(limit: libc::rlim_t) -> io::Result<libc::rlim_t> {
+    let mut limits = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the kernel writes the limits, which live during the call.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limits) })?;
+    let before = mem::replace(&mut limits.rlim_cur, limit);
+    // SAFETY: the kernel reads the limits, which live during the call.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limits) })?;
+    Ok(before)
+}
+
+/// Has every send of the calling thread fail with this error from here on
+pub(crate) fn fail_sends(errno: u16) -> io::Result<()> {
+    let step = |code: u32, k: u32, if_not: u8| libc::sock_filter {
+        code: u16::try_from(code).unwrap_or(u16::MAX),
+        jt: 0,
+        jf: if_not,
+        k,
+    };
+    let send = u32::try_from(libc::SYS_sendto).unwrap_or(u32::MAX);
+    let mut steps = [
+        // The number of the system call is the first field of `struct seccomp_data` (`linux/seccomp.h`).
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, send, 1),
+        step(libc::BPF_RET, libc::SECCOMP_RET_ERRNO | u32::from(errno), 0),
+        step(libc::BPF_RET, libc::SECCOMP_RET_ALLOW, 0),
+    ];
+    let program = libc::sock_fprog {
+        len: 4,
+        filter: steps.as_mut_ptr(),
+    };
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    // SAFETY: the kernel reads the program and its steps, as many as it says, which live during the call.
+    check(unsafe {
+        libc::prctl(
+            libc::PR_SET_SECCOMP,
+            libc::SECCOMP_MODE_FILTER,
+            &raw const program,
+        )
+    })?;
+    Ok(())
 }
 
 /// Effective user and group

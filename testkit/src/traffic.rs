@@ -145,10 +145,27 @@ impl Udp {
     /// # Errors
     /// What the system says.
     pub fn drain_now(&self) -> io::Result<usize> {
-        self.0.set_nonblocking(true)?;
-        let count = std::iter::from_fn(|| self.0.recv(&mut []).ok()).count();
-        self.0.set_nonblocking(false)?;
+        let mut count = 0;
+        self.take_in(|_| count += 1)?;
         Ok(count)
+    }
+
+    /// Receives the datagrams that are there already, as far as 64 bytes of each; not while another thread receives
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn take_in(&self, mut each: impl FnMut(&[u8])) -> io::Result<()> {
+        let mut buf = [0; 64];
+        self.0.set_nonblocking(true)?;
+        loop {
+            match self.0.recv(&mut buf) {
+                Ok(len) => each(buf.get(..len).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        self.0.set_nonblocking(false)
     }
 
     /// How many datagrams come until none does for a moment

@@ -7,6 +7,14 @@ use crate::sys;
 /// `CAP_NET_ADMIN` (`linux/capability.h`)
 const CAP_NET_ADMIN: u32 = 12;
 
+/// Gives the calling thread's `CAP_NET_ADMIN` up, and with it that of a process with one thread
+///
+/// # Panics
+/// Never: a thread may.
+pub fn drop_net_admin() {
+    sys::drop_capability(CAP_NET_ADMIN).expect("a thread may give up a capability");
+}
+
 /// Runs something in a thread that has no `CAP_NET_ADMIN`
 ///
 /// # Panics
@@ -14,7 +22,7 @@ const CAP_NET_ADMIN: u32 = 12;
 pub fn without_net_admin<T: Send>(f: impl FnOnce() -> T + Send) -> T {
     let result = thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            sys::drop_capability(CAP_NET_ADMIN).expect("a thread may give up a capability");
+            drop_net_admin();
             f()
         });
         thread.join()

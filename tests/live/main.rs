@@ -10,6 +10,7 @@ mod common;
 mod config;
 #[path = "../../examples/support/mod.rs"]
 mod examples;
+mod faults;
 mod hostile;
 mod lab;
 mod lifetime;

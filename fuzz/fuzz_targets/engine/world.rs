@@ -13,6 +13,12 @@ use nfqnl_proto::Attrs;
 
 pub const QUEUES: usize = 3;
 
+/// No message is longer
+pub const LONGEST: usize = 512;
+
+/// So many come in one datagram at most
+pub const JOINED: usize = 4;
+
 /// More bindings than this there are never
 pub const GENERATIONS: usize = 64;
 
@@ -100,6 +106,32 @@ pub struct Name {
 struct Datagram {
     bytes: Vec<u8>,
     packet: Option<Name>,
+    /// Whether it is a message of the right length; so others can follow in the same datagram
+    is_whole: bool,
+    /// Whether the packet can be read
+    is_sound: bool,
+    /// Whether the next message comes in the same datagram, if the receiver has room
+    joins: bool,
+}
+
+impl Datagram {
+    fn new(bytes: Vec<u8>) -> Self {
+        Self {
+            is_whole: bytes.len() >= 16 && ne32(&bytes, 0) as usize == bytes.len(),
+            bytes,
+            packet: None,
+            is_sound: true,
+            joins: false,
+        }
+    }
+}
+
+/// What has become of a packet that the library has been handed
+pub struct Handed {
+    /// How often it was yielded
+    pub times: u32,
+    /// Whether it came uncut, and can be read
+    pub is_sound: bool,
 }
 
 pub struct World {
@@ -116,6 +148,10 @@ pub struct World {
     error: Option<i32>,
     pub dropped: u32,
     pub interruptions: u8,
+    /// How many of the next messages come in one datagram with what follows them
+    pub joins: usize,
+    /// Of the last request
+    last_seq: u32,
     /// Sent while their queue was unbound, and not there yet
     flying: Vec<Name>,
 
@@ -135,7 +171,7 @@ pub struct World {
     /// Who sends verdicts, innermost last
     pub senders: Vec<usize>,
     /// What the library has been handed, and how often it has yielded that
-    pub handed: BTreeMap<Name, u32>,
+    pub handed: BTreeMap<Name, Handed>,
     /// Which binding of the kernel the library means by a queue and a number
     pub bindings: BTreeMap<(u16, u16), u32>,
 }
@@ -161,20 +197,39 @@ fn be32(bytes: &[u8]) -> u32 {
     u32::from_be_bytes(*bytes.first_chunk().expect("four bytes"))
 }
 
-fn attr(kind: u16, value: &[u8]) -> Vec<u8> {
-    let len = u16::try_from(4 + value.len()).expect("short");
-    [&len.to_ne_bytes()[..], &kind.to_ne_bytes(), value].concat()
+/// A message in the making; all in one piece of memory, since many are made
+struct Message(Vec<u8>);
+
+impl Message {
+    fn new(kind: u16, flags: u16) -> Self {
+        let mut bytes = Vec::with_capacity(LONGEST);
+        bytes.extend_from_slice(&[0; 16]);
+        bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
+        bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+        Self(bytes)
+    }
+
+    fn put(mut self, bytes: &[u8]) -> Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    /// The header of an attribute, and the padding of what was before
+    fn attr(mut self, kind: u16, len: usize) -> Self {
+        self.0.resize(self.0.len().div_ceil(4) * 4, 0);
+        let len = u16::try_from(4 + len).expect("short");
+        self.put(&len.to_ne_bytes()).put(&kind.to_ne_bytes())
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        let len = u32::try_from(self.0.len()).expect("short");
+        self.0[..4].copy_from_slice(&len.to_ne_bytes());
+        self.0
+    }
 }
 
 fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
-    let len = u32::try_from(16 + body.len()).expect("short");
-    let head = [
-        &len.to_ne_bytes()[..],
-        &kind.to_ne_bytes(),
-        &flags.to_ne_bytes(),
-    ]
-    .concat();
-    [&head[..], &[0; 8], body].concat()
+    Message::new(kind, flags).put(body).end()
 }
 
 const PACKET: u16 = 0x0300;
@@ -201,6 +256,8 @@ impl World {
             error: None,
             dropped: 0,
             interruptions: 0,
+            joins: 0,
+            last_seq: 0,
             flying: Vec::new(),
             is_capable: true,
             changes: [false; 2],
@@ -244,7 +301,7 @@ impl World {
 /// What comes
 impl World {
     /// `netlink_unicast` and `netlink_overrun`
-    fn deliver(&mut self, datagram: Datagram) {
+    fn deliver(&mut self, mut datagram: Datagram) {
         if self.is_congested || self.receive_buffer.len() >= self.capacity {
             self.dropped = self.dropped.wrapping_add(1);
             if !self.hides_overruns && !self.is_congested {
@@ -252,6 +309,10 @@ impl World {
                 self.error = Some(libc::ENOBUFS);
             }
             return;
+        }
+        if datagram.is_whole && self.joins > 0 {
+            self.joins -= 1;
+            datagram.joins = true;
         }
         self.receive_buffer.push_back(datagram);
     }
@@ -262,37 +323,42 @@ impl World {
             generation,
             id,
         } = packet;
-        let [high, low] = queue.to_be_bytes();
-        let mut body = vec![2, 0, high, low];
-        let header = [&id.to_be_bytes()[..], &[8, 0, 1]].concat();
-        body.extend(attr(1, &header));
-        body.push(0);
+        let mut message = Message::new(PACKET, 0)
+            .put(&[2, 0])
+            .put(&queue.to_be_bytes())
+            .attr(1, 7)
+            .put(&id.to_be_bytes())
+            .put(&[8, 0, 1]);
         let shape = self.bytes.next();
         if (1..4).contains(&(shape % 16)) {
-            body.extend(attr(3, &[0, 0, 0, 7]));
+            message = message.attr(3, 4).put(&[0, 0, 0, 7]);
         }
-        body.resize(body.len().div_ceil(4) * 4, 0);
         let more = match shape >> 4 {
             0 => 300,
             1 => 61,
             n => usize::from(n),
         };
-        let payload = [&generation.to_be_bytes()[..], &id.to_be_bytes()].concat();
-        let len = 16 + body.len() + 4 + payload.len() + more;
+        let payload = message.0.len().div_ceil(4) * 4 + 4;
+        let len = payload + 8 + more;
         // Which generation it is of, its length says, for one that is cut
-        let generation = usize::try_from(generation).expect("few");
-        let more = more + (GENERATIONS + generation - len % GENERATIONS) % GENERATIONS;
-        body.extend(attr(10, &[payload, vec![0x45; more]].concat()));
+        let missing = (GENERATIONS + generation as usize - len % GENERATIONS) % GENERATIONS;
+        let len = len + missing;
+        let mut bytes = message
+            .attr(10, len - payload)
+            .put(&generation.to_be_bytes())
+            .put(&id.to_be_bytes())
+            .put(&[0x45; LONGEST][..len - payload - 8])
+            .end();
         if shape.is_multiple_of(16) {
             // And its error, for one that is broken: an attribute of this number is shorter than its header.
-            let at = body.len() - more - 12;
             let kind = u16::try_from(generation).expect("few");
-            body[at..at + 2].copy_from_slice(&3_u16.to_ne_bytes());
-            body[at + 2..at + 4].copy_from_slice(&kind.to_ne_bytes());
+            bytes[payload - 4..payload - 2].copy_from_slice(&3_u16.to_ne_bytes());
+            bytes[payload - 2..payload].copy_from_slice(&kind.to_ne_bytes());
         }
         self.deliver(Datagram {
-            bytes: message(PACKET, 0, &body),
             packet: Some(packet),
+            is_sound: !shape.is_multiple_of(16),
+            ..Datagram::new(bytes)
         });
     }
 
@@ -389,8 +455,21 @@ impl World {
 
     /// Something that is no packet, and answers no request that is waited for
     pub fn send_junk(&mut self) {
-        let bytes = match self.bytes.next() % 8 {
+        let bytes = match self.bytes.next() % 10 {
             0 => message(4, 0, &[]), // NLMSG_OVERRUN
+            8 => {
+                // A packet of a queue that nobody has bound, or no packet
+                let queue = u16::try_from(QUEUES).expect("few") + u16::from(self.bytes.next());
+                let body = [&[2, 0][..], &queue.to_be_bytes(), &self.bytes.some(31)].concat();
+                message(PACKET, 0, &body)
+            }
+            9 => {
+                // Several messages of no kind, and a break
+                let len = [16_u32, 20, 15, 0, u32::MAX][self.bytes.below(5)];
+                let mut head = message(0x0405, 0, &[]);
+                head[..4].copy_from_slice(&len.to_ne_bytes());
+                [message(NOOP, 0, &[]), head, self.bytes.some(31)].concat()
+            }
             1 => message(NOOP, 0, &[]),
             2 => message(3, 0, &[0; 4]), // NLMSG_DONE
             3 => self.bytes.some(15),    // no header
@@ -418,14 +497,13 @@ impl World {
             _ => {
                 // An answer to no request, or to one that has given up
                 let kind = [CONFIG, NOOP, 0x77][self.bytes.below(3)];
-                let head = [&[16, 0, 0, 0][..], &kind.to_ne_bytes(), &[0; 10]].concat();
+                let seq = self.last_seq.saturating_sub(self.bytes.next().into());
+                let head = [&[16, 0, 0, 0][..], &kind.to_ne_bytes(), &[0; 2]].concat();
+                let head = [&head[..], &seq.to_ne_bytes(), &[0; 4]].concat();
                 reply(-i32::from(self.bytes.next()), &head, false, Some("no"))
             }
         };
-        self.deliver(Datagram {
-            bytes,
-            packet: None,
-        });
+        self.deliver(Datagram::new(bytes));
     }
 
     /// `netlink_recvmsg`, once or as often as there are slots
@@ -443,13 +521,26 @@ impl World {
         }
         let mut n = 0;
         for (len, slot) in lens.iter_mut().zip(slots) {
-            let Some(datagram) = self.receive_buffer.pop_front() else {
+            let Some(mut datagram) = self.receive_buffer.pop_front() else {
                 break;
             };
-            *len = datagram.bytes.len().min(slot.len());
-            slot[..*len].copy_from_slice(&datagram.bytes[..*len]);
-            if let Some(name) = datagram.packet {
-                assert_eq!(self.handed.insert(name, 0), None, "ids are given once");
+            let mut begin = 0;
+            loop {
+                let room = &mut slot[begin..];
+                let cut = datagram.bytes.len().min(room.len());
+                room[..cut].copy_from_slice(&datagram.bytes[..cut]);
+                *len = begin + cut;
+                if let Some(name) = datagram.packet {
+                    let is_sound = datagram.is_sound && cut == datagram.bytes.len();
+                    let before = self.handed.insert(name, Handed { times: 0, is_sound });
+                    assert!(before.is_none(), "ids are given once");
+                }
+                begin = len.div_ceil(4) * 4;
+                let fits = |next: &Datagram| begin + next.bytes.len() <= slot.len();
+                if !datagram.joins || !self.receive_buffer.front().is_some_and(fits) {
+                    break;
+                }
+                datagram = self.receive_buffer.pop_front().expect("it is there");
             }
             n += 1;
         }
@@ -465,23 +556,25 @@ impl World {
 
 /// `netlink_ack`
 fn reply(code: i32, header: &[u8], is_capped: bool, text: Option<&str>) -> Vec<u8> {
-    let mut body = [&code.to_ne_bytes()[..], &header[..16]].concat();
-    let mut flags = if is_capped { 0x100 } else { 0 };
-    if let Some(text) = text {
-        flags |= 0x200;
-        body.extend(attr(1, &[text.as_bytes(), &[0]].concat()));
+    let flags = if is_capped { 0x100 } else { 0 } | if text.is_some() { 0x200 } else { 0 };
+    let reply = Message::new(2, flags)
+        .put(&code.to_ne_bytes())
+        .put(&header[..16]);
+    match text {
+        Some(text) => reply
+            .attr(1, text.len() + 1)
+            .put(text.as_bytes())
+            .put(&[0])
+            .end(),
+        None => reply.end(),
     }
-    message(2, flags, &body)
 }
 
 /// What is sent
 impl World {
     fn answer(&mut self, header: &[u8], errno: i32) {
         let text = (errno != 0 && self.bytes.next() % 2 == 1).then_some("why not");
-        self.deliver(Datagram {
-            bytes: reply(-errno, header, true, text),
-            packet: None,
-        });
+        self.deliver(Datagram::new(reply(-errno, header, true, text)));
     }
 
     /// `nfnetlink_rcv`
@@ -497,6 +590,9 @@ impl World {
                 REQUEST,
                 "a request, and nothing beyond an acknowledgement and a mark of one's own"
             );
+            if [NOOP, CONFIG].contains(&kind) {
+                self.last_seq = ne32(message, 8);
+            }
             let errno = match kind {
                 NOOP => 0,
                 CONFIG => self.configure(message),
