@@ -709,9 +709,12 @@ impl Turn<'_> {
     fn handle_datagram(&mut self, datagram: &[u8]) {
         let mut messages = Messages::new(datagram);
         let event = next_event(&mut messages, self.bindings);
-        let mut rest: VecDeque<_> = Stashed::each(messages.rest(), self.bindings).collect();
-        rest.append(&mut self.rest);
-        self.rest = rest;
+        let mut behind: VecDeque<_> = Stashed::each(messages.rest(), self.bindings).collect();
+        // To append takes the time of what is appended.
+        if !behind.is_empty() {
+            behind.append(&mut self.rest);
+            self.rest = behind;
+        }
         if let Some(event) = event {
             self.handle(event);
         }
