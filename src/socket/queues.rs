@@ -25,7 +25,7 @@ impl Shared {
             let mut state = self.state();
             if state.ended.iter().any(|&(ended, _)| ended == queue) {
                 drop(state);
-                self.outwait_endings(op)?;
+                self.outwait_endings(op, queue)?;
                 had_ended = true;
             } else if let Some(present) = state.bindings.get(queue).map(|binding| binding.id) {
                 // Ours already, unless the queue was unbound through another descriptor of this socket: then the present
@@ -82,7 +82,7 @@ impl Shared {
     /// The kernel looks a packet's queue up, and sends the packet some time later, under no lock but an RCU read lock
     /// (`nfqnl_enqueue_packet` in `net/netfilter/nfnetlink_queue.c`). So it may come after the unbinding is
     /// acknowledged, and after the next binding is.
-    fn outwait_endings(&self, op: Operation) -> Result<()> {
+    fn outwait_endings(&self, op: Operation, queue: u16) -> Result<()> {
         /// Much longer than the kernel takes to queue a packet, where there is no better way: with one CPU the kernel
         /// answers the membarrier at once, though a sender may have been preempted amid that
         const LONG: Duration = Duration::from_millis(100);
@@ -91,7 +91,7 @@ impl Shared {
             std::thread::sleep(LONG);
         }
         self.sync(op)?; // reads them all, and sees that they belong to no queue
-        self.state().ended.retain(|&(_, place)| place > endings);
+        self.state().note_outwaited(queue, endings);
         Ok(())
     }
 
@@ -167,6 +167,14 @@ impl State {
         self.ended.push((queue, self.endings));
     }
 
+    /// Notes that no packet can come any more of a queue that was unbound when the count of endings stood so, or before
+    ///
+    /// Of this one, which is about to be bound: others may still be in the kernel, since an unbinding can be refused.
+    fn note_outwaited(&mut self, queue: u16, endings: u64) {
+        self.ended
+            .retain(|&(ended, place)| ended != queue || place > endings);
+    }
+
     /// A queue that the socket has, and this handle has not, may end at any time, and nothing will tell: one that is said
     /// to be so, or of which that can't be excluded, since an unbinding can be refused too
     fn note_refused_bind(&mut self, queue: u16, had_ended: bool, situation: Situation) {
@@ -239,5 +247,17 @@ mod tests {
         state.note_refused_bind(8, false, Situation::AlreadyBound);
         state.note_refused_bind(9, true, Situation::NotPermitted);
         assert_eq!(state.ended, [(8, 1), (9, 2)]);
+    }
+
+    /// Its unbinding may have been refused, so that it ends later
+    #[test]
+    fn a_queue_is_outwaited_for_itself_alone() {
+        let mut state = State::default();
+        state.note_ending(7);
+        state.note_ending(8);
+        state.note_outwaited(8, state.endings);
+        assert_eq!(state.ended, [(7, 1)]);
+        state.note_outwaited(7, 0);
+        assert_eq!(state.ended, [(7, 1)], "it was unbound after that");
     }
 }
