@@ -21,7 +21,7 @@ use crate::event::{Event, next_event, packet_event, sole_packet};
 use crate::owned::OwnedPacket;
 use crate::queue::Queue;
 use crate::sender::VerdictSender;
-use crate::socket::Shared;
+use crate::socket::{Origin, Shared};
 use crate::stats::Stats;
 use crate::sys::{self, Wait};
 use crate::verdicts::VerdictBatch;
@@ -180,14 +180,15 @@ impl HandleBuilder {
     /// request.
     pub fn open(self) -> Result<Handle> {
         let socket = Socket::new(isize::from(NETLINK_NETFILTER)).map_err(open_error)?;
-        self.set_up(socket)
+        self.set_up(socket, Origin::New)
     }
 
     /// Takes over a netfilter netlink socket that is open already, for instance one opened in another network
     /// namespace
     ///
     /// Queues that it has bound stay so, but are not this handle's: their packets are counted in
-    /// [`Stats::discarded`], and binding them is refused as [`AlreadyBound`](crate::Situation::AlreadyBound).
+    /// [`Stats::discarded`], and binding them is refused as [`AlreadyBound`](crate::Situation::AlreadyBound). So any number
+    /// may have been bound before, and to bind it takes as long as to bind it again ([`Handle::bind_queue`]).
     ///
     /// # Errors
     /// [`Error::NotNetfilter`]; [`Error::Io`].
@@ -197,16 +198,15 @@ impl HandleBuilder {
             return Err(Error::NotNetfilter { domain, protocol });
         }
         sys::set_cloexec(fd.as_fd()).map_err(open_error)?;
-        self.set_up(sys::socket_from(fd))
+        self.set_up(sys::socket_from(fd), Origin::TakenOver)
     }
 
-    fn set_up(self, mut socket: Socket) -> Result<Handle> {
-        let mut address = SocketAddr::new(0, 0);
-        socket.get_address(&mut address).map_err(open_error)?;
-        let port = address.port_number();
-        if port != 0 {
+    fn set_up(self, mut socket: Socket, origin: Origin) -> Result<Handle> {
+        if origin == Origin::TakenOver {
             // Out of all groups, to which other processes may send too
-            let in_none = SocketAddr::new(port, 0);
+            let mut address = SocketAddr::new(0, 0);
+            socket.get_address(&mut address).map_err(open_error)?;
+            let in_none = SocketAddr::new(address.port_number(), 0);
             socket.bind(&in_none).map_err(open_error)?;
         }
         // From here on the kernel keeps other processes' messages away from this socket, which has a port now.
@@ -229,13 +229,14 @@ impl HandleBuilder {
                 source,
             })?;
         }
-        let handle = self.over(socket)?;
+        let handle = self.over(socket, origin)?;
         handle.shared.discard_foreign()?;
         Ok(handle)
     }
 
-    fn over(self, socket: Socket) -> Result<Handle> {
-        let shared = Shared::new(socket, self.ack_timeout, self.coalesce).map_err(open_error)?;
+    fn over(self, socket: Socket, origin: Origin) -> Result<Handle> {
+        let shared = Shared::new(socket, origin, self.ack_timeout, self.coalesce);
+        let shared = shared.map_err(open_error)?;
         Ok(Handle {
             shared: Arc::new(shared),
             bindings: Bindings::default(),
@@ -247,7 +248,7 @@ impl HandleBuilder {
     /// A handle over a socket that is left as it is, for a target's kernel to speak for
     #[cfg(fuzzing)]
     pub(crate) fn open_over(self, fd: OwnedFd) -> Result<Handle> {
-        self.over(sys::socket_from(fd))
+        self.over(sys::socket_from(fd), Origin::New)
     }
 }
 
@@ -418,7 +419,7 @@ impl Handle {
 impl Handle {
     /// Binds a queue, to be received from: whole packets, and the kernel's defaults otherwise
     ///
-    /// Binding a number again that this handle has had before takes some 20 ms: first all packets of the earlier
+    /// Binding a number again that this handle has had before takes some 20 ms, and 100 with one CPU: first all packets of the earlier
     /// binding have to be out of the kernel, so that none is taken for one of the new.
     ///
     /// # Errors

@@ -73,9 +73,21 @@ struct State {
     ended: Vec<(u16, u64)>,
     /// How many queues were unbound
     endings: u64,
+    origin: Origin,
     drops: Drops,
     stats: Stats,
 }
+
+/// Whose the socket was before
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// Nobody's
+    #[default]
+    New,
+    /// Somebody's, who may have bound any queue, and may still
+    TakenOver,
+}
+
 /// What the kernel wants of the send buffer beside the message (`netlink_sendmsg` in `net/netlink/af_netlink.c`)
 const SEND_OVERHEAD: usize = 32;
 
@@ -83,9 +95,17 @@ const SEND_OVERHEAD: usize = 32;
 const MAX_SEND: usize = 1 << 15;
 
 impl Shared {
-    pub(crate) fn new(socket: Socket, ack_timeout: Duration, coalesce: bool) -> io::Result<Self> {
+    pub(crate) fn new(
+        socket: Socket,
+        origin: Origin,
+        ack_timeout: Duration,
+        coalesce: bool,
+    ) -> io::Result<Self> {
         let send_buffer = sys::send_buffer(socket.as_fd())?;
-        let mut state = State::default();
+        let mut state = State {
+            origin,
+            ..State::default()
+        };
         state.drops.seen = sys::drops(socket.as_fd()).unwrap_or(0);
         Ok(Self {
             socket,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nfqnl_proto::{ConfigFlags, ConfigRequest, CopyMode, QueueConfig};
 
 use super::requests::Pending;
-use super::{Shared, State};
+use super::{Origin, Shared, State};
 use crate::bindings::{Binding, BindingId, Bindings};
 use crate::error::{Error, Operation, Refusal, Result, Situation};
 use crate::sys;
@@ -23,7 +23,9 @@ impl Shared {
         let mut had_ended = false;
         let mut state = loop {
             let mut state = self.state();
-            if state.ended.iter().any(|&(ended, _)| ended == queue) {
+            // The first time only: meanwhile it may be unbound and bound once more by who had the socket, without end.
+            let was_anothers = state.origin == Origin::TakenOver && !had_ended;
+            if was_anothers || state.has_ended(queue) {
                 drop(state);
                 self.outwait_endings(op, queue)?;
                 had_ended = true;
@@ -57,7 +59,7 @@ impl Shared {
         let pending = match pending {
             Ok(pending) => pending,
             Err(error) => {
-                self.forget(&mut state, id); // nothing was sent
+                self.refuse(&mut state, id, had_ended); // nothing was sent
                 return Err(error);
             }
         };
@@ -66,9 +68,8 @@ impl Shared {
         match &result {
             Ok(()) => {}
             Err(Error::Refused(refusal)) => {
-                let mut state = self.state();
-                self.forget(&mut state, id);
-                state.note_refused_bind(queue, had_ended, refusal.situation());
+                let is_there = refusal.situation() == Situation::AlreadyBound;
+                self.refuse(&mut self.state(), id, had_ended || is_there);
             }
             // The kernel may have bound it.
             Err(_) => self.post_unbind(id),
@@ -153,6 +154,16 @@ impl Shared {
         true
     }
 
+    /// Takes a binding back that the kernel has not made
+    ///
+    /// If the socket may have the queue all the same, that may end at any time, and nothing will tell: it was said to be so,
+    /// or had ended before, but an unbinding can be refused too. Another thread that has ended this binding has noted that.
+    fn refuse(&self, state: &mut State, id: BindingId, may_end: bool) {
+        if self.forget(state, id) && may_end {
+            state.note_ending(id.queue);
+        }
+    }
+
     /// The bindings that stand now
     pub(crate) fn present_bindings(&self) -> Bindings {
         self.state().bindings.clone()
@@ -160,9 +171,14 @@ impl Shared {
 }
 
 impl State {
+    /// Whether a queue was unbound of which packets may still come
+    fn has_ended(&self, queue: u16) -> bool {
+        self.ended.iter().any(|&(ended, _)| ended == queue)
+    }
+
     /// Notes that a queue was unbound: one entry for each number at most, since binding that again outwaits it first
     fn note_ending(&mut self, queue: u16) {
-        debug_assert!(self.ended.iter().all(|&(ended, _)| ended != queue));
+        debug_assert!(!self.has_ended(queue));
         self.endings += 1;
         self.ended.push((queue, self.endings));
     }
@@ -173,16 +189,6 @@ impl State {
     fn note_outwaited(&mut self, queue: u16, endings: u64) {
         self.ended
             .retain(|&(ended, place)| ended != queue || place > endings);
-    }
-
-    /// A queue that the socket has, and this handle has not, may end at any time, and nothing will tell: one that is said
-    /// to be so, or of which that can't be excluded, since an unbinding can be refused too
-    fn note_refused_bind(&mut self, queue: u16, had_ended: bool, situation: Situation) {
-        let may_end = had_ended || situation == Situation::AlreadyBound;
-        // Meanwhile another thread may have bound it, and unbound it.
-        if may_end && !self.ended.iter().any(|&(ended, _)| ended == queue) {
-            self.note_ending(queue);
-        }
     }
 }
 
@@ -206,12 +212,23 @@ mod tests {
 
     use super::*;
 
+    /// Over a socket by which nothing is sent: one that emulators have too
+    fn shared() -> Shared {
+        let socket = Socket::new(NETLINK_ROUTE).unwrap();
+        Shared::new(socket, Origin::New, Duration::ZERO, true).unwrap()
+    }
+
+    fn insert(shared: &Shared, state: &mut State, queue: u16) -> BindingId {
+        let binding = Binding::new(queue, false);
+        let id = binding.id;
+        shared.change_bindings(state, |bindings| bindings.insert(binding));
+        id
+    }
+
     /// Or a later binding of the queue would have it for one of its own
     #[test]
     fn a_stashed_packet_goes_with_its_queue_wherever_in_a_datagram_it_was() {
-        // Nothing is sent; and where there is an emulator, it has these alone.
-        let socket = Socket::new(NETLINK_ROUTE).unwrap();
-        let shared = Shared::new(socket, Duration::ZERO, true).unwrap();
+        let shared = shared();
         let message = |kind: u16, body: &[u8]| {
             let len = u32::try_from(16 + body.len()).unwrap().to_ne_bytes();
             [&len[..], &kind.to_ne_bytes(), &[0; 10], body].concat()
@@ -225,12 +242,7 @@ mod tests {
         let datagram = [noop, packet_of(7), packet_of(8), packet_of(7)].concat();
 
         let mut state = shared.state();
-        let [seventh, eighth] = [7, 8].map(|queue| {
-            let binding = Binding::new(queue, false);
-            let id = binding.id;
-            shared.change_bindings(&mut state, |bindings| bindings.insert(binding));
-            id
-        });
+        let [seventh, eighth] = [7, 8].map(|queue| insert(&shared, &mut state, queue));
         assert!(!shared.stash(&mut state, Ok(&datagram)).unwrap());
         assert!(shared.forget(&mut state, seventh));
         assert_eq!((state.stats.packets, state.stats.discarded), (3, 2));
@@ -241,12 +253,28 @@ mod tests {
     /// Its last packets could come under a later binding
     #[test]
     fn a_queue_that_the_socket_has_and_the_handle_has_not_may_end_before_it_is_bound() {
-        let mut state = State::default();
-        state.note_refused_bind(7, false, Situation::NotPermitted);
-        assert_eq!(state.ended, [], "somebody else has it");
-        state.note_refused_bind(8, false, Situation::AlreadyBound);
-        state.note_refused_bind(9, true, Situation::NotPermitted);
-        assert_eq!(state.ended, [(8, 1), (9, 2)]);
+        let shared = shared();
+        let mut state = shared.state();
+        for (queue, may_end) in [(7, false), (8, true)] {
+            let id = insert(&shared, &mut state, queue);
+            shared.refuse(&mut state, id, may_end);
+        }
+        assert_eq!(state.ended, [(8, 1)]);
+    }
+
+    /// Who was refused comes late
+    #[test]
+    fn a_refused_binding_that_another_thread_has_ended_says_nothing_of_the_next() {
+        let shared = shared();
+        let mut state = shared.state();
+        let refused = insert(&shared, &mut state, 7);
+        assert!(shared.forget(&mut state, refused));
+        state.note_ending(7);
+        let endings = state.endings;
+        state.note_outwaited(7, endings);
+        insert(&shared, &mut state, 7);
+        shared.refuse(&mut state, refused, true);
+        assert_eq!(state.ended, []);
     }
 
     /// Its unbinding may have been refused, so that it ends later

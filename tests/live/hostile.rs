@@ -226,20 +226,25 @@ fn nor_can_multicast_of_another_process() {
             return;
         }
         let lab = Lab::new();
-        let mut member = netfilter_socket();
-        member.bind_auto().unwrap();
-        for group in 1..=u32::BITS {
-            // Not all of these exist.
-            let _ = member.add_membership(group);
+        for has_port in [false, true] {
+            let mut member = netfilter_socket();
+            if has_port {
+                member.bind_auto().unwrap();
+            }
+            for group in 1..=u32::BITS {
+                // Not all of these exist.
+                let _ = member.add_membership(group);
+            }
+            let fd = member.as_fd().try_clone_to_owned().unwrap();
+            wait_for(forger("to the groups", 0, Stdio::null()));
+            let handle = Handle::builder().open_fd(fd).unwrap();
+            let foreign = handle.stats().foreign;
+            // Without a port it hears nobody yet.
+            assert_eq!(foreign > 0, has_port);
+            wait_for(forger("to the groups", 0, Stdio::null()));
+            let _queue = expect_the_kernel_alone(&handle, foreign);
+            expect_a_packet(&lab, &handle);
         }
-        let fd = member.as_fd().try_clone_to_owned().unwrap();
-        wait_for(forger("to the groups", 0, Stdio::null()));
-        let handle = Handle::builder().open_fd(fd).unwrap();
-        let foreign = handle.stats().foreign;
-        assert!(foreign > 0, "it was in none, so this shows nothing");
-        wait_for(forger("to the groups", 0, Stdio::null()));
-        let _queue = expect_the_kernel_alone(&handle, foreign);
-        expect_a_packet(&lab, &handle);
     });
 }
 
@@ -566,5 +571,32 @@ fn a_lost_answer_to_a_binding_leaves_no_key_from_before_that_hits_a_later_packet
         );
         handle.verdict(packet.key(), Verdict::Accept).unwrap();
         assert_eq!(lab.recv().as_deref(), Some(&b"after"[..]));
+    });
+}
+
+/// It may have been bound by who had the socket before: its last packets have the first numbers, as the next binding's have
+#[test]
+fn packets_of_who_had_the_socket_before_do_not_come_out_of_the_first_binding() {
+    isolated(|| {
+        let lab = Lab::new();
+        let mut before = netfilter_socket();
+        before.bind_auto().unwrap();
+        let handle = Handle::builder()
+            .open_fd(before.as_fd().try_clone_to_owned().unwrap())
+            .unwrap();
+        let config = QueueConfig::new().copy_mode(CopyMode::PACKET, 0);
+        configure_past_the_library(&handle, &ConfigRequest::bind(QUEUE, config));
+        for _ in 0..2 {
+            lab.send(b"old");
+        }
+        configure_past_the_library(&handle, &ConfigRequest::unbind(QUEUE));
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        lab.send(b"new");
+        let mut batch = RecvBatch::default();
+        let packet = next_packet(&handle, &mut batch);
+        assert_eq!((udp_payload(&packet), packet.id()), (&b"new"[..], 1));
+        handle.verdict(packet.key(), Verdict::Accept).unwrap();
+        assert_eq!(lab.recv().as_deref(), Some(&b"new"[..]));
+        assert_eq!(handle.stats().discarded, 2);
     });
 }
