@@ -32,7 +32,8 @@ pub enum Error {
     /// The kernel's acknowledgement did not arrive: it was lost because the socket's receive buffer was full, or other
     /// code reads from the descriptor and does not pass on what it reads
     ///
-    /// The request was most likely carried out. Asking again is safe; a queue whose binding ends so is given up.
+    /// The request was most likely carried out. Asking again is safe. A queue that was to be bound is given up then, unless
+    /// this handle had it: that binding goes on.
     #[error(
         "{op}: no acknowledgement within {waited:?}: lost in an overrun of the receive buffer, or read by other code \
          and not passed to handle_packet; try again, and raise the receive buffer"

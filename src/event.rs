@@ -50,7 +50,7 @@ pub enum Event<'b> {
         /// The slot length
         had: usize,
     },
-    /// Bytes that are no message; the messages around it are not affected
+    /// Bytes that are no message; the messages before it are not affected, nor those behind it unless its length is wrong
     #[non_exhaustive]
     Malformed {
         /// The packet, if they are a packet message as far as its id: it waits

@@ -399,8 +399,8 @@ mod nf_queue {
     fn hands_packets_to_another_queue_after_a_while() {
         isolated(|| {
             let [(socket, _), _] = sockets_into(QUEUE);
-            let second = Example::start("nf_queue", &["-vc", "-q8", "-t3"]);
-            let first = Example::start("nf_queue", &["-c", "-t2", "-d", "150", "-q7", "-Q8"]);
+            let second = Example::start("nf_queue", &["-vc", "-q8", "-t5"]);
+            let first = Example::start("nf_queue", &["-c", "-t5", "-d", "150", "-q7", "-Q8"]);
             let count = second.probe(|| socket.send(b"probe", socket.address()).unwrap());
             let begin = Instant::now();
             socket.send(b"late", socket.address()).unwrap();
