@@ -354,22 +354,24 @@ impl Pace {
 }
 
 impl Contents {
-    /// Receives into the slots what is there
-    pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>, wait: Wait) -> io::Result<()> {
+    /// Receives into the slots what is there, and says how many datagrams other processes have sent, of which nothing is
+    pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>, wait: Wait) -> io::Result<u64> {
         self.filled = 0;
         let mut slots = self.arena.chunks_exact_mut(self.slot_len);
         if wait == Wait::ForFirst && self.pace.wants_one() {
             if let (Some(slot), Some(len)) = (slots.next(), self.lens.first_mut()) {
-                *len = sys::recv_one(fd, wait, slot)?;
+                let received = sys::recv_one(fd, wait, slot)?;
+                *len = received.unwrap_or(0);
                 self.filled = 1;
+                return Ok(u64::from(received.is_none()));
             }
-            return Ok(());
         }
-        self.filled = sys::recv_many(fd, wait, slots, &mut self.lens)?;
+        let (filled, foreign) = sys::recv_many(fd, wait, slots, &mut self.lens)?;
+        self.filled = filled;
         if wait == Wait::ForFirst {
-            self.pace.note(self.filled);
+            self.pace.note(filled);
         }
-        Ok(())
+        Ok(foreign)
     }
 
     /// The datagrams, from the stash and then from the slots

@@ -26,7 +26,7 @@ pub(crate) use self::real::*;
 pub trait Kernel {
     /// `send(2)`
     fn send(&self, messages: &[u8]) -> io::Result<usize>;
-    /// `recvmmsg(2)`, or `recv(2)` into one slot: at most one datagram for each slot and length; where it may wait, it can
+    /// `recvmmsg(2)`, or `recvfrom(2)` into one slot: at most one datagram for each slot and length; where it may wait, it can
     /// also say `EAGAIN`, as a non-blocking descriptor does
     fn receive(
         &self,
@@ -78,20 +78,27 @@ pub(crate) fn recv_many<'s>(
     wait: Wait,
     mut slots: impl Iterator<Item = &'s mut [u8]>,
     lens: &mut [usize],
-) -> io::Result<usize> {
+) -> io::Result<(usize, u64)> {
     match kernel() {
-        Some(kernel) => kernel.receive(wait == Wait::ForFirst, &mut slots, lens),
+        Some(kernel) => {
+            let n = kernel.receive(wait == Wait::ForFirst, &mut slots, lens)?;
+            Ok((n, 0))
+        }
         None => real::recv_many(fd, wait, slots, lens),
     }
 }
 
-pub(crate) fn recv_one(fd: BorrowedFd<'_>, wait: Wait, slot: &mut [u8]) -> io::Result<usize> {
+pub(crate) fn recv_one(
+    fd: BorrowedFd<'_>,
+    wait: Wait,
+    slot: &mut [u8],
+) -> io::Result<Option<usize>> {
     let Some(kernel) = kernel() else {
         return real::recv_one(fd, wait, slot);
     };
     let mut len = [0];
     kernel.receive(wait == Wait::ForFirst, &mut std::iter::once(slot), &mut len)?;
-    Ok(len[0])
+    Ok(Some(len[0]))
 }
 
 pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: libc::c_int) -> io::Result<bool> {

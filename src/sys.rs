@@ -37,28 +37,30 @@ pub(crate) enum Wait {
 /// Receives what is there, up to one datagram for each of `slots` and `lens`, and at most [`RECV_MAX`]
 ///
 /// Datagram `i` goes to the start of slot `i`, cut if it is longer: its netlink header then says how long it was. `lens[i]`
-/// says how much of the slot it takes. Returns how many came.
+/// says how much of the slot it takes, which is nothing if another process has sent it. Returns how many came, and how many
+/// of these others have sent.
 pub(crate) fn recv_many<'s>(
     fd: BorrowedFd<'_>,
     wait: Wait,
     slots: impl Iterator<Item = &'s mut [u8]>,
     lens: &mut [usize],
-) -> io::Result<usize> {
+) -> io::Result<(usize, u64)> {
+    let mut names = [const { MaybeUninit::uninit() }; RECV_MAX];
     let mut vecs = [const { MaybeUninit::uninit() }; RECV_MAX];
     let mut headers = [const { MaybeUninit::uninit() }; RECV_MAX];
 
     let mut wanted: libc::c_uint = 0;
-    let parts = headers.iter_mut().zip(&mut vecs).zip(slots);
-    for ((header, vec), slot) in parts.take(lens.len()) {
-        header.write(header_for(vec.write(iovec_of(slot))));
+    let parts = headers.iter_mut().zip(&mut names).zip(&mut vecs).zip(slots);
+    for (((header, name), vec), slot) in parts.take(lens.len()) {
+        header.write(header_for(name.write(no_name()), vec.write(iovec_of(slot))));
         wanted += 1;
     }
     let flags = match wait {
         Wait::No => libc::MSG_DONTWAIT,
         Wait::ForFirst => libc::MSG_WAITFORONE,
     };
-    // SAFETY: the first `wanted` headers are written, and point to an iovec of this frame, and that to a slot that is
-    // mutably borrowed for `'s`, with its length. The kernel writes there only during the call.
+    // SAFETY: the first `wanted` headers are written, and point to a name and an iovec of this frame, and that to a slot
+    // that is mutably borrowed for `'s`, each with its length. The kernel writes there only during the call.
     let n = unsafe {
         libc::recvmmsg(
             fd.as_raw_fd(),
@@ -69,12 +71,35 @@ pub(crate) fn recv_many<'s>(
         )
     };
     let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
-    for (len, header) in lens.iter_mut().zip(&headers).take(n) {
-        // SAFETY: of at most `wanted` headers, which were written, the kernel has filled in the first `n`.
-        let header = unsafe { header.assume_init_ref() };
-        *len = usize::try_from(header.msg_len).unwrap_or(usize::MAX);
+    let mut foreign = 0;
+    for ((len, header), name) in lens.iter_mut().zip(&headers).zip(&names).take(n) {
+        // SAFETY: of at most `wanted` headers and names, which were written, the kernel has filled in the first `n`.
+        let (header, name) = unsafe { (header.assume_init_ref(), name.assume_init_ref()) };
+        if is_kernel(name) {
+            *len = usize::try_from(header.msg_len).unwrap_or(usize::MAX);
+        } else {
+            *len = 0;
+            foreign += 1;
+        }
     }
-    Ok(n)
+    Ok((n, foreign))
+}
+
+const NAME_LEN: libc::socklen_t = 12;
+const _: () = assert!(mem::size_of::<libc::sockaddr_nl>() == NAME_LEN as usize);
+
+/// For the kernel to put a sender's address in
+fn no_name() -> libc::sockaddr_nl {
+    // SAFETY: a `sockaddr_nl` is integers, for which all zeroes is a value.
+    unsafe { mem::zeroed() }
+}
+
+/// Whether the kernel has sent what came with this address, and not another process
+///
+/// A connected socket refuses these, but for one that was being sent when it was connected; and who has a copy of the
+/// descriptor can disconnect it.
+const fn is_kernel(name: &libc::sockaddr_nl) -> bool {
+    name.nl_pid == 0
 }
 
 fn iovec_of(slot: &mut [u8]) -> libc::iovec {
@@ -84,45 +109,41 @@ fn iovec_of(slot: &mut [u8]) -> libc::iovec {
     }
 }
 
-fn header_for(vec: &mut libc::iovec) -> libc::mmsghdr {
+fn header_for(name: &mut libc::sockaddr_nl, vec: &mut libc::iovec) -> libc::mmsghdr {
     // SAFETY: a `mmsghdr` is integers and pointers, for which all zeroes is a value.
     let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
+    header.msg_hdr.msg_name = ptr::from_mut(name).cast();
+    header.msg_hdr.msg_namelen = NAME_LEN;
     header.msg_hdr.msg_iov = vec;
     header.msg_hdr.msg_iovlen = 1;
     header
 }
 
-/// Receives one datagram, and says how much of `slot` it takes: `recv(2)`, which is cheaper than asking for many
-pub(crate) fn recv_one(fd: BorrowedFd<'_>, wait: Wait, slot: &mut [u8]) -> io::Result<usize> {
+/// Receives one datagram, and says how much of `slot` it takes, or that another process has sent it: `recvfrom(2)`, which is
+/// cheaper than asking for many
+pub(crate) fn recv_one(
+    fd: BorrowedFd<'_>,
+    wait: Wait,
+    slot: &mut [u8],
+) -> io::Result<Option<usize>> {
     let flags = match wait {
         Wait::No => libc::MSG_DONTWAIT,
         Wait::ForFirst => 0,
     };
-    // SAFETY: the slot is exclusive and alive during the call, and its size is given.
-    let len = unsafe { libc::recv(fd.as_raw_fd(), slot.as_mut_ptr().cast(), slot.len(), flags) };
-    usize::try_from(len).map_err(|_| io::Error::last_os_error())
-}
-
-/// The same without waiting; says too whether the kernel has sent it, and not another process
-pub(crate) fn recv_with_sender(fd: BorrowedFd<'_>, slot: &mut [u8]) -> io::Result<(usize, bool)> {
-    const LEN: libc::socklen_t = 12;
-    const _: () = assert!(mem::size_of::<libc::sockaddr_nl>() == LEN as usize);
-    // SAFETY: a `sockaddr_nl` is integers, for which all zeroes is a value.
-    let mut name: libc::sockaddr_nl = unsafe { mem::zeroed() };
-    let mut name_len = LEN;
+    let (mut name, mut name_len) = (no_name(), NAME_LEN);
     // SAFETY: slot and address are exclusive and alive during the call, and their sizes are given.
     let len = unsafe {
         libc::recvfrom(
             fd.as_raw_fd(),
             slot.as_mut_ptr().cast(),
             slot.len(),
-            libc::MSG_DONTWAIT,
+            flags,
             (&raw mut name).cast(),
             &raw mut name_len,
         )
     };
     let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
-    Ok((len, name_len == LEN && name.nl_pid == 0))
+    Ok(is_kernel(&name).then_some(len))
 }
 
 /// Waits until the descriptor is readable or has an error; `false` when `timeout` milliseconds ran out (-1: never)
@@ -362,11 +383,12 @@ mod tests {
             slots.iter_mut().map(|slot| &mut slot[..]),
             &mut lens,
         );
-        assert_eq!(n.unwrap(), 3);
+        assert_eq!(n.unwrap(), (3, 0));
         assert_eq!(lens, [5, 0, 8]);
         assert_eq!(slots, [*b"first\0\0\0", [0; 8], *b"too long"]);
         let mut slot = [0; 8];
-        assert_eq!(recv_one(here.as_fd(), Wait::No, &mut slot).unwrap(), 4);
+        let len = recv_one(here.as_fd(), Wait::No, &mut slot).unwrap();
+        assert_eq!(len, Some(4));
         assert_eq!(&slot[..4], b"left");
         let none = recv_many(
             here.as_fd(),

@@ -84,7 +84,8 @@ impl Shared {
             };
             state.refresh(&mut contents.bindings);
             match received {
-                Ok(()) => {
+                Ok(foreign) => {
+                    state.stats.foreign += foreign;
                     if self.note_slots(&mut state, contents) {
                         // What was put back meanwhile goes along: what made the descriptor readable for it was read too.
                         std::mem::swap(&mut contents.stash, &mut state.stash);

@@ -125,10 +125,7 @@ impl Shared {
     /// Reads one datagram, and says whether there was none
     fn read_to_stash(&self, state: &mut State, buf: &mut [u8]) -> Result<bool> {
         let received = sys::recv_one(self.as_fd(), Wait::No, buf);
-        self.stash(
-            state,
-            received.map(|len| buf.get(..len).unwrap_or_default()),
-        )
+        self.stash_from(state, received, buf)
     }
 
     /// Throws away what other processes have sent to the socket before it was connected, after which none can
@@ -139,16 +136,9 @@ impl Shared {
         let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
         let mut state = self.state();
         loop {
-            let is_empty = match sys::recv_with_sender(self.as_fd(), &mut buf) {
-                Ok((_, false)) => {
-                    state.stats.foreign += 1;
-                    false
-                }
-                Ok((len, true)) => {
-                    self.stash(&mut state, Ok(buf.get(..len).unwrap_or_default()))?
-                }
+            let is_empty = match sys::recv_one(self.as_fd(), Wait::No, &mut buf) {
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => false,
-                Err(error) => self.stash(&mut state, Err(error))?,
+                received => self.stash_from(&mut state, received, &buf)?,
             };
             if is_empty {
                 break;
@@ -158,6 +148,23 @@ impl Shared {
             self.wake();
         }
         Ok(())
+    }
+
+    /// Counts what another process has sent, and stashes everything else
+    fn stash_from(
+        &self,
+        state: &mut State,
+        received: io::Result<Option<usize>>,
+        buf: &[u8],
+    ) -> Result<bool> {
+        match received {
+            Ok(None) => {
+                state.stats.foreign += 1;
+                Ok(false)
+            }
+            Ok(Some(len)) => self.stash(state, Ok(buf.get(..len).unwrap_or_default())),
+            Err(error) => self.stash(state, Err(error)),
+        }
     }
 
     /// Sees what was received, keeps it if there is an event in it, and says whether nothing was there
