@@ -36,7 +36,7 @@ async fn accept(handle: Handle, count: usize) -> Result<(), Box<dyn Error + Send
                     verdicts.push(packet.key(), Verdict::Accept)?;
                     seen += 1;
                 }
-                other => eprintln!("{other:?}"),
+                other => eprintln!("{other}"),
             }
         }
         handle.get_ref().send(&mut verdicts)?;

@@ -43,7 +43,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
                     seen += 1;
                 }
                 // Packets were lost, a verdict was refused: no reason to stop
-                other => eprintln!("{other:?}"),
+                other => eprintln!("{other}"),
             }
         }
         // All verdicts by one system call, and runs of equal ones by one message

@@ -67,7 +67,7 @@ fn attached(number: u16) -> Result<bool> {
                     handle.verdict(packet.key(), Verdict::Accept)?;
                 }
                 Event::Overrun => println!("packets were lost: the receive buffer was full"),
-                other => println!("{other:?}"),
+                other => println!("{other}"),
             }
         }
     }
@@ -364,7 +364,7 @@ fn firewall(handle: &Handle, traffic_is_over: &Receiver<()>) -> Result<Counted> 
                         handle.verdict(key, Verdict::Drop)?;
                     }
                 }
-                other => return Err(format!("unexpected: {other:?}").into()),
+                other => return Err(format!("unexpected: {other}").into()),
             }
         }
     }
@@ -577,7 +577,7 @@ fn as_expected(job: &Job, counts: &Counts) -> bool {
 fn report_counters(handle: &Handle) -> bool {
     let stats = handle.stats();
     println!(
-        "the library received {} packets, lost {}, and had {} verdicts refused",
+        "the library received {} packets, lost {}, and had {} verdicts refused, as STOLEN must be",
         stats.packets, stats.lost_packets, stats.refused_verdicts
     );
     let stolen = FAMILIES.len() * DATAGRAMS.len();

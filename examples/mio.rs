@@ -54,7 +54,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
                     verdicts.push(packet.key(), Verdict::Accept)?;
                     seen += 1;
                 }
-                other => eprintln!("{other:?}"),
+                other => eprintln!("{other}"),
             }
         }
         handle.send(&mut verdicts)?;

@@ -166,7 +166,7 @@ fn answer_packets(options: &Options) -> Result<[usize; 5]> {
                 Event::Refused(refusal)
                     if options.bogus && refusal.situation() == Situation::NoSuchPacket => {}
                 Event::Refused(refusal) => return Err(Box::new(refusal)),
-                other => return Err(format!("{other:?}").into()),
+                other => return Err(format!("{other}").into()),
             }
         }
         handle.send(&mut verdicts)?;

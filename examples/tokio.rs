@@ -54,7 +54,7 @@ async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
                                 verdicts.push(packet.key(), Verdict::Accept)?;
                             }
                         }
-                        other => eprintln!("{other:?}"),
+                        other => eprintln!("{other}"),
                     }
                 }
                 handle.send(&mut verdicts).await?;

@@ -6,7 +6,7 @@
 #     scripts/static.sh all                             # accept_all for six targets, for the table in README.md
 #
 # TARGET is one of rustc's for musl, such as mips-unknown-linux-musl. Where rustup has a standard library for it, that is
-# used, with the linker that comes with rustc: no C compiler is needed. Else (mips, mipsel, s390x and others) Debian's rustc
+# used, with the linker that comes with rustc: no C compiler for it is needed. Else (mips, mipsel, s390x and others) Debian's rustc
 # builds the standard library from its sources, and zig links; that is for Debian on x86-64, and installs what it needs
 # there and into ${XDG_CACHE_HOME:-$HOME/.cache}/nfqnl-static. Programs for other processors run under qemu-user. What cargo
 # prints on standard output is all that comes there.
@@ -66,6 +66,9 @@ prepare() {
 # Runs a command of cargo's for the target
 run() {
     local command=$1
+    # Where size matters it does in the standard library too; that option takes out those that are on by default.
+    [[ ${cargo[0]} != cargo-zigbuild || " $* " != *" --profile router "* ]] ||
+        options+=(-Zbuild-std-features=optimize_for_size)
     case ${cargo[0]}-$1 in
     cargo-zigbuild-build) command=zigbuild ;;
     *-test | *-run) [ -z "$emulator" ] || need "$emulator" qemu-user-static ;;
@@ -100,8 +103,6 @@ END
         unset "${variable}_LINKER" # The README names one.
         block .cargo/config.toml >"$project/.cargo/config.toml"
         block small.ld >"$project/small.ld"
-    else
-        options+=(-Zbuild-std-features=optimize_for_size) # and none of those that are on by default
     fi
     (cd "$project" && run build --profile router) >&2
 

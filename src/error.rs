@@ -259,11 +259,19 @@ impl fmt::Display for Operation {
 }
 
 /// The kernel's refusal of a request; `source()` is the OS error
-#[derive(Debug)]
+///
+/// `Debug` has the words of `Display`, since they are what a `main` that returns an error prints.
 pub struct Refusal {
     op: Operation,
     source: io::Error,
     text: Option<Box<str>>,
+}
+
+impl fmt::Debug for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words = format_args!("{self}");
+        f.debug_tuple("Refusal").field(&words).finish()
+    }
 }
 
 impl Refusal {

@@ -1,5 +1,7 @@
 //! What receiving yields: packets, and everything else that can come out of the socket
 
+use std::fmt;
+
 use nfqnl_proto::consts::{
     MESSAGE_HEADER_LEN, NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH, NLM_F_ECHO, message_type,
 };
@@ -8,7 +10,7 @@ use nfqnl_proto::{
 };
 
 use crate::bindings::Bindings;
-use crate::error::{Operation, Refusal};
+use crate::error::{Error, Operation, Refusal};
 
 /// One thing that was received; none of them ends a receive loop
 #[derive(Debug)]
@@ -27,7 +29,6 @@ pub enum Event<'b> {
     /// takes them along.
     ///
     /// Refusals are lost in overruns, too.
-    ///
     ///
     /// [`Situation::NoSuchPacket`](crate::Situation::NoSuchPacket) is part of normal operation: the kernel drops
     /// waiting packets when a device goes down or a base chain is deleted.
@@ -58,6 +59,25 @@ pub enum Event<'b> {
         /// What is wrong with them
         error: DecodeError,
     },
+}
+
+/// A line for a log: what came, and what to do about it
+impl fmt::Display for Event<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Packet(packet) => {
+                let (id, queue, len) = (packet.id(), packet.queue(), packet.payload().len());
+                write!(f, "packet {id} of queue {queue}: {len} bytes")
+            }
+            Self::Refused(refusal) => refusal.fmt(f),
+            Self::Overrun => f.write_str(
+                "receive: the receive buffer was full and messages were lost (ENOBUFS); receive more often, or raise \
+                 the receive buffer",
+            ),
+            &Self::Truncated { key, needed, had } => Error::Truncated { key, needed, had }.fmt(f),
+            &Self::Malformed { key, error: source } => Error::Decode { key, source }.fmt(f),
+        }
+    }
 }
 
 impl<'b> Event<'b> {
@@ -257,6 +277,11 @@ mod tests {
         let key = bindings.get(7).map(|binding| binding.key(3));
         let event = next_event(&mut Messages::new(&message), &bindings);
         assert!(matches!(event, Some(Event::Malformed { key: of, .. }) if of == key));
+        let says = event.map(|event| event.to_string()).unwrap_or_default();
+        assert!(
+            says.starts_with("receive: packet 3 of queue 7, which still waits: attribute"),
+            "{says}"
+        );
         let event = next_event(&mut Messages::new(&message[..34]), &bindings);
         assert!(matches!(event, Some(Event::Truncated { key: of, .. }) if of == key));
         let event = next_event(&mut Messages::new(&message[..19]), &Bindings::default());
