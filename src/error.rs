@@ -269,8 +269,9 @@ pub struct Refusal {
 
 impl fmt::Debug for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let words = format_args!("{self}");
-        f.debug_tuple("Refusal").field(&words).finish()
+        f.debug_tuple("Refusal")
+            .field(&format_args!("{self}"))
+            .finish()
     }
 }
 
