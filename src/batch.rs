@@ -9,7 +9,7 @@ use nfqnl_proto::{CopyMode, Messages, Packet, PacketIndex, PacketKey};
 
 use crate::bindings::Bindings;
 use crate::event::{Event, next_event, next_message};
-use crate::sys::{self, RECV_MAX, Wait};
+use crate::sys::{self, RECV_MAX, Sender, Wait};
 
 /// Room for what one receive call takes: slots of equal length, one datagram each
 ///
@@ -355,18 +355,23 @@ impl Pace {
 
 impl Contents {
     /// Receives into the slots what is there, and says how many datagrams other processes have sent, of which nothing is
-    pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>, wait: Wait) -> io::Result<u64> {
+    pub(crate) fn receive(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        wait: Wait,
+        sender: Sender,
+    ) -> io::Result<u64> {
         self.filled = 0;
         let mut slots = self.arena.chunks_exact_mut(self.slot_len);
         if wait == Wait::ForFirst && self.pace.wants_one() {
             if let (Some(slot), Some(len)) = (slots.next(), self.lens.first_mut()) {
-                let received = sys::recv_one(fd, wait, slot)?;
+                let received = sys::recv_one(fd, wait, sender, slot)?;
                 *len = received.unwrap_or(0);
                 self.filled = 1;
                 return Ok(u64::from(received.is_none()));
             }
         }
-        let (filled, foreign) = sys::recv_many(fd, wait, slots, &mut self.lens)?;
+        let (filled, foreign) = sys::recv_many(fd, wait, sender, slots, &mut self.lens)?;
         self.filled = filled;
         if wait == Wait::ForFirst {
             self.pace.note(filled);

@@ -76,6 +76,7 @@ pub(crate) fn send(socket: &Socket, messages: &[u8]) -> io::Result<usize> {
 pub(crate) fn recv_many<'s>(
     fd: BorrowedFd<'_>,
     wait: Wait,
+    sender: Sender,
     mut slots: impl Iterator<Item = &'s mut [u8]>,
     lens: &mut [usize],
 ) -> io::Result<(usize, u64)> {
@@ -84,17 +85,18 @@ pub(crate) fn recv_many<'s>(
             let n = kernel.receive(wait == Wait::ForFirst, &mut slots, lens)?;
             Ok((n, 0))
         }
-        None => real::recv_many(fd, wait, slots, lens),
+        None => real::recv_many(fd, wait, sender, slots, lens),
     }
 }
 
 pub(crate) fn recv_one(
     fd: BorrowedFd<'_>,
     wait: Wait,
+    sender: Sender,
     slot: &mut [u8],
 ) -> io::Result<Option<usize>> {
     let Some(kernel) = kernel() else {
-        return real::recv_one(fd, wait, slot);
+        return real::recv_one(fd, wait, sender, slot);
     };
     let mut len = [0];
     kernel.receive(wait == Wait::ForFirst, &mut std::iter::once(slot), &mut len)?;

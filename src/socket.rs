@@ -23,7 +23,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use netlink_sys::Socket;
 use nfqnl_proto::{BatchVerdict, Decision, PacketKey, Verdict};
@@ -74,6 +74,8 @@ struct State {
     /// How many queues were unbound
     endings: u64,
     origin: Origin,
+    /// Until then what other processes were sending when the socket was connected may still come
+    strays_end: Option<Instant>,
     drops: Drops,
     stats: Stats,
 }
@@ -91,6 +93,9 @@ pub(crate) enum Origin {
 /// What the kernel wants of the send buffer beside the message (`netlink_sendmsg` in `net/netlink/af_netlink.c`)
 const SEND_OVERHEAD: usize = 32;
 
+/// Longer than a system call takes that has begun to send to this socket
+const STRAYS: Duration = Duration::from_secs(2);
+
 /// More verdicts than this in one send bring nothing measurable
 const MAX_SEND: usize = 1 << 15;
 
@@ -104,6 +109,7 @@ impl Shared {
         let send_buffer = sys::send_buffer(socket.as_fd())?;
         let mut state = State {
             origin,
+            strays_end: Some(sys::now() + STRAYS),
             ..State::default()
         };
         state.drops.seen = sys::drops(socket.as_fd()).unwrap_or(0);

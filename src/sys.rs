@@ -34,6 +34,15 @@ pub(crate) enum Wait {
     ForFirst,
 }
 
+/// Whether a receive call asks who has sent what comes, which takes some 60 ns each time
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sender {
+    /// Nobody but the kernel can have
+    IsKernel,
+    /// Another process may have
+    IsAsked,
+}
+
 /// Receives what is there, up to one datagram for each of `slots` and `lens`, and at most [`RECV_MAX`]
 ///
 /// Datagram `i` goes to the start of slot `i`, cut if it is longer: its netlink header then says how long it was. `lens[i]`
@@ -42,6 +51,7 @@ pub(crate) enum Wait {
 pub(crate) fn recv_many<'s>(
     fd: BorrowedFd<'_>,
     wait: Wait,
+    sender: Sender,
     slots: impl Iterator<Item = &'s mut [u8]>,
     lens: &mut [usize],
 ) -> io::Result<(usize, u64)> {
@@ -52,15 +62,21 @@ pub(crate) fn recv_many<'s>(
     let mut wanted: libc::c_uint = 0;
     let parts = headers.iter_mut().zip(&mut names).zip(&mut vecs).zip(slots);
     for (((header, name), vec), slot) in parts.take(lens.len()) {
-        header.write(header_for(name.write(no_name()), vec.write(iovec_of(slot))));
+        let header = header.write(header_for(vec.write(iovec_of(slot))));
+        let name = name.write(no_name());
+        if sender == Sender::IsAsked {
+            header.msg_hdr.msg_name = ptr::from_mut(name).cast();
+            header.msg_hdr.msg_namelen = NAME_LEN;
+        }
         wanted += 1;
     }
     let flags = match wait {
         Wait::No => libc::MSG_DONTWAIT,
         Wait::ForFirst => libc::MSG_WAITFORONE,
     };
-    // SAFETY: the first `wanted` headers are written, and point to a name and an iovec of this frame, and that to a slot
-    // that is mutably borrowed for `'s`, each with its length. The kernel writes there only during the call.
+    // SAFETY: the first `wanted` headers are written, and point to an iovec of this frame, and that to a slot that is mutably
+    // borrowed for `'s`, and perhaps to a name of this frame, each with its length. The kernel writes there only during the
+    // call.
     let n = unsafe {
         libc::recvmmsg(
             fd.as_raw_fd(),
@@ -88,16 +104,13 @@ pub(crate) fn recv_many<'s>(
 const NAME_LEN: libc::socklen_t = 12;
 const _: () = assert!(mem::size_of::<libc::sockaddr_nl>() == NAME_LEN as usize);
 
-/// For the kernel to put a sender's address in
+/// For the kernel to put a sender's address in; its own one
 fn no_name() -> libc::sockaddr_nl {
     // SAFETY: a `sockaddr_nl` is integers, for which all zeroes is a value.
     unsafe { mem::zeroed() }
 }
 
 /// Whether the kernel has sent what came with this address, and not another process
-///
-/// A connected socket refuses these, but for one that was being sent when it was connected; and who has a copy of the
-/// descriptor can disconnect it.
 const fn is_kernel(name: &libc::sockaddr_nl) -> bool {
     name.nl_pid == 0
 }
@@ -109,11 +122,9 @@ fn iovec_of(slot: &mut [u8]) -> libc::iovec {
     }
 }
 
-fn header_for(name: &mut libc::sockaddr_nl, vec: &mut libc::iovec) -> libc::mmsghdr {
+fn header_for(vec: &mut libc::iovec) -> libc::mmsghdr {
     // SAFETY: a `mmsghdr` is integers and pointers, for which all zeroes is a value.
     let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
-    header.msg_hdr.msg_name = ptr::from_mut(name).cast();
-    header.msg_hdr.msg_namelen = NAME_LEN;
     header.msg_hdr.msg_iov = vec;
     header.msg_hdr.msg_iovlen = 1;
     header
@@ -124,6 +135,7 @@ fn header_for(name: &mut libc::sockaddr_nl, vec: &mut libc::iovec) -> libc::mmsg
 pub(crate) fn recv_one(
     fd: BorrowedFd<'_>,
     wait: Wait,
+    sender: Sender,
     slot: &mut [u8],
 ) -> io::Result<Option<usize>> {
     let flags = match wait {
@@ -131,6 +143,10 @@ pub(crate) fn recv_one(
         Wait::ForFirst => 0,
     };
     let (mut name, mut name_len) = (no_name(), NAME_LEN);
+    let place = match sender {
+        Sender::IsKernel => ptr::null_mut(),
+        Sender::IsAsked => (&raw mut name).cast(),
+    };
     // SAFETY: slot and address are exclusive and alive during the call, and their sizes are given.
     let len = unsafe {
         libc::recvfrom(
@@ -138,7 +154,7 @@ pub(crate) fn recv_one(
             slot.as_mut_ptr().cast(),
             slot.len(),
             flags,
-            (&raw mut name).cast(),
+            place,
             &raw mut name_len,
         )
     };
@@ -380,6 +396,7 @@ mod tests {
         let n = recv_many(
             here.as_fd(),
             Wait::ForFirst,
+            Sender::IsAsked,
             slots.iter_mut().map(|slot| &mut slot[..]),
             &mut lens,
         );
@@ -387,12 +404,13 @@ mod tests {
         assert_eq!(lens, [5, 0, 8]);
         assert_eq!(slots, [*b"first\0\0\0", [0; 8], *b"too long"]);
         let mut slot = [0; 8];
-        let len = recv_one(here.as_fd(), Wait::No, &mut slot).unwrap();
+        let len = recv_one(here.as_fd(), Wait::No, Sender::IsKernel, &mut slot).unwrap();
         assert_eq!(len, Some(4));
         assert_eq!(&slot[..4], b"left");
         let none = recv_many(
             here.as_fd(),
             Wait::No,
+            Sender::IsKernel,
             [&mut slot[..]].into_iter(),
             &mut lens,
         );

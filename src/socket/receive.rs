@@ -14,7 +14,7 @@ use crate::batch::{Contents, RecvBatch, Stashed};
 use crate::bindings::{Bindings, Noted, Stretch};
 use crate::error::{Error, Operation, Refusal, Result};
 use crate::event::{Event, index_sole_packet, next_event, next_message};
-use crate::sys::{self, Wait};
+use crate::sys::{self, Sender, Wait};
 
 /// How long a call waits for another thread before it looks again
 pub(super) const RECHECK: Duration = Duration::from_millis(5);
@@ -72,11 +72,12 @@ impl Shared {
                 drop(self.wait_for_others(state, at_most));
                 continue;
             } else if wait == Wait::No || contents.overruns > 0 {
-                contents.receive(self.as_fd(), Wait::No)
+                contents.receive(self.as_fd(), Wait::No, state.sender())
             } else {
                 state.has_reader = true;
+                let sender = state.sender();
                 drop(state);
-                let received = contents.receive(self.as_fd(), wait);
+                let received = contents.receive(self.as_fd(), wait, sender);
                 state = self.state();
                 state.has_reader = false;
                 self.tell_others(&state);
@@ -366,6 +367,15 @@ fn poll_timeout(left: Duration) -> libc::c_int {
 }
 
 impl State {
+    /// Whether another process may have sent what is received now
+    pub(super) fn sender(&mut self) -> Sender {
+        self.strays_end.take_if(|end| sys::now() >= *end);
+        match self.strays_end {
+            Some(_) => Sender::IsAsked,
+            None => Sender::IsKernel,
+        }
+    }
+
     /// Brings a copy of the bindings up to date, and says whether it was not
     fn refresh(&self, bindings: &mut Bindings) -> bool {
         let is_old = !bindings.is(&self.bindings);

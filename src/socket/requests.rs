@@ -12,7 +12,7 @@ use super::{Shared, State};
 use crate::batch::{RecvBatch, Stashed};
 use crate::error::{Error, Operation, Refusal, Result};
 use crate::event::sole_packet;
-use crate::sys::{self, Wait};
+use crate::sys::{self, Sender, Wait};
 
 /// A request that was sent, and its answer when that has come
 #[derive(Debug)]
@@ -124,11 +124,11 @@ impl Shared {
 
     /// Reads one datagram, and says whether there was none
     fn read_to_stash(&self, state: &mut State, buf: &mut [u8]) -> Result<bool> {
-        let received = sys::recv_one(self.as_fd(), Wait::No, buf);
+        let received = sys::recv_one(self.as_fd(), Wait::No, state.sender(), buf);
         self.stash_from(state, received, buf)
     }
 
-    /// Throws away what other processes have sent to the socket before it was connected, after which none can
+    /// Throws away what other processes have sent to the socket before it was connected, after which none can begin to
     ///
     /// A message of the kernel that came before then is kept, as by any request; but what had no room then is no loss of
     /// this handle, and others can see to that.
@@ -136,7 +136,8 @@ impl Shared {
         let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
         let mut state = self.state();
         loop {
-            let is_empty = match sys::recv_one(self.as_fd(), Wait::No, &mut buf) {
+            let received = sys::recv_one(self.as_fd(), Wait::No, Sender::IsAsked, &mut buf);
+            let is_empty = match received {
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => false,
                 received => self.stash_from(&mut state, received, &buf)?,
             };
