@@ -128,7 +128,7 @@ impl HandleBuilder {
     ///
     /// The kernel doubles it, and charges each waiting message with 832 bytes, 2.3 KiB for a full Ethernet frame, and
     /// 66 KiB for a large packet with [`ConfigFlags::GSO`](crate::ConfigFlags::GSO); so the usual 212992 hold 237 to 277
-    /// small packets (170 on s390x), 92 frames, or 3 large ones. Raise it for bursts; TCP sends in bursts, and 1 MiB is a good size for it
+    /// small packets (138 to 170 on s390x), 92 frames, or 3 large ones. Raise it for bursts; TCP sends in bursts, and 1 MiB is a good size for it
     /// (`benches/README.md` has what that brings). Beyond `net.core.rmem_max` it takes
     /// `CAP_NET_ADMIN` in the initial user namespace; without that, it ends there.
     #[doc(alias = "SO_RCVBUF")]
