@@ -531,6 +531,17 @@ fn sorted(mut attrs: AttrList) -> AttrList {
     attrs
 }
 
+/// What was read, but for where in the datagram an error is
+fn apart_from_offset(read: &Result<Message<'_>, DecodeError>) -> String {
+    let text = format!("{read:?}");
+    match text.split_once("offset: ") {
+        Some((before, after)) if read.is_err() => {
+            format!("{before}{}", after.trim_start_matches(char::is_numeric))
+        }
+        _ => text,
+    }
+}
+
 proptest! {
     #![proptest_config(config())]
 
@@ -599,7 +610,7 @@ proptest! {
         for (at, (message, together)) in messages.iter().zip(together).enumerate() {
             if at != damaged {
                 let alone = Messages::new(message).next().unwrap();
-                prop_assert_eq!(format!("{together:?}"), format!("{alone:?}"));
+                prop_assert_eq!(apart_from_offset(&together), apart_from_offset(&alone));
             }
         }
     }
