@@ -21,6 +21,9 @@ use nfqnl_proto::BatchVerdict;
 /// More packets than any sensible queue holds apart; beyond, somebody else must be answering them
 const MAX_RUNS: usize = 1 << 18;
 
+/// Numbers that are further apart may not tell any more which came first, since they wrap
+const MAX_SPAN: u32 = 1 << 29;
+
 #[derive(Debug, Default)]
 pub(crate) struct Waiting {
     /// The packets that were received and not answered, oldest first; no run is empty
@@ -67,6 +70,11 @@ impl Waiting {
 
     /// Notes packets that were numbered one after the other, and later than all before
     pub(crate) fn receive(&mut self, first: u32, last: u32) {
+        let is_far = |id: u32| last.wrapping_sub(id) > MAX_SPAN;
+        let oldest = self.runs.front().map(|run| run.first);
+        if oldest.is_some_and(is_far) || self.last_unproven.is_some_and(is_far) {
+            return self.go_blind();
+        }
         let has_room = self.runs.len() < MAX_RUNS;
         match self.runs.back_mut() {
             _ if self.is_blind => {}
@@ -378,6 +386,16 @@ mod tests {
             assert!(split.runs.len() <= MAX_RUNS);
         }
         assert!(split.is_blind && split.runs.is_empty());
+    }
+
+    /// Found by fuzzing: half the numbers later it would count as newer than those that came after it
+    #[test]
+    fn a_packet_that_waits_while_very_many_pass_blinds() {
+        let mut waiting = waiting(&[7]);
+        waiting.receive(7 + MAX_SPAN, 7 + MAX_SPAN);
+        assert_eq!(ids(&waiting), [7, 7 + MAX_SPAN]);
+        waiting.receive(8 + MAX_SPAN, 8 + MAX_SPAN);
+        assert_eq!(ids(&waiting), []);
     }
 
     #[test]
