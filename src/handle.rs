@@ -229,14 +229,13 @@ impl HandleBuilder {
                 source,
             })?;
         }
-        let handle = self.over(socket, origin)?;
-        handle.shared.discard_foreign()?;
-        Ok(handle)
+        self.over(socket, origin)
     }
 
     fn over(self, socket: Socket, origin: Origin) -> Result<Handle> {
         let shared = Shared::new(socket, origin, self.ack_timeout, self.coalesce);
         let shared = shared.map_err(open_error)?;
+        shared.discard_foreign()?;
         Ok(Handle {
             shared: Arc::new(shared),
             bindings: Bindings::default(),
@@ -247,8 +246,13 @@ impl HandleBuilder {
 
     /// A handle over a socket that is left as it is, for a target's kernel to speak for
     #[cfg(fuzzing)]
-    pub(crate) fn open_over(self, fd: OwnedFd) -> Result<Handle> {
-        self.over(sys::socket_from(fd), Origin::New)
+    pub(crate) fn open_over(self, fd: OwnedFd, is_taken_over: bool) -> Result<Handle> {
+        let origin = if is_taken_over {
+            Origin::TakenOver
+        } else {
+            Origin::New
+        };
+        self.over(sys::socket_from(fd), origin)
     }
 }
 

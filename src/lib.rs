@@ -106,15 +106,16 @@ pub use verdicts::VerdictBatch;
 pub mod fuzzing {
     pub use crate::sys::{Kernel, with_kernel};
 
-    /// A handle over a socket that is left as it is, for a target's kernel to speak for
+    /// A handle over a socket that is left as it is, for a target's kernel to speak for, taken over or new
     ///
     /// # Errors
     /// As [`HandleBuilder::open_fd`](crate::HandleBuilder::open_fd).
     pub fn open_over(
         fd: std::os::fd::OwnedFd,
         builder: crate::HandleBuilder,
+        is_taken_over: bool,
     ) -> crate::Result<crate::Handle> {
-        builder.open_over(fd)
+        builder.open_over(fd, is_taken_over)
     }
 }
 

@@ -97,7 +97,11 @@ fuzz_target!(|data: &[u8]| {
     FUZZ.set(Some(fuzz.clone()));
     with_kernel(fuzz.clone(), || {
         let builder = Handle::builder().coalesce(coalesce);
-        let mut handle = open_over(socket(), builder).expect("a socket");
+        let is_taken_over = fuzz.world.borrow().is_shared;
+        if is_taken_over {
+            fuzz.begin_as_another();
+        }
+        let mut handle = open_over(socket(), builder, is_taken_over).expect("a socket");
         handle.on_event(|event| this(|fuzz| fuzz.note(event)));
         fuzz.sender.replace(Some(handle.verdict_sender()));
         fuzz.handle.replace(Some(handle));
@@ -314,11 +318,29 @@ impl Fuzz {
                     let _ = handle.as_ref().expect("it is open").stats();
                 }
             },
-            _ => {
-                // Through another descriptor of the same socket
-                let queue = self.below(QUEUES);
-                world().unbind(queue);
-            }
+            _ => self.act_as_another(),
+        }
+    }
+
+    /// What has happened to a socket before it is taken over
+    fn begin_as_another(&self) {
+        for _ in 0..self.below(8) {
+            self.act_as_another();
+            let queue = self.below(QUEUES);
+            self.world.borrow_mut().arrive(queue);
+        }
+    }
+
+    /// Through another descriptor of the same socket
+    fn act_as_another(&self) {
+        let byte = self.byte();
+        let queue = usize::from(byte) % QUEUES;
+        let world = &mut *self.world.borrow_mut();
+        // What the handle has bound nobody may bind for it.
+        if world.is_shared && byte >= 128 && self.queues.borrow()[queue].is_none() {
+            world.bind(queue, true);
+        } else {
+            world.unbind(queue);
         }
     }
 

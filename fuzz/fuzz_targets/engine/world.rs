@@ -138,6 +138,8 @@ pub struct World {
     pub bytes: Bytes,
     pub queues: [Option<Bound>; QUEUES],
     generations: u32,
+    /// Whether somebody else has the socket too, and had it before, who may bind and unbind any queue
+    pub is_shared: bool,
 
     receive_buffer: VecDeque<Datagram>,
     capacity: usize,
@@ -245,11 +247,13 @@ const ECHO: u16 = 8;
 
 impl World {
     pub fn new(mut bytes: Bytes, hides_overruns: bool) -> Self {
+        let byte = bytes.next();
         Self {
-            capacity: 4 + bytes.below(32),
+            capacity: 4 + usize::from(byte % 32),
             bytes,
             queues: [const { None }; QUEUES],
             generations: 0,
+            is_shared: byte >= 192,
             receive_buffer: VecDeque::new(),
             hides_overruns,
             is_congested: false,
@@ -433,6 +437,23 @@ impl World {
         }
     }
 
+    /// The queue is bound; says whether it could be
+    pub fn bind(&mut self, queue: usize, copies: bool) -> bool {
+        let is_free = self.queues[queue].is_none() && self.generations as usize + 1 < GENERATIONS;
+        if is_free {
+            self.generations += 1;
+            self.queues[queue] = Some(Bound {
+                generation: self.generations,
+                last_id: 0,
+                lost: 0,
+                copies,
+                waiting: VecDeque::new(),
+                flushed: BTreeSet::new(),
+            });
+        }
+        is_free
+    }
+
     /// The queue ends, with packets on their way
     pub fn unbind(&mut self, queue: usize) -> bool {
         let Some(bound) = self.queues[queue].take() else {
@@ -614,18 +635,7 @@ impl World {
         let value = |kind| attrs.clone().last(kind).map(|attr| attr.value);
         match value(1).map(|cmd| cmd[0]) {
             Some(1) if self.queues[queue].is_some() => return libc::EBUSY,
-            Some(1) if self.generations as usize + 1 == GENERATIONS => return libc::ENOMEM,
-            Some(1) => {
-                self.generations += 1;
-                self.queues[queue] = Some(Bound {
-                    generation: self.generations,
-                    last_id: 0,
-                    lost: 0,
-                    copies: false,
-                    waiting: VecDeque::new(),
-                    flushed: BTreeSet::new(),
-                });
-            }
+            Some(1) if !self.bind(queue, false) => return libc::ENOMEM,
             Some(2) => return if self.unbind(queue) { 0 } else { libc::ENODEV },
             Some(3 | 4) => return 0,
             _ => {}
