@@ -20,14 +20,6 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/nfqnl-static
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target/static}
 
 fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
-as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
-# Installs packages unless there is what they bring
-need() {
-    [ -e "$1" ] || command -v "$1" >/dev/null || {
-        as_root apt-get -o DPkg::Lock::Timeout=600 update -q
-        as_root apt-get -o DPkg::Lock::Timeout=600 install -yq --no-install-recommends "${@:2}"
-    } >&2
-}
 
 # Finds out how to build for a target
 prepare() {
@@ -44,14 +36,14 @@ prepare() {
         return
     fi
     library='built for size' cargo=(cargo-zigbuild) options=(-Zbuild-std=std,panic_abort)
-    need /usr/lib/rustlib/src/rust/library rustc-web rust-web-src
+    scripts/need /usr/lib/rustlib/src/rust/library rustc-web rust-web-src
     mkdir -p "$cache"
     (
         flock 9 # against another that installs it now
         [ ! -e "$cache/zig/complete" ] || exit 0
         echo "installing zig into $cache" >&2
-        need python3 python3
-        python3 -c 'import ensurepip' 2>/dev/null || need /nowhere python3-venv
+        scripts/need python3 python3
+        python3 -c 'import ensurepip' 2>/dev/null || scripts/need /nowhere python3-venv
         python3 -m venv --clear "$cache/zig"
         "$cache/zig/bin/pip" install --quiet ziglang==0.15.2 cargo-zigbuild >&2
         touch "$cache/zig/complete"
@@ -71,7 +63,7 @@ run() {
         options+=(-Zbuild-std-features=optimize_for_size)
     case ${cargo[0]}-$1 in
     cargo-zigbuild-build) command=zigbuild ;;
-    *-test | *-run) [ -z "$emulator" ] || need "$emulator" qemu-user-static ;;
+    *-test | *-run) [ -z "$emulator" ] || scripts/need "$emulator" qemu-user-static ;;
     esac
     "${cargo[@]}" "$command" "${options[@]}" --target "$target" "${@:2}"
 }
@@ -106,7 +98,7 @@ END
     fi
     (cd "$project" && run build --profile router) >&2
 
-    need readelf binutils
+    scripts/need readelf binutils
     headers=$(readelf -lW "$program")
     needed=$(readelf -dW "$program")
     [[ $headers == *LOAD* && $headers != *INTERP* && $needed != *NEEDED* ]] || fail "$program is not static"
@@ -118,7 +110,7 @@ END
         memory+=' KiB'
     else
         # It has no netfilter sockets, and the program says so.
-        need "$emulator" qemu-user-static
+        scripts/need "$emulator" qemu-user-static
         said=$("$emulator" "$program" 1 2>&1) || true
         [[ $said == *EPROTONOSUPPORT* ]] || fail "$program said: $said"
     fi
