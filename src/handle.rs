@@ -166,7 +166,7 @@ impl HandleBuilder {
     /// * a security module (SELinux, AppArmor) forbids `CAP_NET_ADMIN` to single threads that send verdicts, though
     ///   `capget(2)` says that they have it.
     ///
-    /// Before Linux 4.12 a binding has no more runs after its first lost packet.
+    /// There are none before Linux 4.12, which does not count what a socket has lost.
     #[doc(alias = "nfq_set_verdict_batch")]
     pub const fn coalesce(mut self, coalesce: bool) -> Self {
         self.coalesce = coalesce;

@@ -14,6 +14,7 @@
 //! * A call that leaves the stash non-empty sends a message that the kernel answers at once ([`Shared::wake`]), so the
 //!   descriptor is readable, and no loop sleeps on it while packets wait in here.
 
+mod losses;
 mod queues;
 mod receive;
 mod requests;
@@ -21,7 +22,7 @@ mod requests;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
@@ -36,7 +37,7 @@ use crate::stats::Stats;
 use crate::sys;
 use crate::verdicts::VerdictBatch;
 
-pub(crate) use self::receive::Drops;
+pub(crate) use self::losses::Losses;
 use self::requests::Request;
 
 /// The socket, and everything that its users share
@@ -46,8 +47,11 @@ pub(crate) struct Shared {
     ack_timeout: Duration,
     /// How many bytes one send may take
     max_send: usize,
-    /// Whether batch verdicts are wanted
+    /// Whether batch verdicts are wanted, and can be made safe
     coalesce: bool,
+    opened: Instant,
+    /// When losses were last looked at, in seconds since then
+    looked_at: AtomicU32,
     /// Whether somebody receives on the descriptor and passes on what came
     is_read_outside: AtomicBool,
     state: Mutex<State>,
@@ -76,7 +80,7 @@ struct State {
     origin: Origin,
     /// Until then what other processes were sending when the socket was connected may still come
     strays_end: Option<Instant>,
-    drops: Drops,
+    losses: Losses,
     stats: Stats,
 }
 
@@ -107,17 +111,21 @@ impl Shared {
         coalesce: bool,
     ) -> io::Result<Self> {
         let send_buffer = sys::send_buffer(socket.as_fd())?;
+        let opened = sys::now();
         let mut state = State {
             origin,
-            strays_end: Some(sys::now() + STRAYS),
+            strays_end: Some(opened + STRAYS),
             ..State::default()
         };
-        state.drops.seen = sys::drops(socket.as_fd()).unwrap_or(0);
+        let drops = sys::drops(socket.as_fd()).ok();
+        state.losses = Losses::new(drops.unwrap_or(0));
         Ok(Self {
             socket,
             ack_timeout,
             max_send: send_buffer.saturating_sub(SEND_OVERHEAD).min(MAX_SEND),
-            coalesce,
+            coalesce: coalesce && drops.is_some(),
+            opened,
+            looked_at: AtomicU32::new(0),
             is_read_outside: AtomicBool::new(false),
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -242,6 +250,7 @@ impl Shared {
     }
 
     fn send_several(&self, batch: &mut VerdictBatch) -> Result<()> {
+        self.look_at_losses();
         batch.send(
             self.max_send,
             self.coalesces(),

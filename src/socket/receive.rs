@@ -19,29 +19,6 @@ use crate::sys::{self, Sender, Wait};
 /// How long a call waits for another thread before it looks again
 pub(super) const RECHECK: Duration = Duration::from_millis(5);
 
-/// The kernel's count of messages that it could not put in the receive buffer, set against gaps in the ids
-#[derive(Debug, Default)]
-pub(crate) struct Drops {
-    pub(super) seen: u32,
-    /// Those that no gap has shown yet; answers are lost too, so not all will
-    unexplained: u64,
-}
-
-impl Drops {
-    /// Whether `gap` packets were lost, given the kernel's count of lost messages
-    pub(crate) fn explain(&mut self, gap: u32, count: u32) -> bool {
-        self.unexplained += u64::from(count.wrapping_sub(self.seen));
-        self.seen = count;
-        match self.unexplained.checked_sub(gap.into()) {
-            Some(left) => {
-                self.unexplained = left;
-                true
-            }
-            None => false,
-        }
-    }
-}
-
 impl Shared {
     /// Fills the batch with what is there; says whether it has any events
     ///
@@ -346,9 +323,11 @@ impl Shared {
             state.stats.discarded += n;
             return false;
         };
-        let drops = &mut state.drops;
-        // Older kernels don't say; then it may as well be somebody else who has received what is missing.
-        let is_lost = |gap| sys::drops(self.as_fd()).is_ok_and(|count| drops.explain(gap, count));
+        let losses = &mut state.losses;
+        let is_lost = |gap| {
+            let count = sys::drops(self.as_fd());
+            count.is_ok_and(|count| losses.explain(gap, count, self.age()))
+        };
         match binding.note_received(first.id, last, self.coalesces(), is_lost) {
             Noted::Next => {}
             Noted::Late => {
@@ -403,18 +382,5 @@ mod tests {
         assert_eq!(of(Duration::from_millis((1 << 32) | 5)), libc::c_int::MAX);
         assert_eq!(of(Duration::from_millis((1 << 32) - 1)), libc::c_int::MAX);
         assert_eq!(of(Duration::MAX), libc::c_int::MAX);
-    }
-
-    #[test]
-    fn gaps_are_set_against_the_kernels_count_of_drops() {
-        let mut drops = Drops {
-            seen: u32::MAX - 1,
-            unexplained: 0,
-        };
-        assert!(drops.explain(3, 1), "across the wrap");
-        assert!(!drops.explain(1, 1), "nothing was dropped since");
-        assert!(drops.explain(1, 4), "two were not seen to be missing yet");
-        assert!(drops.explain(2, 4));
-        assert!(!drops.explain(1, 4));
     }
 }

@@ -16,7 +16,7 @@ use proptest::test_runner::TestRunner;
 
 use super::*;
 use crate::bindings::{Binding, Stretch};
-use crate::socket::Drops;
+use crate::socket::Losses;
 
 const QUEUES: u16 = 2;
 const BATCHES: usize = 2;
@@ -129,6 +129,8 @@ const ALWAYS: Capable = Capable {
 #[derive(Clone, Debug)]
 enum Op {
     Arrive(u16, Way),
+    /// Very many packets are lost, so that numbers come to wrap
+    Lose(u16, u32),
     /// The library receives so many messages
     Receive(usize),
     /// Decides on one of the packets that are held, into a batch
@@ -215,6 +217,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let with_losses = || {
         prop_oneof![
             3 => (0..QUEUES).prop_map(|queue| Op::Arrive(queue, Way::Lost)),
+            1 => (0..QUEUES, any::<u8>()).prop_map(|(queue, bits)| Op::Lose(queue, (1 << (28 + bits % 4)) + 1)),
             1 => Just(Op::LoseAnswers),
             1 => rebind(),
         ]
@@ -246,6 +249,11 @@ enum Fate {
     Refused(Given),
 }
 
+/// Whether the kernel has numbered `a` after `b`, as it sees that itself (`nfq_id_after`)
+fn is_after(a: u32, b: u32) -> bool {
+    a.wrapping_sub(b).cast_signed() > 0
+}
+
 /// A message in the receive buffer
 #[derive(Debug)]
 enum Message {
@@ -264,7 +272,9 @@ struct World {
     receive_buffer: VecDeque<Message>,
     /// The kernel's count of messages that found no room there
     dropped: u32,
-    drops: Drops,
+    losses: Losses,
+    /// In seconds
+    now: u32,
     /// Packets that nobody has decided on
     held: Vec<PacketKey>,
     batches: [VerdictBatch; BATCHES],
@@ -311,6 +321,15 @@ impl World {
     fn step(&mut self, op: &Op) {
         match *op {
             Op::Arrive(queue, way) => self.arrive(queue, way),
+            Op::Lose(queue, n) => {
+                let newest = &mut self.queues[usize::from(queue)].1;
+                // Fewer than there are numbers: the kernel can't tell packets apart that have the same one.
+                if *newest < u32::MAX - (1 << 16) - n {
+                    *newest += n;
+                    self.dropped = self.dropped.wrapping_add(n);
+                    self.now += n >> 24; // No kernel is faster.
+                }
+            }
             Op::Receive(n) => self.receive(n),
             Op::Push(batch, place, choice) => {
                 if let Some(key) = self.take_held(place) {
@@ -350,7 +369,7 @@ impl World {
             Op::LoseAnswers => {
                 while let Some(Message::NotPermitted) = self.receive_buffer.back() {
                     self.receive_buffer.pop_back();
-                    self.dropped += 1;
+                    self.dropped = self.dropped.wrapping_add(1);
                 }
             }
             Op::Rebind(queue) => {
@@ -369,7 +388,7 @@ impl World {
         let (waiting, newest) = &mut self.queues[usize::from(queue)];
         *newest += 1;
         if way == Way::Lost {
-            self.dropped += 1;
+            self.dropped = self.dropped.wrapping_add(1);
             return;
         }
         let place = *newest;
@@ -413,9 +432,8 @@ impl World {
     /// As `Shared::note_packets` does
     fn note_packets(&mut self, stretch: Option<Stretch>) {
         if let Some(Stretch { first, last }) = stretch {
-            let (drops, dropped) = (&mut self.drops, self.dropped);
             let binding = self.bindings.get(first.queue).unwrap();
-            let is_lost = |gap| drops.explain(gap, dropped);
+            let is_lost = |gap| self.losses.explain(gap, self.dropped, self.now);
             binding.note_received(first.id, last, true, is_lost);
         }
     }
@@ -482,6 +500,7 @@ impl World {
     }
 
     fn send(&mut self, index: usize, capable: Capable, before: &[Op], after: &[Op]) {
+        self.look_at_losses();
         // What others push meanwhile is for the next time.
         let mut batch = std::mem::take(&mut self.batches[index]);
         let bindings = self.bindings.clone();
@@ -500,6 +519,15 @@ impl World {
             },
         );
         assert!(batch.is_empty());
+    }
+
+    /// As `Shared::look_at_losses` does
+    fn look_at_losses(&mut self) {
+        if self.losses.may_wrap(self.dropped, self.now) {
+            for binding in self.bindings.iter() {
+                binding.waiting().go_blind();
+            }
+        }
     }
 
     /// As `Shared::send_and_prove` does
@@ -524,13 +552,12 @@ impl World {
         for message in read(bytes) {
             let last = self.place(message.id);
             let (waiting, _) = &mut self.queues[usize::from(message.queue)];
-            let decided = |fate: &&mut Fate| matches!(fate, Fate::Decided(of, given) if *of == batch && *given == message.given);
-            let first = if message.is_batch { 0 } else { last };
-            for (_, fate) in waiting.range_mut(first..=last) {
-                if let Some(fate) = Some(fate).filter(decided) {
-                    *fate = Fate::Refused(message.given);
-                }
-            }
+            let decided = Fate::Decided(batch, message.given);
+            let meant = waiting.iter_mut().filter(|(place, fate)| {
+                let is_meant = **place == last || message.is_batch && !is_after(**place, last);
+                is_meant && **fate == decided
+            });
+            meant.for_each(|(_, fate)| *fate = Fate::Refused(message.given));
         }
     }
 
@@ -545,8 +572,13 @@ impl World {
                 waiting.entry(last).and_modify(|fate| *fate = Fate::Held);
                 continue;
             }
-            let first = if message.is_batch { 0 } else { last };
-            let hit: Vec<u32> = waiting.range(first..=last).map(|(&id, _)| id).collect();
+            let mut hit: Vec<u32> = waiting.keys().copied().collect();
+            if message.is_batch {
+                let beyond = hit.iter().position(|&place| is_after(place, last));
+                hit.truncate(beyond.unwrap_or(hit.len()));
+            } else {
+                hit.retain(|&place| place == last);
+            }
             self.runs += usize::from(hit.len() > 1);
             self.said_again += usize::from(message.is_said_again);
             for id in hit {

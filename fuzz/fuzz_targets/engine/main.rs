@@ -283,8 +283,16 @@ impl Fuzz {
             30 => world().send_junk(),
             31 => {
                 let byte = self.byte();
-                let lost = [1, 2, 1 << 20, 1 << 30][usize::from(byte >> 6)];
+                let lost = match byte >> 6 {
+                    n @ (0 | 1) => 1 << n,
+                    // Nobody is stopped for minutes amid a send.
+                    2 | 3 if is_nested => 1 << 20,
+                    n => (1 << (27 + n)) + 1,
+                };
                 world().lose(usize::from(byte) % QUEUES, lost);
+                // No kernel is faster.
+                let time = Duration::from_secs(u64::from(lost >> 24));
+                self.now.set(self.now.get() + time);
             }
             32 => {
                 let place = self.below(2);

@@ -398,13 +398,13 @@ impl World {
         let Some(bound) = self.queues[queue].as_mut().filter(|bound| bound.copies) else {
             return;
         };
-        // Numbers more than half of all apart are not in any order, for the kernel neither.
+        // The kernel can't tell packets apart that have the same number.
         let oldest = bound
             .waiting
             .front()
             .map_or(bound.last_id, |packet| packet.0);
         let span = bound.last_id.wrapping_sub(oldest).max(bound.lost);
-        if span.saturating_add(n) < u32::MAX / 2 - (1 << 16) {
+        if span.saturating_add(n) < u32::MAX - (1 << 16) {
             bound.lost += n;
             bound.last_id = bound.last_id.wrapping_add(n);
             self.dropped = self.dropped.wrapping_add(n);
