@@ -16,6 +16,7 @@
 set -euo pipefail
 shopt -s inherit_errexit
 cd "$(dirname "$0")/.."
+need=$PWD/scripts/need
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/nfqnl-static
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target/static}
 
@@ -36,14 +37,14 @@ prepare() {
         return
     fi
     library='built for size' cargo=(cargo-zigbuild) options=(-Zbuild-std=std,panic_abort)
-    scripts/need /usr/lib/rustlib/src/rust/library rustc-web rust-web-src
+    "$need" /usr/lib/rustlib/src/rust/library rustc-web rust-web-src
     mkdir -p "$cache"
     (
         flock 9 # against another that installs it now
         [ ! -e "$cache/zig/complete" ] || exit 0
         echo "installing zig into $cache" >&2
-        scripts/need python3 python3
-        python3 -c 'import ensurepip' 2>/dev/null || scripts/need /nowhere python3-venv
+        "$need" python3 python3
+        python3 -c 'import ensurepip' 2>/dev/null || "$need" /nowhere python3-venv
         python3 -m venv --clear "$cache/zig"
         "$cache/zig/bin/pip" install --quiet ziglang==0.15.2 cargo-zigbuild >&2
         touch "$cache/zig/complete"
@@ -63,7 +64,7 @@ run() {
         options+=(-Zbuild-std-features=optimize_for_size)
     case ${cargo[0]}-$1 in
     cargo-zigbuild-build) command=zigbuild ;;
-    *-test | *-run) [ -z "$emulator" ] || scripts/need "$emulator" qemu-user-static ;;
+    *-test | *-run) [ -z "$emulator" ] || "$need" "$emulator" qemu-user-static ;;
     esac
     "${cargo[@]}" "$command" "${options[@]}" --target "$target" "${@:2}"
 }
@@ -98,7 +99,7 @@ END
     fi
     (cd "$project" && run build --profile router) >&2
 
-    scripts/need readelf binutils
+    "$need" readelf binutils
     headers=$(readelf -lW "$program")
     needed=$(readelf -dW "$program")
     [[ $headers == *LOAD* && $headers != *INTERP* && $needed != *NEEDED* ]] || fail "$program is not static"
@@ -110,7 +111,7 @@ END
         memory+=' KiB'
     else
         # It has no netfilter sockets, and the program says so.
-        scripts/need "$emulator" qemu-user-static
+        "$need" "$emulator" qemu-user-static
         said=$("$emulator" "$program" 1 2>&1) || true
         [[ $said == *EPROTONOSUPPORT* ]] || fail "$program said: $said"
     fi

@@ -80,17 +80,18 @@ impl Binding {
 
     /// Notes packets that have come and were numbered one after the other
     ///
-    /// `tracks` if it matters which ones wait; then `is_lost` says whether so many that were left out before them are lost,
-    /// and nobody else has them.
+    /// `are_in_order` unless others receive them too. `tracks` if it matters which ones wait; then `is_lost` says whether so
+    /// many that were left out before them are lost, and nobody else has them.
     #[inline]
     pub(crate) fn note_received(
         &self,
         first: u32,
         last: u32,
+        are_in_order: bool,
         tracks: bool,
         is_lost: impl FnOnce(u32) -> bool,
     ) -> Noted {
-        let noted = self.note(first, last);
+        let noted = self.note(first, last, are_in_order);
         let is_lost = match noted {
             Noted::After { gap } if tracks => is_lost(gap),
             _ => true,
@@ -105,10 +106,10 @@ impl Binding {
 
     /// The kernel numbers packets without gaps; a message that did not fit the receive buffer has used its number up.
     #[inline]
-    fn note(&self, first: u32, last: u32) -> Noted {
+    fn note(&self, first: u32, last: u32, are_in_order: bool) -> Noted {
         let noted = match first.wrapping_sub(self.last_id.load(Ordering::Relaxed)) {
             0 | 1 => Noted::Next, // 0: once more
-            step if step <= u32::MAX / 2 => Noted::After { gap: step - 1 },
+            step if are_in_order || step <= u32::MAX / 2 => Noted::After { gap: step - 1 },
             _ => return Noted::Late,
         };
         self.last_id.store(last, Ordering::Relaxed);
@@ -149,7 +150,7 @@ pub(crate) enum Noted {
     Next,
     /// Some were left out before them
     After { gap: u32 },
-    /// They had been left out: several threads read the descriptor
+    /// They had been left out: the program receives by itself, and passes them on in another order
     Late,
 }
 
@@ -219,7 +220,7 @@ mod tests {
     fn gaps_are_counted_across_the_wrap_and_never_backwards() {
         let binding = Binding::new(0, false);
         assert_eq!(
-            [1, 2, 5, 4, 5, 6].map(|id| binding.note(id, id)),
+            [1, 2, 5, 4, 5, 6].map(|id| binding.note(id, id, false)),
             [
                 Noted::Next,
                 Noted::Next,
@@ -232,8 +233,25 @@ mod tests {
         let binding = Binding::new(0, false);
         binding.last_id.store(u32::MAX - 1, Ordering::Relaxed);
         assert_eq!(
-            [u32::MAX, 1, 2].map(|id| binding.note(id, id)),
+            [u32::MAX, 1, 2].map(|id| binding.note(id, id, false)),
             [Noted::Next, Noted::After { gap: 1 }, Noted::Next]
+        );
+    }
+
+    #[test]
+    fn where_nobody_else_receives_any_gap_is_one() {
+        let binding = Binding::new(0, false);
+        let far = (1 << 31) + 10;
+        assert_eq!(
+            [1, far, far + 1, 1].map(|id| binding.note(id, id, true)),
+            [
+                Noted::Next,
+                Noted::After { gap: far - 2 },
+                Noted::Next,
+                Noted::After {
+                    gap: (1 << 31) - 11
+                }
+            ]
         );
     }
 

@@ -142,7 +142,8 @@ impl HandleBuilder {
     ///
     /// Not only a matter of reporting: after a reported overrun the kernel drops every packet until the buffer is
     /// empty, and without reports it goes on as soon as there is room. Either way
-    /// [`Stats::lost_packets`] counts what was lost.
+    /// [`Stats::lost_packets`] counts what was lost. Without reports a send of several verdicts takes one system call more,
+    /// which asks for the kernel's count of losses.
     #[doc(alias = "NETLINK_NO_ENOBUFS")]
     pub const fn report_overruns(mut self, report: bool) -> Self {
         self.report_overruns = report;
@@ -166,7 +167,7 @@ impl HandleBuilder {
     /// * a security module (SELinux, AppArmor) forbids `CAP_NET_ADMIN` to single threads that send verdicts, though
     ///   `capget(2)` says that they have it.
     ///
-    /// There are none before Linux 4.12, which does not count what a socket has lost.
+    /// Before Linux 4.12, which does not count what a socket has lost, there are no runs.
     #[doc(alias = "nfq_set_verdict_batch")]
     pub const fn coalesce(mut self, coalesce: bool) -> Self {
         self.coalesce = coalesce;
@@ -233,7 +234,13 @@ impl HandleBuilder {
     }
 
     fn over(self, socket: Socket, origin: Origin) -> Result<Handle> {
-        let shared = Shared::new(socket, origin, self.ack_timeout, self.coalesce);
+        let shared = Shared::new(
+            socket,
+            origin,
+            self.ack_timeout,
+            self.coalesce,
+            self.report_overruns,
+        );
         let shared = shared.map_err(open_error)?;
         shared.discard_foreign()?;
         Ok(Handle {

@@ -41,9 +41,13 @@ use crate::waiting::{Unproven, Waiting};
 /// Equal verdicts on packets that follow each other leave as one message (`NFQNL_MSG_VERDICT_BATCH`), which the kernel
 /// carries out on every waiting packet up to an id. That is done only where it is certain that each of these packets has
 /// this verdict: one that is held back, or in another thread's or another batch's hands, ends the run, and so does a
-/// different verdict, mark or priority, and everything else that a [`Decision`] can carry. A verdict that was sent by a
-/// thread without `CAP_NET_ADMIN` ends all runs of its queue, unless it is the first that was ever given on that queue; then it does no harm. A run's packets that
-/// have gone meanwhile are not reported as refused, unless all of them have.
+/// different verdict, mark or priority, and everything else that a [`Decision`] can carry. A run's packets that have gone
+/// meanwhile are not reported as refused, unless all of them have.
+///
+/// A queue has no more runs until it is bound again when a verdict, other than the first that was ever given on it, was sent
+/// by a thread without `CAP_NET_ADMIN`; when half a billion packets have passed one that waits; and when a billion were lost
+/// before the next one came, since numbers wrap.
+///
 /// [`HandleBuilder::coalesce`](crate::HandleBuilder::coalesce) turns runs off.
 #[derive(Debug, Default)]
 pub struct VerdictBatch {
@@ -56,8 +60,8 @@ pub struct VerdictBatch {
     is_mixed: bool,
     /// What is sent next
     out: Vec<u8>,
-    /// What is said again in it: for each of these bindings, the usual verdict on all packets up to this one
-    said_again: Vec<(BindingId, u32)>,
+    /// What it settles: for each of these bindings, the usual verdict on all packets up to this one
+    settled: Vec<(BindingId, u32)>,
 }
 
 /// The same verdict on packets that were numbered one after the other
@@ -317,7 +321,7 @@ impl VerdictBatch {
             let mut part = Part {
                 raw: &self.raw,
                 out: &mut self.out,
-                said_again: &mut self.said_again,
+                settled: &mut self.settled,
                 first: None,
                 needs_proof: false,
                 max_len: limit,
@@ -330,7 +334,7 @@ impl VerdictBatch {
             };
             match sent {
                 Ok(is_proven) if coalesce => {
-                    note_sent(done, &self.said_again, &bindings, is_proven);
+                    note_sent(done, &self.settled, &bindings, is_proven);
                 }
                 Ok(_) => {}
                 // One entry at a time, then, to see which it is
@@ -372,7 +376,7 @@ fn by_binding(entries: &[Entry]) -> impl Iterator<Item = (BindingId, &[Entry])> 
 
 fn note_sent(
     entries: &[Entry],
-    said_again: &[(BindingId, u32)],
+    settled: &[(BindingId, u32)],
     bindings: &Bindings,
     is_proven: bool,
 ) {
@@ -384,8 +388,8 @@ fn note_sent(
         for entry in group.iter().filter(|entry| entry.is_answer()) {
             waiting.note_sent(entry.first.id, entry.last_id(), entry.common(), is_proven);
         }
-        for (_, last) in said_again.iter().filter(|(of, _)| *of == id) {
-            waiting.note_said_again(*last); // or it is blind now
+        for (_, last) in settled.iter().filter(|(of, _)| is_proven && *of == id) {
+            waiting.note_settled(*last);
         }
     }
 }
@@ -394,7 +398,7 @@ fn note_sent(
 struct Part<'o> {
     raw: &'o [u8],
     out: &'o mut Vec<u8>,
-    said_again: &'o mut Vec<(BindingId, u32)>,
+    settled: &'o mut Vec<(BindingId, u32)>,
     /// The packet of the first message in it
     first: Option<PacketKey>,
     /// Whether it will matter if the kernel has carried it out
@@ -412,7 +416,7 @@ impl Part<'_> {
         given_up: &mut Option<Error>,
     ) -> usize {
         self.out.clear();
-        self.said_again.clear();
+        self.settled.clear();
         let mut all = 0;
         for (id, group) in by_binding(entries) {
             let taken = match bindings.current(id) {
@@ -568,22 +572,24 @@ impl Runs<'_, '_> {
                 .part
                 .encode(verdict, Form::Single, last, verdict_header(last));
         }
-        // Whatever of the usual verdicts the kernel has not carried out, it does now.
-        if let Some(unproven) = self
-            .unproven
-            .take_if(|unproven| unproven.verdict != verdict)
-        {
-            let again = PacketKey {
-                id: unproven.last,
-                ..last
-            };
-            self.part.said_again.push((last.into(), unproven.last));
-            self.part.encode(
-                unproven.verdict,
-                Form::Batch,
-                again,
-                said_again_header(last),
-            );
+        // Whatever of the usual verdicts the kernel has not carried out, it does now: this run does it, or, before another
+        // one, the verdict is said again.
+        let is_within =
+            |unproven: &mut Unproven| unproven.verdict != verdict || unproven.is_within(last.id);
+        if let Some(unproven) = self.unproven.take_if(is_within) {
+            self.part.settled.push((last.into(), unproven.last));
+            if unproven.verdict != verdict {
+                let again = PacketKey {
+                    id: unproven.last,
+                    ..last
+                };
+                self.part.encode(
+                    unproven.verdict,
+                    Form::Batch,
+                    again,
+                    said_again_header(last),
+                );
+            }
         }
         self.part
             .encode(verdict, Form::Batch, last, verdict_header(last));

@@ -22,7 +22,7 @@ use nfqnl_proto::BatchVerdict;
 const MAX_RUNS: usize = 1 << 18;
 
 /// Numbers that are further apart may not tell any more which came first, since they wrap
-const MAX_SPAN: u32 = 1 << 29;
+pub(crate) const MAX_SPAN: u32 = 1 << 29;
 
 #[derive(Debug, Default)]
 pub(crate) struct Waiting {
@@ -49,6 +49,11 @@ impl Unproven {
     /// Whether a run of this verdict may begin with this packet, the oldest one in the list
     pub(crate) fn lets_pass(&self, verdict: BatchVerdict, first: u32) -> bool {
         self.verdict == verdict || is_before(self.last, first)
+    }
+
+    /// Whether a run of the same verdict up to this packet carries it out
+    pub(crate) fn is_within(&self, last: u32) -> bool {
+        !is_before(last, self.last)
     }
 }
 
@@ -140,7 +145,7 @@ impl Waiting {
     }
 
     /// Notes that the kernel has carried out the usual verdict on all packets up to this one
-    pub(crate) fn note_said_again(&mut self, last: u32) {
+    pub(crate) fn note_settled(&mut self, last: u32) {
         self.last_unproven.take_if(|newest| *newest == last);
     }
 
@@ -329,7 +334,7 @@ mod tests {
         waiting.note_sent(1, 1, Some(accept), false);
         assert_eq!(waiting.unproven().map(|unproven| unproven.last), Some(2));
         waiting.note_sent(3, 3, Some(accept), false);
-        waiting.note_said_again(2); // by another thread, which did not know of 3
+        waiting.note_settled(2); // by another thread, which did not know of 3
         let unproven = waiting.unproven().unwrap();
         assert_eq!((unproven.verdict, unproven.last), (accept, 3));
         assert!(unproven.lets_pass(accept, 1) && unproven.lets_pass(drop, 4));
@@ -337,7 +342,7 @@ mod tests {
             !unproven.lets_pass(drop, 2),
             "3 would be accepted before it"
         );
-        waiting.note_said_again(3);
+        waiting.note_settled(3);
         assert!(waiting.unproven().is_none());
         assert!(waiting.needs_proof([Some(accept), Some(drop)]));
         assert!(waiting.needs_proof([None]));

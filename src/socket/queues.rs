@@ -215,7 +215,7 @@ mod tests {
     /// Over a socket by which nothing is sent: one that emulators have too
     fn shared() -> Shared {
         let socket = Socket::new(NETLINK_ROUTE).unwrap();
-        Shared::new(socket, Origin::New, Duration::ZERO, true).unwrap()
+        Shared::new(socket, Origin::New, Duration::ZERO, true, true).unwrap()
     }
 
     fn insert(shared: &Shared, state: &mut State, queue: u16) -> BindingId {

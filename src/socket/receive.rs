@@ -48,7 +48,7 @@ impl Shared {
                 };
                 drop(self.wait_for_others(state, at_most));
                 continue;
-            } else if wait == Wait::No || contents.overruns > 0 {
+            } else if wait == Wait::No || contents.overruns > 0 || state.is_in_overrun() {
                 contents.receive(self.as_fd(), Wait::No, state.sender())
             } else {
                 state.has_reader = true;
@@ -64,7 +64,9 @@ impl Shared {
             match received {
                 Ok(foreign) => {
                     state.stats.foreign += foreign;
-                    if self.note_slots(&mut state, contents) {
+                    let any = self.note_slots(&mut state, contents);
+                    self.note_received(&mut state, contents.filled < contents.lens.len());
+                    if any {
                         // What was put back meanwhile goes along: what made the descriptor readable for it was read too.
                         std::mem::swap(&mut contents.stash, &mut state.stash);
                         return Ok(true);
@@ -72,11 +74,17 @@ impl Shared {
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::ENOBUFS) => {
-                        state.stats.overruns += 1;
+                        self.note_overrun(&mut state);
                         contents.overruns += 1;
                     }
                     Some(libc::EINTR) => {}
-                    Some(libc::EAGAIN) => return Ok(contents.overruns > 0),
+                    Some(libc::EAGAIN) => {
+                        let was_to_wait = state.is_in_overrun() && wait == Wait::ForFirst;
+                        self.note_received(&mut state, true);
+                        if contents.overruns > 0 || !was_to_wait {
+                            return Ok(contents.overruns > 0);
+                        }
+                    }
                     _ => {
                         return Err(Error::Io {
                             op: Operation::Receive,
@@ -326,9 +334,10 @@ impl Shared {
         let losses = &mut state.losses;
         let is_lost = |gap| {
             let count = sys::drops(self.as_fd());
-            count.is_ok_and(|count| losses.explain(gap, count, self.age()))
+            count.is_ok_and(|count| losses.explain(gap, count))
         };
-        match binding.note_received(first.id, last, self.coalesces(), is_lost) {
+        let are_in_order = !self.is_read_outside.load(Ordering::Relaxed);
+        match binding.note_received(first.id, last, are_in_order, self.coalesces(), is_lost) {
             Noted::Next => {}
             Noted::Late => {
                 state.stats.lost_packets = state.stats.lost_packets.saturating_sub(n);

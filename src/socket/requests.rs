@@ -178,16 +178,20 @@ impl Shared {
                     } = state;
                     stash.extend(Stashed::each(datagram, bindings));
                 }
+                self.note_received(state, false);
                 Ok(false)
             }
             Err(error) => match error.raw_os_error() {
                 Some(libc::ENOBUFS) => {
-                    state.stats.overruns += 1;
+                    self.note_overrun(state);
                     state.stash.push_back(Stashed::Overrun);
                     Ok(false)
                 }
                 Some(libc::EINTR) => Ok(false),
-                Some(libc::EAGAIN) => Ok(true),
+                Some(libc::EAGAIN) => {
+                    self.note_received(state, true);
+                    Ok(true)
+                }
                 _ => Err(Error::Io {
                     op: Operation::Receive,
                     source: error,

@@ -273,8 +273,8 @@ struct World {
     /// The kernel's count of messages that found no room there
     dropped: u32,
     losses: Losses,
-    /// In seconds
-    now: u32,
+    /// How many since that was looked at
+    dropped_since: u64,
     /// Packets that nobody has decided on
     held: Vec<PacketKey>,
     batches: [VerdictBatch; BATCHES],
@@ -323,11 +323,12 @@ impl World {
             Op::Arrive(queue, way) => self.arrive(queue, way),
             Op::Lose(queue, n) => {
                 let newest = &mut self.queues[usize::from(queue)].1;
-                // Fewer than there are numbers: the kernel can't tell packets apart that have the same one.
-                if *newest < u32::MAX - (1 << 16) - n {
+                // Fewer than there are numbers: the kernel can't tell packets apart that have the same one, and nobody how
+                // often the count has wrapped.
+                if *newest < u32::MAX - (1 << 16) - n && self.dropped_since < (1 << 31) {
                     *newest += n;
                     self.dropped = self.dropped.wrapping_add(n);
-                    self.now += n >> 24; // No kernel is faster.
+                    self.dropped_since += u64::from(n);
                 }
             }
             Op::Receive(n) => self.receive(n),
@@ -433,8 +434,8 @@ impl World {
     fn note_packets(&mut self, stretch: Option<Stretch>) {
         if let Some(Stretch { first, last }) = stretch {
             let binding = self.bindings.get(first.queue).unwrap();
-            let is_lost = |gap| self.losses.explain(gap, self.dropped, self.now);
-            binding.note_received(first.id, last, true, is_lost);
+            let is_lost = |gap| self.losses.explain(gap, self.dropped);
+            binding.note_received(first.id, last, true, true, is_lost);
         }
     }
 
@@ -523,7 +524,8 @@ impl World {
 
     /// As `Shared::look_at_losses` does
     fn look_at_losses(&mut self) {
-        if self.losses.may_wrap(self.dropped, self.now) {
+        self.dropped_since = 0;
+        if self.losses.end_runs(self.dropped) {
             for binding in self.bindings.iter() {
                 binding.waiting().go_blind();
             }
@@ -705,6 +707,31 @@ fn runs_are_as_long_as_they_may_be() {
         [run(2), single(3), single(4), single(5)],
         "the kernel refuses, and 3 waits on"
     );
+}
+
+/// Or it would end all runs when it is far behind
+#[test]
+fn a_run_of_the_usual_verdict_settles_what_was_unproven() {
+    let mut bindings = Bindings::default();
+    bindings.insert(Binding::new(0, false));
+    let binding = bindings.get(0).unwrap();
+    let send = |first: u32, verdicts: &[Verdict], is_capable: bool| {
+        let mut batch = VerdictBatch::new();
+        for (id, &verdict) in (first..).zip(verdicts) {
+            binding.waiting().receive(id, id);
+            batch.push(binding.key(id), verdict).unwrap();
+        }
+        let lend = || &bindings;
+        let prove = |_, _: &[u8], needs_proof| Ok(needs_proof && is_capable);
+        batch.send(usize::MAX, true, lend, prove).unwrap();
+        binding.waiting().unproven().map(|unproven| unproven.last)
+    };
+    let mixed = [Verdict::Drop, Verdict::Accept, Verdict::Accept];
+    assert_eq!(send(1, &mixed[1..], true), Some(2), "nothing else is in it");
+    assert_eq!(send(3, &mixed, true), None);
+    assert_eq!(send(6, &mixed[1..], false), Some(7));
+    binding.waiting().receive(8, 8); // is held
+    assert_eq!(send(9, &mixed, true), Some(7), "no run");
 }
 
 #[test]

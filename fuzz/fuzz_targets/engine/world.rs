@@ -149,6 +149,8 @@ pub struct World {
     is_congested: bool,
     error: Option<i32>,
     pub dropped: u32,
+    /// Of these, how many since the buffer was last empty, where that ends an overrun
+    pub dropped_at_once: u32,
     pub interruptions: u8,
     /// How many of the next messages come in one datagram with what follows them
     pub joins: usize,
@@ -259,6 +261,7 @@ impl World {
             is_congested: false,
             error: None,
             dropped: 0,
+            dropped_at_once: 0,
             interruptions: 0,
             joins: 0,
             last_seq: 0,
@@ -308,11 +311,7 @@ impl World {
     fn deliver(&mut self, mut datagram: Datagram) {
         if self.is_congested || self.receive_buffer.len() >= self.capacity {
             self.dropped = self.dropped.wrapping_add(1);
-            if !self.hides_overruns && !self.is_congested {
-                self.is_congested = true;
-                self.error = Some(libc::ENOBUFS);
-            }
-            return;
+            return self.overrun();
         }
         if datagram.is_whole && self.joins > 0 {
             self.joins -= 1;
@@ -395,19 +394,34 @@ impl World {
 
     /// Many packets are lost, so that numbers come to wrap
     pub fn lose(&mut self, queue: usize, n: u32) {
+        // A buffer that is full has something in it.
+        if self.receive_buffer.is_empty() {
+            return;
+        }
         let Some(bound) = self.queues[queue].as_mut().filter(|bound| bound.copies) else {
             return;
         };
-        // The kernel can't tell packets apart that have the same number.
+        // The kernel can't tell packets apart that have the same number, and nobody how often the count has wrapped.
         let oldest = bound
             .waiting
             .front()
             .map_or(bound.last_id, |packet| packet.0);
         let span = bound.last_id.wrapping_sub(oldest).max(bound.lost);
-        if span.saturating_add(n) < u32::MAX - (1 << 16) {
+        let most = span.max(self.dropped_at_once);
+        if most.saturating_add(n) < u32::MAX - (1 << 16) {
             bound.lost += n;
             bound.last_id = bound.last_id.wrapping_add(n);
             self.dropped = self.dropped.wrapping_add(n);
+            self.dropped_at_once += n;
+            self.overrun();
+        }
+    }
+
+    /// `netlink_overrun`
+    fn overrun(&mut self) {
+        if !self.hides_overruns && !self.is_congested {
+            self.is_congested = true;
+            self.error = Some(libc::ENOBUFS);
         }
     }
 
@@ -567,6 +581,9 @@ impl World {
         }
         if self.receive_buffer.is_empty() {
             self.is_congested = false;
+            if !self.hides_overruns {
+                self.dropped_at_once = 0;
+            }
         }
         match n {
             0 => fail(libc::EAGAIN),
