@@ -448,7 +448,12 @@ impl Side {
         let start = |(index, program): (usize, &Program)| {
             Self::start(chain, program, options, u16::try_from(index)?, &queue)
         };
-        programs.iter().enumerate().map(start).collect()
+        let sides: Result<Vec<_>> = programs.iter().enumerate().map(start).collect();
+        // For two seconds after it was opened a handle looks at who sends, which takes longer than what it does later.
+        if !options.is_quick {
+            thread::sleep(Duration::from_secs(2));
+        }
+        sides
     }
 
     fn start(
