@@ -81,7 +81,7 @@ impl Binding {
     /// Notes packets that have come and were numbered one after the other
     ///
     /// `are_in_order` unless others receive them too. `tracks` if it matters which ones wait; then `is_lost` says whether so
-    /// many that were left out before them are lost, and nobody else has them.
+    /// many that were left out before them are lost, and nobody else has them; it is told whether the list is blind already.
     #[inline]
     pub(crate) fn note_received(
         &self,
@@ -89,12 +89,20 @@ impl Binding {
         last: u32,
         are_in_order: bool,
         tracks: bool,
-        is_lost: impl FnOnce(u32) -> bool,
+        is_lost: impl FnOnce(u32, bool) -> bool,
     ) -> Noted {
-        let noted = self.note(first, last, are_in_order);
-        let is_lost = match noted {
-            Noted::After { gap } if tracks => is_lost(gap),
-            _ => true,
+        let is_lost = |gap| is_lost(gap, self.waiting().is_blind());
+        let (noted, is_lost) = match self.note(first, last) {
+            Noted::Late { gap } if are_in_order => {
+                self.last_id.store(last, Ordering::Relaxed);
+                // Or the queue was bound anew by somebody else who has the socket, and its numbers begin again.
+                match is_lost(gap) {
+                    true => (Noted::After { gap }, true),
+                    false => (Noted::Next, false),
+                }
+            }
+            noted @ Noted::After { gap } if tracks => (noted, is_lost(gap)),
+            noted => (noted, true),
         };
         match (tracks, is_lost) {
             (true, true) => self.waiting().receive(first, last),
@@ -106,11 +114,11 @@ impl Binding {
 
     /// The kernel numbers packets without gaps; a message that did not fit the receive buffer has used its number up.
     #[inline]
-    fn note(&self, first: u32, last: u32, are_in_order: bool) -> Noted {
+    fn note(&self, first: u32, last: u32) -> Noted {
         let noted = match first.wrapping_sub(self.last_id.load(Ordering::Relaxed)) {
             0 | 1 => Noted::Next, // 0: once more
-            step if are_in_order || step <= u32::MAX / 2 => Noted::After { gap: step - 1 },
-            _ => return Noted::Late,
+            step if step <= u32::MAX / 2 => Noted::After { gap: step - 1 },
+            step => return Noted::Late { gap: step - 1 },
         };
         self.last_id.store(last, Ordering::Relaxed);
         noted
@@ -150,8 +158,9 @@ pub(crate) enum Noted {
     Next,
     /// Some were left out before them
     After { gap: u32 },
-    /// They had been left out: the program receives by itself, and passes them on in another order
-    Late,
+    /// They had been left out, since the program receives by itself, and passes them on in another order; if not, so many
+    /// were left out before them
+    Late { gap: u32 },
 }
 
 /// All bindings of a handle, by queue number; replaced as a whole when one comes or goes
@@ -220,12 +229,12 @@ mod tests {
     fn gaps_are_counted_across_the_wrap_and_never_backwards() {
         let binding = Binding::new(0, false);
         assert_eq!(
-            [1, 2, 5, 4, 5, 6].map(|id| binding.note(id, id, false)),
+            [1, 2, 5, 4, 5, 6].map(|id| binding.note(id, id)),
             [
                 Noted::Next,
                 Noted::Next,
                 Noted::After { gap: 2 },
-                Noted::Late,
+                Noted::Late { gap: u32::MAX - 1 },
                 Noted::Next,
                 Noted::Next
             ]
@@ -233,26 +242,26 @@ mod tests {
         let binding = Binding::new(0, false);
         binding.last_id.store(u32::MAX - 1, Ordering::Relaxed);
         assert_eq!(
-            [u32::MAX, 1, 2].map(|id| binding.note(id, id, false)),
+            [u32::MAX, 1, 2].map(|id| binding.note(id, id)),
             [Noted::Next, Noted::After { gap: 1 }, Noted::Next]
         );
     }
 
     #[test]
-    fn where_nobody_else_receives_any_gap_is_one() {
-        let binding = Binding::new(0, false);
+    fn more_than_half_of_all_numbers_left_out_are_lost_or_begin_anew() {
         let far = (1 << 31) + 10;
-        assert_eq!(
-            [1, far, far + 1, 1].map(|id| binding.note(id, id, true)),
-            [
-                Noted::Next,
-                Noted::After { gap: far - 2 },
-                Noted::Next,
-                Noted::After {
-                    gap: (1 << 31) - 11
-                }
-            ]
-        );
+        let note = |binding: &Binding, id, is_lost| {
+            binding.note_received(id, id, true, true, |_, _| is_lost)
+        };
+        let binding = Binding::new(0, false);
+        assert_eq!(note(&binding, 1, false), Noted::Next);
+        assert_eq!(note(&binding, far, true), Noted::After { gap: far - 2 });
+        assert_eq!(note(&binding, far + 1, false), Noted::Next);
+        let binding = Binding::new(0, false);
+        assert_eq!(note(&binding, 5000, true), Noted::After { gap: 4999 });
+        assert_eq!(note(&binding, 1, false), Noted::Next);
+        assert_eq!(note(&binding, 2, false), Noted::Next);
+        assert!(binding.waiting().is_blind());
     }
 
     #[test]

@@ -142,8 +142,8 @@ impl HandleBuilder {
     ///
     /// Not only a matter of reporting: after a reported overrun the kernel drops every packet until the buffer is
     /// empty, and without reports it goes on as soon as there is room. Either way
-    /// [`Stats::lost_packets`] counts what was lost. Without reports a send of several verdicts takes one system call more,
-    /// which asks for the kernel's count of losses.
+    /// [`Stats::lost_packets`] counts what was lost. Without reports a send of several verdicts takes one system call more
+    /// (for each 32 KiB), which asks for the kernel's count of losses: so set it here, not on the descriptor.
     #[doc(alias = "NETLINK_NO_ENOBUFS")]
     pub const fn report_overruns(mut self, report: bool) -> Self {
         self.report_overruns = report;
@@ -164,6 +164,8 @@ impl HandleBuilder {
     /// speed and nothing else, if
     /// * something reads packets from a copy of the descriptor behind this handle's back; passing them on to
     ///   [`handle_packet`](Handle::handle_packet) is no such thing, and ends runs by itself;
+    /// * something takes the error of an overrun from the descriptor (`SO_ERROR`), or turns these errors off there
+    ///   (`NETLINK_NO_ENOBUFS`) and not by [`report_overruns`](Self::report_overruns);
     /// * a security module (SELinux, AppArmor) forbids `CAP_NET_ADMIN` to single threads that send verdicts, though
     ///   `capget(2)` says that they have it.
     ///

@@ -8,8 +8,8 @@
 //!   none, unless callers receive on the descriptor themselves and have it in their hands. Reading is done under the lock
 //!   on [`State`], but for a wait: then `has_reader` stands for the lock.
 //! * A request that reads packets on its way puts them in the stash. The stash is served before the socket.
-//! * Verdicts share the socket, and two locks with those who receive (and that on [`State`] for a moment before a send,
-//!   where overruns are not reported). That on a binding's list of waiting packets nobody
+//! * Verdicts share the socket, and two locks with those who receive (and that on [`State`] before a send after
+//!   losses, where overruns are not reported). That on a binding's list of waiting packets nobody
 //!   holds over a system call. That on [`Shared::bindings`] is held over a send, and whoever receives takes it alone, and so
 //!   waits for sends, when a binding comes or goes, and when the kernel has refused a thread's verdicts as such.
 //! * A call that leaves the stash non-empty sends a message that the kernel answers at once ([`Shared::wake`]), so the
@@ -23,7 +23,7 @@ mod requests;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
@@ -52,6 +52,8 @@ pub(crate) struct Shared {
     coalesce: bool,
     /// Whether the first receive call after an overrun tells of it
     reports_overruns: bool,
+    /// The count of losses that was last looked at
+    losses_seen: AtomicU32,
     /// Whether somebody receives on the descriptor and passes on what came
     is_read_outside: AtomicBool,
     state: Mutex<State>,
@@ -125,6 +127,7 @@ impl Shared {
             max_send: send_buffer.saturating_sub(SEND_OVERHEAD).min(MAX_SEND),
             coalesce: coalesce && drops.is_some(),
             reports_overruns,
+            losses_seen: AtomicU32::new(drops.unwrap_or(0)),
             is_read_outside: AtomicBool::new(false),
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -249,16 +252,13 @@ impl Shared {
     }
 
     fn send_several(&self, batch: &mut VerdictBatch) -> Result<()> {
-        let coalesce = self.coalesces();
         let bindings = || {
-            if coalesce && !self.reports_overruns {
-                self.look_at_losses(&mut self.state());
-            }
+            self.look_before_sending();
             self.bindings()
         };
         batch.send(
             self.max_send,
-            coalesce,
+            self.coalesces(),
             bindings,
             |first, messages, needs_proof| self.send_and_prove(first, messages, needs_proof),
         )

@@ -44,9 +44,9 @@ use crate::waiting::{Unproven, Waiting};
 /// different verdict, mark or priority, and everything else that a [`Decision`] can carry. A run's packets that have gone
 /// meanwhile are not reported as refused, unless all of them have.
 ///
-/// A queue has no more runs until it is bound again when a verdict, other than the first that was ever given on it, was sent
-/// by a thread without `CAP_NET_ADMIN`; when half a billion packets have passed one that waits; and when a billion were lost
-/// before the next one came, since numbers wrap.
+/// A queue has no more runs until it is bound again when a verdict that is not equal to the first one given on it was sent by a
+/// thread without `CAP_NET_ADMIN`; and, since numbers wrap, when half a billion packets have passed one that waits, or when the
+/// handle has lost a billion messages that no gap between its packets accounts for yet.
 ///
 /// [`HandleBuilder::coalesce`](crate::HandleBuilder::coalesce) turns runs off.
 #[derive(Debug, Default)]

@@ -89,6 +89,11 @@ impl Waiting {
         }
     }
 
+    /// Whether nothing can be said about any packet
+    pub(crate) fn is_blind(&self) -> bool {
+        self.is_blind
+    }
+
     /// Notes that packets may wait which are not in the list
     pub(crate) fn go_blind(&mut self) {
         *self = Self::blind();

@@ -6,12 +6,15 @@
 //! received no gap shows it: after a process was stopped for an hour amid a flood, say. So runs end when the count says that
 //! there may be one.
 //!
-//! The kernel has the count when an overrun is over, and that is soon enough: from the first loss until all that is in the
-//! buffer has been received it drops everything (`netlink_overrun` in `net/netlink/af_netlink.c`), and the first receive
-//! call after that loss tells of it. Where the program wants no such reports, the buffer takes packets again as soon as there
-//! is room, and the count is looked at before each send.
+//! When an overrun ends is soon enough to ask: from the first loss until all that is in the buffer has been received the
+//! kernel drops everything (`netlink_overrun` in `net/netlink/af_netlink.c`), and the first receive call after that loss
+//! tells of it. So the count is looked at then, before each call that may end the overrun, and after the one that did. Where
+//! the program wants no such reports, the buffer takes packets again as soon as there is room, and the count is looked at
+//! before each send.
 
 use std::os::fd::AsFd;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use super::{Shared, State};
 use crate::sys;
@@ -33,8 +36,8 @@ pub(crate) struct Losses {
     count: u32,
     /// Those that no gap has shown yet; answers are lost too, so not all will
     unexplained: u64,
-    /// The same from before all runs ended for them
-    settled: u64,
+    /// Those for which runs have ended in all bindings that there were, whose gaps may still show them
+    given_up: u64,
     /// Whether there was an overrun, and the buffer was not seen empty since
     in_overrun: bool,
 }
@@ -47,14 +50,15 @@ impl Losses {
         }
     }
 
-    /// Takes in the count, and says whether `gap` packets were lost
-    pub(crate) fn explain(&mut self, gap: u32, count: u32) -> bool {
+    /// Takes in the count, and says whether `gap` packets were lost, of a binding whose list is blind or not
+    pub(crate) fn explain(&mut self, gap: u32, is_blind: bool, count: u32) -> bool {
         self.take_in(count);
-        let settled = self.settled.min(gap.into());
-        match self.unexplained.checked_sub(u64::from(gap) - settled) {
+        let gap = u64::from(gap);
+        let from_given_up = if is_blind { self.given_up.min(gap) } else { 0 };
+        match self.unexplained.checked_sub(gap - from_given_up) {
             Some(left) => {
                 self.unexplained = left;
-                self.settled -= settled;
+                self.given_up -= from_given_up;
                 true
             }
             None => false,
@@ -68,7 +72,7 @@ impl Losses {
         self.take_in(count);
         let are_many = self.unexplained > MAX_UNEXPLAINED.into();
         if are_many {
-            self.settled += std::mem::take(&mut self.unexplained);
+            self.given_up += std::mem::take(&mut self.unexplained);
         }
         are_many
     }
@@ -84,31 +88,55 @@ impl State {
     pub(super) fn is_in_overrun(&self) -> bool {
         self.losses.in_overrun
     }
+
+    pub(super) fn note_overrun(&mut self) {
+        self.stats.overruns += 1;
+        self.losses.in_overrun = true;
+    }
 }
 
 impl Shared {
-    pub(super) fn note_overrun(&self, state: &mut State) {
-        state.stats.overruns += 1;
-        state.losses.in_overrun = true;
-        self.look_at_losses(state);
-    }
-
-    /// Notes that something was received, and whether the buffer is empty now
-    pub(super) fn note_received(&self, state: &mut State, is_empty: bool) {
+    /// Looks at the count if the next receive call may end an overrun
+    pub(super) fn look_before_receiving(&self, state: &mut State) {
         if state.losses.in_overrun {
-            state.losses.in_overrun = !is_empty;
             self.look_at_losses(state);
         }
     }
 
+    /// Notes whether a receive call has left the buffer empty
+    pub(super) fn note_received(&self, state: &mut State, is_empty: bool) {
+        if is_empty && std::mem::take(&mut state.losses.in_overrun) {
+            self.look_at_losses(state);
+        }
+    }
+
+    /// Looks at the count if no receive call tells of overruns; without a lock unless there are new ones
+    pub(super) fn look_before_sending(&self) {
+        if self.reports_overruns {
+            return;
+        }
+        let seen = self.losses_seen.load(Ordering::Acquire);
+        if !sys::drops(self.as_fd()).is_ok_and(|count| count == seen) {
+            self.look_at_losses(&mut self.state());
+        }
+    }
+
     /// Ends all runs if a packet may wait that passes for older than some that were received before it
-    pub(super) fn look_at_losses(&self, state: &mut State) {
-        let count = sys::drops(self.as_fd());
-        if count.map_or(true, |count| state.losses.end_runs(count)) {
+    fn look_at_losses(&self, state: &mut State) {
+        if !self.coalesces() {
+            return;
+        }
+        let count = sys::drops(self.as_fd()).ok();
+        if count.is_none_or(|count| state.losses.end_runs(count)) {
+            // No run is on its way that does not know it yet.
+            let bindings = self.bindings.write();
+            let _all_sends_are_through = bindings.unwrap_or_else(PoisonError::into_inner);
             for binding in state.bindings.iter() {
                 binding.waiting().go_blind();
             }
         }
+        self.losses_seen
+            .store(count.unwrap_or(0), Ordering::Release);
     }
 }
 
@@ -119,18 +147,19 @@ mod tests {
     #[test]
     fn gaps_are_set_against_the_count() {
         let mut losses = Losses::new(u32::MAX - 1);
-        assert!(losses.explain(3, 1), "across the wrap");
-        assert!(!losses.explain(1, 1), "nothing was lost since");
-        assert!(losses.explain(1, 4), "two were not seen to be missing yet");
-        assert!(losses.explain(2, 4));
-        assert!(!losses.explain(1, 4));
+        let mut explain = |gap, count| losses.explain(gap, false, count);
+        assert!(explain(3, 1), "across the wrap");
+        assert!(!explain(1, 1), "nothing was lost since");
+        assert!(explain(1, 4), "two were not seen to be missing yet");
+        assert!(explain(2, 4));
+        assert!(!explain(1, 4));
     }
 
     #[test]
     fn very_many_losses_end_runs_before_a_gap_shows_them() {
         let mut losses = Losses::default();
         assert!(!losses.end_runs(MAX_UNEXPLAINED));
-        assert!(losses.explain(1, MAX_UNEXPLAINED));
+        assert!(losses.explain(1, false, MAX_UNEXPLAINED));
         assert!(!losses.end_runs(MAX_UNEXPLAINED + 1));
         assert!(losses.end_runs(MAX_UNEXPLAINED + 2));
         assert!(!losses.end_runs(MAX_UNEXPLAINED + 2), "that was said");
@@ -138,12 +167,13 @@ mod tests {
 
     /// Or as many more could be lost since
     #[test]
-    fn a_gap_that_ended_all_runs_explains_no_later_losses() {
+    fn what_runs_have_ended_for_explains_no_later_gap_and_no_later_losses() {
         let mut losses = Losses::default();
         let before = MAX_UNEXPLAINED + 1;
         assert!(losses.end_runs(before));
+        assert!(!losses.explain(1, false, before), "of a later binding");
         assert!(!losses.end_runs(before + MAX_UNEXPLAINED));
-        assert!(losses.explain(before, before + MAX_UNEXPLAINED));
+        assert!(losses.explain(before, true, before + MAX_UNEXPLAINED));
         assert!(losses.end_runs(before + MAX_UNEXPLAINED + 1));
     }
 }

@@ -38,6 +38,7 @@ impl Shared {
                 std::mem::swap(&mut contents.stash, &mut state.stash);
                 return Ok(true);
             }
+            self.look_before_receiving(&mut state);
             let received = if state.has_reader {
                 // Another thread waits in the kernel. What is there now, it is about to take.
                 let at_most = match wait {
@@ -74,7 +75,7 @@ impl Shared {
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::ENOBUFS) => {
-                        self.note_overrun(&mut state);
+                        state.note_overrun();
                         contents.overruns += 1;
                     }
                     Some(libc::EINTR) => {}
@@ -332,14 +333,14 @@ impl Shared {
             return false;
         };
         let losses = &mut state.losses;
-        let is_lost = |gap| {
+        let is_lost = |gap, is_blind| {
             let count = sys::drops(self.as_fd());
-            count.is_ok_and(|count| losses.explain(gap, count))
+            count.is_ok_and(|count| losses.explain(gap, is_blind, count))
         };
         let are_in_order = !self.is_read_outside.load(Ordering::Relaxed);
         match binding.note_received(first.id, last, are_in_order, self.coalesces(), is_lost) {
             Noted::Next => {}
-            Noted::Late => {
+            Noted::Late { .. } => {
                 state.stats.lost_packets = state.stats.lost_packets.saturating_sub(n);
             }
             Noted::After { gap } => state.stats.lost_packets += u64::from(gap),

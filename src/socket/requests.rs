@@ -124,6 +124,7 @@ impl Shared {
 
     /// Reads one datagram, and says whether there was none
     fn read_to_stash(&self, state: &mut State, buf: &mut [u8]) -> Result<bool> {
+        self.look_before_receiving(state);
         let received = sys::recv_one(self.as_fd(), Wait::No, state.sender(), buf);
         self.stash_from(state, received, buf)
     }
@@ -183,7 +184,7 @@ impl Shared {
             }
             Err(error) => match error.raw_os_error() {
                 Some(libc::ENOBUFS) => {
-                    self.note_overrun(state);
+                    state.note_overrun();
                     state.stash.push_back(Stashed::Overrun);
                     Ok(false)
                 }

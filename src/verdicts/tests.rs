@@ -434,7 +434,7 @@ impl World {
     fn note_packets(&mut self, stretch: Option<Stretch>) {
         if let Some(Stretch { first, last }) = stretch {
             let binding = self.bindings.get(first.queue).unwrap();
-            let is_lost = |gap| self.losses.explain(gap, self.dropped);
+            let is_lost = |gap, is_blind| self.losses.explain(gap, is_blind, self.dropped);
             binding.note_received(first.id, last, true, true, is_lost);
         }
     }

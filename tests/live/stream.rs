@@ -7,6 +7,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nfqnl::proto::{Message, Messages};
 use nfqnl::{
     CopyMode, Error, Event, Handle, Operation, PacketKey, QueueConfig, RecvBatch, Situation,
     Verdict, VerdictBatch,
@@ -397,6 +398,40 @@ fn is_silent_but_packets(handle: &Handle, batch: &mut RecvBatch, packets: &mut u
         *packets += 1;
     }
     before == *packets
+}
+
+/// What `src/socket/losses.rs` rests on: the call after the first loss tells of it, and until the buffer is empty everything
+/// is dropped
+#[test]
+fn until_the_buffer_is_empty_an_overrun_goes_on() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = Handle::builder().recv_buffer(1 << 14).open().unwrap();
+        let _queue = handle.bind_queue(QUEUE).unwrap();
+        handle.set_nonblocking(true).unwrap();
+        let mut socket = std::fs::File::from(handle.as_fd().try_clone_to_owned().unwrap());
+        let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
+        let mut recv = || {
+            let len = socket
+                .read(&mut buf)
+                .map_err(|error| error.raw_os_error())?;
+            match Messages::new(&buf[..len]).next() {
+                Some(Ok(Message::Packet(packet))) => Ok(packet.id()),
+                other => panic!("no packet, but {other:?}"),
+            }
+        };
+
+        lab.send_numbered(0..200);
+        assert_eq!(recv(), Err(Some(libc::ENOBUFS)));
+        assert_eq!(recv(), Ok(1));
+        // Number 201, for which there is room now
+        lab.send_numbered(0..1);
+        let left: Vec<u32> = std::iter::from_fn(|| recv().ok()).collect();
+        let are_next = (2..).zip(&left).all(|(number, id)| number == *id);
+        assert!(are_next && (1..150).contains(&left.len()), "{left:?}");
+        lab.send_numbered(0..1);
+        assert_eq!(recv(), Ok(202));
+    });
 }
 
 /// ENOBUFS from the caller's own receive call

@@ -255,7 +255,9 @@ impl Fuzz {
     /// What goes on while a send is on its way; who sends verdicts leaves other threads room to do something
     fn others(&self, is_verdict: bool) {
         self.world.borrow_mut().arrive_meanwhile();
-        if !is_verdict || self.world.borrow().is_frozen || self.is_nested.replace(true) {
+        // One of this thread's own would never end.
+        let waits = self.world.borrow().may_end_runs;
+        if !is_verdict || waits || self.world.borrow().is_frozen || self.is_nested.replace(true) {
             return;
         }
         for _ in 0..(self.byte() >> 6).saturating_sub(1) {

@@ -151,6 +151,8 @@ pub struct World {
     pub dropped: u32,
     /// Of these, how many since the buffer was last empty, where that ends an overrun
     pub dropped_at_once: u32,
+    /// Whether so many were lost that runs may end for that, which waits for all sends that are on their way
+    pub may_end_runs: bool,
     pub interruptions: u8,
     /// How many of the next messages come in one datagram with what follows them
     pub joins: usize,
@@ -262,6 +264,7 @@ impl World {
             error: None,
             dropped: 0,
             dropped_at_once: 0,
+            may_end_runs: false,
             interruptions: 0,
             joins: 0,
             last_seq: 0,
@@ -413,6 +416,7 @@ impl World {
             bound.last_id = bound.last_id.wrapping_add(n);
             self.dropped = self.dropped.wrapping_add(n);
             self.dropped_at_once += n;
+            self.may_end_runs |= n > 1 << 20;
             self.overrun();
         }
     }
