@@ -29,9 +29,18 @@ pub(crate) struct Lab {
 }
 
 impl Lab {
-    /// Packets are queued as they come in, which on loopback is within the sender's system call
+    /// Packets are queued as they leave, which is within the sender's system call
     pub(crate) fn new() -> Self {
-        Self::with(Hook::Input, &Rule::new().udp().dport(PORT).queue(QUEUE))
+        Self::at(Hook::Output)
+    }
+
+    /// Packets are queued as they come in, which on loopback may be some time after the sender's system call
+    pub(crate) fn at_input() -> Self {
+        Self::at(Hook::Input)
+    }
+
+    fn at(hook: Hook) -> Self {
+        Self::with(hook, &Rule::new().udp().dport(PORT).queue(QUEUE))
     }
 
     pub(crate) fn with(hook: Hook, rule: &Rule) -> Self {

@@ -163,7 +163,7 @@ fn a_packets_mark_and_priority_are_told() {
 #[test]
 fn the_time_of_receipt_is_told_while_anyone_wants_it() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = Lab::at_input();
         let handle = Handle::open().unwrap();
         let _queue = handle.bind_queue(QUEUE).unwrap();
         let mut batch = RecvBatch::default();
@@ -224,7 +224,7 @@ fn outside_id(kind: &str) -> u32 {
 #[test]
 fn meta_mode_tells_all_but_the_payload_and_packet_mode_copies_a_range() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = Lab::at_input();
         let handle = Handle::open().unwrap();
         let config = QueueConfig::new().copy_mode(CopyMode::META, 0);
         let queue = handle.bind_queue_with(QUEUE, &config).unwrap();

@@ -13,8 +13,8 @@ use nfqnl::{
     Verdict, VerdictBatch,
 };
 use nfqnl_testkit::netns::isolated;
+use nfqnl_testkit::signal;
 use nfqnl_testkit::traffic::TIMEOUT;
-use nfqnl_testkit::{cpu, signal};
 
 use crate::lab::{
     Dice, Lab, QUEUE, is_silent, next_event, next_packet, steal_past_the_library, udp_payload,
@@ -688,11 +688,10 @@ fn one_message_binds_without_a_gap() {
             .copy_mode(CopyMode::PACKET, 0)
             .maxlen(u32::MAX);
         let mut batch = RecvBatch::default();
-        let cpu = cpu::allowed().unwrap()[0];
         for _ in 0..20 {
             let (bound, sent) = (AtomicBool::new(false), AtomicU32::new(0));
             let queue = thread::scope(|scope| {
-                let send = || {
+                scope.spawn(|| {
                     while !bound.load(Ordering::SeqCst) {
                         // No more than fit an ordinary user's receive buffer
                         if sent.load(Ordering::SeqCst) < 300 {
@@ -701,10 +700,7 @@ fn one_message_binds_without_a_gap() {
                         }
                     }
                     lab.send(&sent.load(Ordering::SeqCst).to_be_bytes());
-                };
-                // A CPU hands packets to the hook one after the other, but not always at once: what is sent from another
-                // one meanwhile would overtake them.
-                scope.spawn(move || cpu::on(cpu, send).unwrap());
+                });
                 while sent.load(Ordering::SeqCst) == 0 {
                     thread::yield_now();
                 }

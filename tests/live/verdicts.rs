@@ -38,7 +38,7 @@ fn accept_delivers_and_drop_does_not() {
 #[test]
 fn stop_skips_the_chains_that_accept_goes_on_to() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = Lab::at_input();
         let later = lab.tables()[0].chain("later", Hook::Input, 10).unwrap();
         later
             .add(&Rule::new().udp().dport(PORT).counted("seen"))
@@ -231,7 +231,7 @@ fn a_rewritten_packet_leaves_by_a_real_link() {
 #[test]
 fn a_new_header_is_looked_at_by_new_kernels() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = Lab::at_input();
         let handle = Handle::open().unwrap();
         let _queue = handle.bind_queue(QUEUE).unwrap();
         let mut batch = RecvBatch::default();
