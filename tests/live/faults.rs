@@ -1027,7 +1027,7 @@ fn hold_ten_thousand_packets(order: fn(&mut [Held])) {
     /// So many fit an ordinary user's buffers
     const FIT: u32 = 100;
     let pause = || thread::sleep(Duration::from_micros(100));
-    let lab = Lab::new(); // as they come in, when none is charged to its sender any more
+    let lab = Lab::at_input(); // where no packet is charged to its sender any more
     let books = Books::new(&lab.v4);
     let handle = Handle::open().unwrap();
     let config = WHOLE_PACKETS.maxlen(N.try_into().unwrap());
