@@ -91,7 +91,10 @@ impl Binding {
         tracks: bool,
         is_lost: impl FnOnce(u32, bool) -> bool,
     ) -> Noted {
-        let is_lost = |gap| is_lost(gap, self.waiting().is_blind());
+        let is_lost = |gap| {
+            let is_blind = self.waiting().is_blind();
+            is_lost(gap, is_blind)
+        };
         let (noted, is_lost) = match self.note(first, last) {
             Noted::Late { gap } if are_in_order => {
                 self.last_id.store(last, Ordering::Relaxed);

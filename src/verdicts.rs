@@ -44,9 +44,10 @@ use crate::waiting::{Unproven, Waiting};
 /// different verdict, mark or priority, and everything else that a [`Decision`] can carry. A run's packets that have gone
 /// meanwhile are not reported as refused, unless all of them have.
 ///
-/// A queue has no more runs until it is bound again when a verdict that is not equal to the first one given on it was sent by a
-/// thread without `CAP_NET_ADMIN`; and, since numbers wrap, when half a billion packets have passed one that waits, or when the
-/// handle has lost a billion messages that no gap between its packets accounts for yet.
+/// Some things leave a queue without runs until it is bound again: verdicts that the kernel has refused for want of
+/// `CAP_NET_ADMIN`; packets that others have received; more than 262 144 gaps between those that wait; and, since numbers wrap,
+/// half a billion packets behind the oldest that waits, or a billion lost messages that no gap between packets accounts for
+/// yet.
 ///
 /// [`HandleBuilder::coalesce`](crate::HandleBuilder::coalesce) turns runs off.
 #[derive(Debug, Default)]

@@ -8,7 +8,7 @@
 //!
 //! When an overrun ends is soon enough to ask: from the first loss until all that is in the buffer has been received the
 //! kernel drops everything (`netlink_overrun` in `net/netlink/af_netlink.c`), and the first receive call after that loss
-//! tells of it. So the count is looked at then, before each call that may end the overrun, and after the one that did. Where
+//! tells of it. So the count is looked at then, before and after each call that may end the overrun. Where
 //! the program wants no such reports, the buffer takes packets again as soon as there is room, and the count is looked at
 //! before each send.
 
@@ -96,7 +96,7 @@ impl State {
 }
 
 impl Shared {
-    /// Looks at the count if the next receive call may end an overrun
+    /// Looks at the count if the next receive call may end an overrun, so that no other thread's send comes between
     pub(super) fn look_before_receiving(&self, state: &mut State) {
         if state.losses.in_overrun {
             self.look_at_losses(state);
@@ -105,14 +105,15 @@ impl Shared {
 
     /// Notes whether a receive call has left the buffer empty
     pub(super) fn note_received(&self, state: &mut State, is_empty: bool) {
-        if is_empty && std::mem::take(&mut state.losses.in_overrun) {
+        if state.losses.in_overrun {
+            state.losses.in_overrun = !is_empty;
             self.look_at_losses(state);
         }
     }
 
     /// Looks at the count if no receive call tells of overruns; without a lock unless there are new ones
     pub(super) fn look_before_sending(&self) {
-        if self.reports_overruns {
+        if self.reports_overruns || !self.coalesces() {
             return;
         }
         let seen = self.losses_seen.load(Ordering::Acquire);

@@ -394,7 +394,7 @@ fn a_panic_in_a_callback_reaches_the_caller_and_leaves_the_handle_usable() {
 #[test]
 fn two_queues_of_a_handle_have_a_callback_each() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = Lab::at_input();
         let mut looping = Loop::new();
         let (send, seen) = mpsc::channel();
         let second = send.clone();

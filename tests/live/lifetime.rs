@@ -186,28 +186,31 @@ fn a_child_process_that_inherits_the_descriptor_keeps_the_queue_and_only_then() 
 #[test]
 fn a_packet_whose_device_goes_down_is_gone_and_its_verdict_refused() {
     isolated(|| {
-        let lab = Lab::new();
         let handle = Handle::open().unwrap();
         let _queue = handle.bind_queue(QUEUE).unwrap();
         let mut batch = RecvBatch::default();
-        lab.send(b"gone");
-        let key = next_packet(&handle, &mut batch).key();
-        link::down("lo").unwrap();
-        link::up("lo").unwrap();
-        handle.verdict(key, Verdict::Accept).unwrap();
-        match next_event(&handle, &mut batch) {
-            nfqnl::Event::Refused(refusal) => {
-                assert_eq!(refusal.packet(), Some(key));
-                assert_eq!(refusal.situation(), Situation::NoSuchPacket);
-                assert!(
-                    refusal.to_string().contains("device went down"),
-                    "{refusal}"
-                );
+        for lab in [Lab::new, Lab::at_input] {
+            let lab = lab();
+            lab.send(b"gone");
+            let key = next_packet(&handle, &mut batch).key();
+            link::down("lo").unwrap();
+            link::up("lo").unwrap();
+            handle.verdict(key, Verdict::Accept).unwrap();
+            match next_event(&handle, &mut batch) {
+                nfqnl::Event::Refused(refusal) => {
+                    assert_eq!(refusal.packet(), Some(key));
+                    assert_eq!(refusal.situation(), Situation::NoSuchPacket);
+                    assert!(
+                        refusal.to_string().contains("device went down"),
+                        "{refusal}"
+                    );
+                }
+                other => panic!("{other:?}"),
             }
-            other => panic!("{other:?}"),
+            lab.send(b"after");
+            assert_eq!(udp_payload(&next_packet(&handle, &mut batch)), b"after");
+            lab.delete_rules();
         }
-        lab.send(b"after");
-        assert_eq!(udp_payload(&next_packet(&handle, &mut batch)), b"after");
     });
 }
 

@@ -471,7 +471,7 @@ fn with_fan_out_the_senders_cpu_chooses_among_the_queues() {
 #[test]
 fn every_attribute_of_a_packet_can_be_walked() {
     isolated(|| {
-        let lab = Lab::new();
+        let lab = Lab::at_input();
         let handle = Handle::open().unwrap();
         let _queue = handle.bind_queue(QUEUE).unwrap();
         let mut batch = RecvBatch::default();

@@ -294,7 +294,7 @@ fn requests_of_many_threads_get_their_own_answers() {
 fn sync_says_that_every_refusal_has_arrived() {
     isolated(|| {
         const N: u32 = 100;
-        let lab = Lab::new();
+        let lab = Lab::at_input();
         let handle = Handle::open().unwrap();
         let _queue = handle.bind_queue(QUEUE).unwrap();
         let mut batch = RecvBatch::default();

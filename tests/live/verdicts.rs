@@ -1,6 +1,7 @@
 //! What becomes of a packet: every verdict, mark, priority, and new payloads
 
 use nfqnl::{Decision, Event, Handle, QueueConfig, RecvBatch, Situation, Verdict, VerdictBatch};
+use nfqnl_testkit::cpu;
 use nfqnl_testkit::hosts::Router;
 use nfqnl_testkit::kernel;
 use nfqnl_testkit::netns::isolated;
@@ -177,13 +178,17 @@ fn the_mark_and_priority_of_a_verdict_are_seen_by_later_hooks() {
 #[test]
 fn a_new_payload_of_any_length_replaces_the_packet() {
     isolated(|| {
-        let lab = Lab::new();
         let handle = Handle::open().unwrap();
         let _queue = handle.bind_queue(QUEUE).unwrap();
         let mut batch = RecvBatch::default();
         let lens = [0, 1, 2, 3, 4, 5, 19, 20, 21, 1471, 1472, 9000, 65_000];
-        for socket in lab.sockets() {
-            for len in lens {
+        for lab in [Lab::new, Lab::at_input] {
+            let lab = lab();
+            for (socket, len) in lab
+                .sockets()
+                .into_iter()
+                .flat_map(|s| lens.map(|len| (s, len)))
+            {
                 let new: Vec<u8> = (0..len).map(|i: usize| i.to_le_bytes()[0]).collect();
                 socket
                     .send(b"twenty bytes of data", socket.address())
@@ -194,6 +199,7 @@ fn a_new_payload_of_any_length_replaces_the_packet() {
                 handle.verdict(packet.key(), decision).unwrap();
                 expect_rewritten(socket, &new);
             }
+            lab.delete_rules();
         }
         assert!(is_silent(&handle, &mut batch), "nothing was refused");
     });
@@ -299,9 +305,14 @@ fn verdicts_come_late_and_in_any_order() {
         assert!(lab.v4.is_silent());
         // Every third one first, from the back.
         keys.sort_by_key(|key| (key.id % 3, std::cmp::Reverse(key.id)));
-        for key in &keys {
-            handle.verdict(*key, Verdict::Accept).unwrap();
-        }
+        // On one CPU, or what is accepted could be delivered in another order
+        let cpu = cpu::allowed().unwrap()[0];
+        let verdicts = || {
+            for key in &keys {
+                handle.verdict(*key, Verdict::Accept).unwrap();
+            }
+        };
+        cpu::on(cpu, verdicts).unwrap();
         for key in &keys {
             let payload = lab
                 .recv()
