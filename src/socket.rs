@@ -8,11 +8,10 @@
 //!   none, unless callers receive on the descriptor themselves and have it in their hands. Reading is done under the lock
 //!   on [`State`], but for a wait: then `has_reader` stands for the lock.
 //! * A request that reads packets on its way puts them in the stash. The stash is served before the socket.
-//! * Verdicts share the socket, and two locks with those who receive (and that on [`State`] before a send after
-//!   losses, where overruns are not reported). That on a binding's list of waiting packets nobody
-//!   holds over a system call. That on [`Shared::bindings`] is held over a send, and whoever receives takes it alone, and so
-//!   waits for sends, when a binding comes or goes, when the kernel has refused a thread's verdicts as such, and when
-//!   very many messages were lost.
+//! * Verdicts share the socket, and two locks with those who receive (and that on [`State`] before a send after losses, where
+//!   overruns are not reported). That on a binding's list of waiting packets nobody holds over a system call. That on
+//!   [`Shared::bindings`] is held over a send, and whoever receives takes it alone, and so waits for sends, when a binding
+//!   comes or goes, when the kernel has refused a thread's verdicts as such, and when very many messages were lost.
 //! * A call that leaves the stash non-empty sends a message that the kernel answers at once ([`Shared::wake`]), so the
 //!   descriptor is readable, and no loop sleeps on it while packets wait in here.
 

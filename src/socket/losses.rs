@@ -8,12 +8,10 @@
 //!
 //! When an overrun ends is soon enough to ask: from the first loss until all that is in the buffer has been received the
 //! kernel drops everything (`netlink_overrun` in `net/netlink/af_netlink.c`), and the first receive call after that loss
-//! tells of it. So the count is looked at then, before and after each call that may end the overrun. Where
-//! the program wants no such reports, the buffer takes packets again as soon as there is room, and the count is looked at
-//! before each send.
+//! tells of it. So the count is looked at then, before and after each call that may end the overrun. Where the program wants no
+//! such reports, the buffer takes packets again as soon as there is room, and the count is looked at before each send.
 
 use std::os::fd::AsFd;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use super::{Shared, State};
@@ -103,8 +101,8 @@ impl Shared {
         }
     }
 
-    /// Notes whether a receive call has left the buffer empty
-    pub(super) fn note_received(&self, state: &mut State, is_empty: bool) {
+    /// The same after a receive call, which has left the buffer empty or not
+    pub(super) fn look_after_receiving(&self, state: &mut State, is_empty: bool) {
         if state.losses.in_overrun {
             state.losses.in_overrun = !is_empty;
             self.look_at_losses(state);
@@ -129,12 +127,7 @@ impl Shared {
         }
         let count = sys::drops(self.as_fd()).ok();
         if count.is_none_or(|count| state.losses.end_runs(count)) {
-            // No run is on its way that does not know it yet.
-            let bindings = self.bindings.write();
-            let _all_sends_are_through = bindings.unwrap_or_else(PoisonError::into_inner);
-            for binding in state.bindings.iter() {
-                binding.waiting().go_blind();
-            }
+            self.end_runs(&state.bindings);
         }
         self.losses_seen
             .store(count.unwrap_or(0), Ordering::Release);

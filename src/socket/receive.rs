@@ -38,7 +38,6 @@ impl Shared {
                 std::mem::swap(&mut contents.stash, &mut state.stash);
                 return Ok(true);
             }
-            self.look_before_receiving(&mut state);
             let received = if state.has_reader {
                 // Another thread waits in the kernel. What is there now, it is about to take.
                 let at_most = match wait {
@@ -50,6 +49,7 @@ impl Shared {
                 drop(self.wait_for_others(state, at_most));
                 continue;
             } else if wait == Wait::No || contents.overruns > 0 || state.is_in_overrun() {
+                self.look_before_receiving(&mut state);
                 contents.receive(self.as_fd(), Wait::No, state.sender())
             } else {
                 state.has_reader = true;
@@ -66,7 +66,7 @@ impl Shared {
                 Ok(foreign) => {
                     state.stats.foreign += foreign;
                     let any = self.note_slots(&mut state, contents);
-                    self.note_received(&mut state, contents.filled < contents.lens.len());
+                    self.look_after_receiving(&mut state, contents.filled < contents.lens.len());
                     if any {
                         // What was put back meanwhile goes along: what made the descriptor readable for it was read too.
                         std::mem::swap(&mut contents.stash, &mut state.stash);
@@ -81,7 +81,7 @@ impl Shared {
                     Some(libc::EINTR) => {}
                     Some(libc::EAGAIN) => {
                         let was_to_wait = state.is_in_overrun() && wait == Wait::ForFirst;
-                        self.note_received(&mut state, true);
+                        self.look_after_receiving(&mut state, true);
                         if contents.overruns > 0 || !was_to_wait {
                             return Ok(contents.overruns > 0);
                         }
@@ -317,7 +317,11 @@ impl Shared {
         if matches!(refusal.errno(), libc::ENOENT | libc::EINVAL) {
             return;
         }
-        // No send is on its way that does not know it yet, once somebody is told of the refusal and may think otherwise.
+        self.end_runs(bindings);
+    }
+
+    /// Ends the runs of these bindings; no send is on its way then that does not know it yet
+    pub(super) fn end_runs(&self, bindings: &Bindings) {
         let _all_sends_are_through = self.bindings.write();
         for binding in bindings.iter() {
             binding.waiting().go_blind();

@@ -179,7 +179,7 @@ impl Shared {
                     } = state;
                     stash.extend(Stashed::each(datagram, bindings));
                 }
-                self.note_received(state, false);
+                self.look_after_receiving(state, false);
                 Ok(false)
             }
             Err(error) => match error.raw_os_error() {
@@ -190,7 +190,7 @@ impl Shared {
                 }
                 Some(libc::EINTR) => Ok(false),
                 Some(libc::EAGAIN) => {
-                    self.note_received(state, true);
+                    self.look_after_receiving(state, true);
                     Ok(true)
                 }
                 _ => Err(Error::Io {
