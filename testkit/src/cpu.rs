@@ -3,14 +3,17 @@
 use std::io;
 use std::thread;
 
-use crate::sys;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// The CPUs that the calling thread may run on
 ///
 /// # Errors
 /// What the system says; EINVAL on a machine with more than 1024.
 pub fn allowed() -> io::Result<Vec<usize>> {
-    sys::allowed_cpus()
+    let set = sched_getaffinity(None)?;
+    Ok((0..CpuSet::MAX_CPU)
+        .filter(|&cpu| set.is_set(cpu))
+        .collect())
 }
 
 /// Runs something in a thread that stays on one CPU
@@ -23,7 +26,12 @@ pub fn allowed() -> io::Result<Vec<usize>> {
 pub fn on<T: Send>(cpu: usize, f: impl FnOnce() -> T + Send) -> io::Result<T> {
     let result = thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            sys::stay_on_cpu(cpu)?;
+            if cpu >= CpuSet::MAX_CPU {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            let mut set = CpuSet::new();
+            set.set(cpu);
+            sched_setaffinity(None, &set)?;
             Ok(f())
         });
         thread.join()

@@ -7,11 +7,15 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, geteuid, kill_process_group};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::{link, sys};
 
@@ -165,8 +169,7 @@ fn again(arguments: impl IntoIterator<Item = OsString>, mark: &str) -> Command {
 
 /// Starts a program in namespaces of its own
 fn spawn(mut command: Command) -> Result<Child, NamespaceError> {
-    const ROOT: libc::uid_t = 0;
-    let maps = (sys::ids().0 != ROOT).then(sys::UserMaps::new);
+    let maps = (!geteuid().is_root()).then(sys::UserMaps::new);
     sys::isolate(&mut command, maps)
         .spawn()
         .map_err(NamespaceError::new)
@@ -211,7 +214,7 @@ fn wait(mut child: Child, timeout: Duration) -> (Option<ExitStatus>, String) {
         ended = child.try_wait().ok().flatten();
         thread::sleep(Duration::from_millis(1));
     }
-    sys::kill_group(&child);
+    let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     let _ = child.wait();
     (ended, output)
 }
@@ -251,7 +254,8 @@ impl Namespace {
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         let result = thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                sys::enter_netns(&self.0).expect("a namespace that this process has made");
+                move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network))
+                    .expect("a namespace that this process has made");
                 f()
             });
             thread.join()
@@ -298,7 +302,7 @@ fn forbidding_setting() -> Option<String> {
         ("kernel/unprivileged_userns_clone", "0", "1"),
         ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
     ];
-    let root = sys::ids().0 == 0;
+    let root = geteuid().is_root();
     FORBIDDING
         .iter()
         .filter(|(path, ..)| !root || path.ends_with("net_namespaces"))

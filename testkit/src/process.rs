@@ -1,20 +1,26 @@
 //! Another process, and a process to which the system says no
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::thread;
+
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, WaitOptions, getrlimit, kill_process, setrlimit, waitpid,
+};
 
 use crate::sys;
 
 /// A copy of this process, with its memory and descriptors and one thread; killed when this is dropped
 #[derive(Debug)]
-pub struct Forked(Option<libc::pid_t>);
+pub struct Forked(Option<Pid>);
 
 /// Forks; the copy does this alone, and drops nothing that it has from here
 ///
 /// # Errors
 /// What the system says.
 pub fn fork(f: impl FnOnce()) -> io::Result<Forked> {
-    sys::fork(f).map(|child| Forked(Some(child)))
+    sys::fork(f).map(Forked)
 }
 
 impl Forked {
@@ -26,15 +32,19 @@ impl Forked {
     /// # Errors
     /// What the system says.
     pub fn wait(mut self) -> io::Result<bool> {
-        self.0.take().map_or(Ok(false), sys::wait_for)
+        let Some(child) = self.0.take() else {
+            return Ok(false);
+        };
+        let ended = waitpid(Some(child), WaitOptions::empty())?;
+        Ok(ended.is_some_and(|(_, status)| status.exit_status() == Some(0)))
     }
 }
 
 impl Drop for Forked {
     fn drop(&mut self) {
         if let Some(child) = self.0 {
-            sys::kill(child);
-            let _ = sys::wait_for(child);
+            let _ = kill_process(child, Signal::KILL);
+            let _ = waitpid(Some(child), WaitOptions::empty());
         }
     }
 }
@@ -44,10 +54,16 @@ impl Drop for Forked {
 /// # Errors
 /// What the system says.
 pub fn without_descriptors<T>(f: impl FnOnce() -> T) -> io::Result<T> {
-    let next = sys::next_descriptor()?;
-    let before = sys::limit_descriptors(next)?;
+    // The number that the next one would get
+    let next = File::open("/dev/null")?.as_raw_fd();
+    let before = getrlimit(Resource::Nofile);
+    let none = Rlimit {
+        current: Some(next.try_into().map_err(io::Error::other)?),
+        maximum: before.maximum,
+    };
+    setrlimit(Resource::Nofile, none)?;
     let result = f();
-    sys::limit_descriptors(before)?;
+    setrlimit(Resource::Nofile, before)?;
     Ok(result)
 }
 

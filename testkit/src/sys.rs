@@ -1,4 +1,4 @@
-//! System calls that std and netlink-sys have not: all of this crate's `unsafe`
+//! System calls that std, netlink-sys and rustix have not, or not without: all of this crate's `unsafe`
 #![allow(unsafe_code, reason = "system calls; the rest of the crate denies it")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -8,9 +8,13 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::panic::{self, AssertUnwindSafe};
-use std::process::{Child, Command};
+use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rustix::fs::{self, Mode, OFlags};
+use rustix::process::{self, Pid, Signal};
+use rustix::thread;
 
 /// Has the child make namespaces of its own before it runs its program, when it is still single-threaded
 ///
@@ -26,8 +30,7 @@ pub(crate) fn isolate(command: &mut Command, maps: Option<UserMaps>) -> &mut Com
         if let Some(maps) = &maps {
             maps.write()?;
         }
-        // SAFETY: no memory is involved.
-        check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
+        process::set_parent_process_death_signal(Some(Signal::KILL))?;
         Ok(())
     };
     // SAFETY: between fork and exec, the closure makes async-signal-safe system calls alone and allocates nothing.
@@ -43,7 +46,7 @@ pub(crate) struct UserMaps {
 impl UserMaps {
     /// The present user
     pub(crate) fn new() -> Self {
-        let (uid, gid) = ids();
+        let (uid, gid) = (process::geteuid().as_raw(), process::getegid().as_raw());
         Self {
             uid_map: format!("0 {uid} 1").into_bytes(),
             gid_map: format!("0 {gid} 1").into_bytes(),
@@ -59,15 +62,8 @@ impl UserMaps {
 
 /// Writes a file of /proc with one call, and without allocating
 fn write_file(path: &CStr, content: &[u8]) -> io::Result<()> {
-    // SAFETY: the path is a C string that lives during the call.
-    let fd = check(unsafe { libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) })?;
-    // SAFETY: the descriptor is new and nobody else's.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: the pointer is good for reading `content.len()` bytes.
-    let written = unsafe { libc::write(fd.as_raw_fd(), content.as_ptr().cast(), content.len()) };
-    if written < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let file = fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(file, content)?;
     Ok(())
 }
 
@@ -78,22 +74,8 @@ pub(crate) fn unshare(flags: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// Moves the calling thread into a network namespace
-pub(crate) fn enter_netns(netns: &impl AsFd) -> io::Result<()> {
-    // SAFETY: no memory is involved.
-    check(unsafe { libc::setns(netns.as_fd().as_raw_fd(), libc::CLONE_NEWNET) })?;
-    Ok(())
-}
-
-/// Kills a child that leads a process group, and the rest of the group
-pub(crate) fn kill_group(leader: &Child) {
-    let group = libc::pid_t::try_from(leader.id()).unwrap_or(libc::pid_t::MAX);
-    // SAFETY: no memory is involved.
-    unsafe { libc::kill(-group, libc::SIGKILL) };
-}
-
 /// Forks; the child does this, and ends without returning
-pub(crate) fn fork(f: impl FnOnce()) -> io::Result<libc::pid_t> {
+pub(crate) fn fork(f: impl FnOnce()) -> io::Result<Option<Pid>> {
     // SAFETY: the child has this thread alone, so it must not wait for a lock that another one has now. libc sees to its own,
     // the allocator's among them; and the other threads of a test wait for it, and have none.
     match check(unsafe { libc::fork() })? {
@@ -102,42 +84,8 @@ pub(crate) fn fork(f: impl FnOnce()) -> io::Result<libc::pid_t> {
             // SAFETY: this call takes a number and does not return.
             unsafe { libc::_exit(ended.is_err().into()) }
         }
-        child => Ok(child),
+        child => Ok(Pid::from_raw(child)),
     }
-}
-
-/// Waits for the end of a child, and says whether it ended well
-pub(crate) fn wait_for(child: libc::pid_t) -> io::Result<bool> {
-    let mut status = 0;
-    // SAFETY: the kernel writes the status, which lives during the call.
-    check(unsafe { libc::waitpid(child, &raw mut status, 0) })?;
-    Ok(status == 0)
-}
-
-/// Kills a child that has not been waited for
-pub(crate) fn kill(child: libc::pid_t) {
-    // SAFETY: no memory is involved.
-    unsafe { libc::kill(child, libc::SIGKILL) };
-}
-
-/// The number that the next descriptor would get
-pub(crate) fn next_descriptor() -> io::Result<libc::rlim_t> {
-    let next = std::fs::File::open("/dev/null")?;
-    libc::rlim_t::try_from(next.as_raw_fd()).map_err(io::Error::other)
-}
-
-/// Limits the numbers of descriptors to those below `limit`, and returns what the limit was
-pub(crate) fn limit_descriptors(limit: libc::rlim_t) -> io::Result<libc::rlim_t> {
-    let mut limits = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the kernel writes the limits, which live during the call.
-    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limits) })?;
-    let before = mem::replace(&mut limits.rlim_cur, limit);
-    // SAFETY: the kernel reads the limits, which live during the call.
-    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limits) })?;
-    Ok(before)
 }
 
 /// Has every send of the calling thread fail with this error from here on
@@ -160,8 +108,7 @@ pub(crate) fn fail_sends(errno: u16) -> io::Result<()> {
         len: 4,
         filter: steps.as_mut_ptr(),
     };
-    // SAFETY: no memory is involved.
-    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    thread::set_no_new_privs(true)?;
     // SAFETY: the kernel reads the program and its steps, as many as it says, which live during the call.
     check(unsafe {
         libc::prctl(
@@ -171,12 +118,6 @@ pub(crate) fn fail_sends(errno: u16) -> io::Result<()> {
         )
     })?;
     Ok(())
-}
-
-/// Effective user and group
-pub(crate) fn ids() -> (libc::uid_t, libc::gid_t) {
-    // SAFETY: these calls take nothing and never fail.
-    unsafe { (libc::geteuid(), libc::getegid()) }
 }
 
 /// Takes a capability out of the calling thread's effective set
@@ -213,36 +154,6 @@ pub(crate) fn drop_capability(capability: u32) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
-}
-
-/// The CPUs that the calling thread may run on
-pub(crate) fn allowed_cpus() -> io::Result<Vec<usize>> {
-    let mut set = no_cpus();
-    // SAFETY: the kernel writes at most the size of the set, which is alive and exclusive during the call.
-    check(unsafe { libc::sched_getaffinity(0, mem::size_of_val(&set), &raw mut set) })?;
-    let all = 0..8 * mem::size_of_val(&set);
-    // SAFETY: every number is below that of the set's bits.
-    Ok(all
-        .filter(|cpu| unsafe { libc::CPU_ISSET(*cpu, &set) })
-        .collect())
-}
-
-/// Keeps the calling thread on one CPU
-pub(crate) fn stay_on_cpu(cpu: usize) -> io::Result<()> {
-    let mut set = no_cpus();
-    if cpu >= 8 * mem::size_of_val(&set) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    // SAFETY: the number is below that of the set's bits.
-    unsafe { libc::CPU_SET(cpu, &mut set) };
-    // SAFETY: the kernel reads the set, which is alive during the call, up to its size.
-    check(unsafe { libc::sched_setaffinity(0, mem::size_of_val(&set), &raw const set) })?;
-    Ok(())
-}
-
-fn no_cpus() -> libc::cpu_set_t {
-    // SAFETY: a `cpu_set_t` is an array of integers, for which all zeroes is a value.
-    unsafe { mem::zeroed() }
 }
 
 /// Has SIGALRM counted from here on, and end whatever system call its thread waits in
