@@ -86,14 +86,14 @@ impl Lab {
         }
     }
 
-    /// Sends numbers from 0 on, in small bursts, and never so many beyond those received that they do not fit the
-    /// receive buffer; takes in what is delivered, which would not all fit an ordinary user's socket
-    pub(crate) fn send_in_bursts(&self, total: u32, received: &AtomicU32) {
+    /// Sends numbers in small bursts, and never so many beyond those received that they do not fit the receive buffer;
+    /// takes in what is delivered, which would not all fit an ordinary user's socket
+    pub(crate) fn send_in_bursts(&self, numbers: std::ops::Range<u32>, received: &AtomicU32) {
         const FIT: u32 = 60;
         let mut dice = Dice(2);
-        let mut sent = 0;
-        while sent < total {
-            let burst = (1 + dice.roll(20)).min(total - sent);
+        let mut sent = numbers.start;
+        while sent < numbers.end {
+            let burst = (1 + dice.roll(20)).min(numbers.end - sent);
             self.send_numbered(sent..sent + burst);
             sent += burst;
             thread::sleep(Duration::from_micros(dice.roll(500).into()));

@@ -49,7 +49,7 @@ fn verdicts_of_four_threads_while_another_receives_are_all_carried_out() {
                     give
                 })
                 .collect();
-            scope.spawn(|| lab.send_in_bursts(N, &received));
+            scope.spawn(|| lab.send_in_bursts(0..N, &received));
 
             let mut batch = RecvBatch::default();
             let mut count = 0;
