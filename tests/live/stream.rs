@@ -653,26 +653,31 @@ fn signals_do_not_end_a_wait() {
         assert_eq!(events, 0);
         assert!(signals >= ENOUGH, "{signals} signals");
 
+        let send_after_signals = |payload| {
+            let before = signal::count();
+            while signal::count() < before + ENOUGH {
+                thread::sleep(Duration::from_millis(1));
+            }
+            lab.send(payload);
+        };
         thread::scope(|scope| {
-            scope.spawn(|| {
-                for payload in [b"ends the first wait", b"ends the other one."] {
-                    thread::sleep(WAIT);
-                    lab.send(payload);
-                }
-            });
+            scope.spawn(|| send_after_signals(b"ends a wait with a deadline"));
             let (payload, signals) = signal::interrupting(|| {
                 let packet = next_packet(&handle, &mut batch);
                 udp_payload(&packet).to_vec()
             })
             .unwrap();
-            assert_eq!(payload, b"ends the first wait");
+            assert_eq!(payload, b"ends a wait with a deadline");
             assert!(signals >= ENOUGH, "{signals} signals");
+        });
+        thread::scope(|scope| {
+            scope.spawn(|| send_after_signals(b"ends one without"));
             let (payload, signals) = signal::interrupting(|| {
                 let mut packets = handle.recv(&mut batch).unwrap().packets();
                 packets.next().map(|packet| udp_payload(&packet).to_vec())
             })
             .unwrap();
-            assert_eq!(payload.as_deref(), Some(&b"ends the other one."[..]));
+            assert_eq!(payload.as_deref(), Some(&b"ends one without"[..]));
             assert!(signals >= ENOUGH, "{signals} signals");
         });
     });
