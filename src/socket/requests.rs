@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use nfqnl_proto::consts::{MESSAGE_HEADER_LEN, NFQNL_MSG_CONFIG, NLMSG_NOOP, message_type};
 use nfqnl_proto::{ConfigRequest, Reply, RequestHeader, encode_noop};
@@ -96,7 +97,10 @@ impl Shared {
 
     /// Reads until the answer is there; the kernel has sent it before our send returned, unless its buffer was full
     fn wait_for_answer(&self, Pending { op, seq, drops }: Pending) -> Result<()> {
+        /// The longest time between two looks that counts: in more this process was stopped, and could not look
+        const LONGEST: Duration = RECHECK.saturating_mul(2);
         let begin = sys::now();
+        let (mut last_look, mut looked_for) = (begin, Duration::ZERO);
         let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
         let mut state = self.state();
         loop {
@@ -104,19 +108,22 @@ impl Shared {
             if let Some(answer) = state.take_answer(seq) {
                 return Ok(answer?);
             }
-            let waited = sys::now().saturating_duration_since(begin);
+            let now = sys::now();
+            looked_for += now.saturating_duration_since(last_look).min(LONGEST);
+            last_look = now;
             let is_empty = !state.has_reader && self.read_to_stash(&mut state, &mut buf)?;
             // Nobody else has it, and it is not there: the kernel had no room for it.
             let is_lost = is_empty
                 && drops != sys::drops(self.as_fd()).ok()
                 && !self.is_read_outside.load(Ordering::Relaxed)
                 && !state.bindings.have_callbacks();
-            if is_lost || waited >= self.ack_timeout {
+            if is_lost || looked_for >= self.ack_timeout {
                 let answer = state.take_answer(seq);
+                let waited = now.saturating_duration_since(begin);
                 return Ok(answer.ok_or(Error::NoAck { op, waited })??);
             }
             if is_empty || state.has_reader {
-                let left = self.ack_timeout.saturating_sub(waited);
+                let left = self.ack_timeout.saturating_sub(looked_for);
                 state = self.wait_for_others(state, left.min(RECHECK));
             }
         }

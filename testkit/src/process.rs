@@ -4,9 +4,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::thread;
+use std::time::Duration;
 
 use rustix::process::{
-    Pid, Resource, Rlimit, Signal, WaitOptions, getrlimit, kill_process, setrlimit, waitpid,
+    Pid, Resource, Rlimit, Signal, WaitOptions, getpid, getrlimit, kill_process, setrlimit, waitpid,
 };
 
 use crate::sys;
@@ -47,6 +48,23 @@ impl Drop for Forked {
             let _ = waitpid(Some(child), WaitOptions::empty());
         }
     }
+}
+
+/// A process that stops this one again and again, until it is dropped: as a debugger, a cgroup's freezer or a hypervisor does
+///
+/// # Errors
+/// What the system says.
+pub fn stopping(pause: Duration, interval: Duration) -> io::Result<Forked> {
+    let this = getpid();
+    fork(move || {
+        let mut signals = [(interval, Signal::STOP), (pause, Signal::CONT)]
+            .into_iter()
+            .cycle();
+        signals.all(|(time, signal)| {
+            thread::sleep(time);
+            kill_process(this, signal).is_ok()
+        });
+    })
 }
 
 /// Runs something while this process can't have another descriptor (`RLIMIT_NOFILE`)

@@ -786,6 +786,38 @@ fn a_process_forks() {
     });
 }
 
+/// Time in which nobody could look for an answer is no waiting for it
+#[test]
+fn a_process_that_is_stopped_amid_its_requests_gets_their_answers() {
+    isolated(|| {
+        const PAUSE: Duration = Duration::from_millis(100);
+        const AHEAD: u32 = 50;
+        let lab = lab();
+        let handle = Handle::builder().ack_timeout(PAUSE / 2).open().unwrap();
+        let queue = handle.bind_queue(QUEUE).unwrap();
+        let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+        let stopper = process::stopping(PAUSE, PAUSE / 10).unwrap();
+        let (mut stops, mut rounds) = (0, 0);
+        while stops < 3 {
+            rounds += 1;
+            lab.send_numbered(0..AHEAD);
+            let begin = Instant::now();
+            queue.set_maxlen(1000).unwrap();
+            stops += u32::from(begin.elapsed() >= PAUSE);
+            for _ in 0..AHEAD {
+                let key = next_packet(&handle, &mut batch).key();
+                verdicts.push(key, Verdict::Accept).unwrap();
+            }
+            handle.send(&mut verdicts).unwrap();
+            assert_eq!(lab.v4.drain_now().unwrap(), AHEAD.try_into().unwrap());
+        }
+        drop(stopper);
+        let stats = handle.stats();
+        assert_eq!(stats.packets, u64::from(AHEAD) * rounds);
+        assert_eq!((stats.lost_packets, stats.refused_verdicts), (0, 0));
+    });
+}
+
 /// EINTR wherever a call can wait, at any moment
 #[test]
 fn a_storm_of_signals() {
