@@ -3,7 +3,6 @@
 //! Not among the live tests, which can be built for a target without building the examples for it.
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
-use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -11,10 +10,10 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nfqnl_testkit::cpu;
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
-use nfqnl_testkit::traffic::{SILENCE, TIMEOUT, Udp, V4, V6};
+use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
+use nfqnl_testkit::{cpu, queue};
 
 // For its own test, which says that it does not end well when it should not. Cargo could run that too, but would then
 // not build the program.
@@ -340,25 +339,23 @@ mod nf_queue {
     const QUEUE: u16 = 7;
 
     impl Example {
-        /// Sends until the example has bound its queue and prints a line for a datagram; says how many it has got by then
-        fn probe(&self, send: impl Fn()) -> usize {
-            let next = |within| self.lines.recv_timeout(within);
-            let deadline = Instant::now() + TIMEOUT;
-            loop {
-                assert!(Instant::now() < deadline, "it prints nothing");
-                send();
-                if next(Duration::from_millis(50)).is_ok() {
-                    return 1 + std::iter::from_fn(|| next(SILENCE).ok()).count();
-                }
-            }
-        }
-
         /// What it prints until it ends, which shall be well
         fn rest(self) -> Vec<String> {
             let rest = self.lines.iter().collect();
             assert!(self.wait().success());
             rest
         }
+    }
+
+    /// Starts it, and waits until it has bound its queue, of which it says nothing
+    fn start(queue: u16, arguments: &[&str]) -> Example {
+        let example = Example::start("nf_queue", arguments);
+        let deadline = Instant::now() + TIMEOUT;
+        while !queue::is_bound(queue).unwrap() {
+            assert!(Instant::now() < deadline, "it binds nothing");
+            thread::sleep(Duration::from_millis(1));
+        }
+        example
     }
 
     fn counts(hooks: [usize; 5]) -> Vec<String> {
@@ -380,8 +377,7 @@ mod nf_queue {
                 ("-cvt2", unfinished, unfinished),
                 ("-Gcvt2", "", " csumnotverified"),
             ] {
-                let example = Example::start("nf_queue", &[options, "-q", "7"]);
-                let probes = example.probe(|| v4.send(b"probe", v4.address()).unwrap());
+                let example = start(QUEUE, &[options, "-q7"]);
                 v6.send(b"v6", v6.address()).unwrap();
                 example.expect_line(&format!("packet hook=34525, hwproto 0x1{state}"));
                 later.add(&Rule::new().udp().queue(QUEUE)).unwrap();
@@ -389,8 +385,8 @@ mod nf_queue {
                 example.expect_line(&format!("packet hook=2048, hwproto 0x3{state}"));
                 example.expect_line(&format!("packet hook=2048, hwproto 0x1{next}"));
                 later.flush().unwrap();
-                assert_eq!(example.rest(), counts([0, probes + 2, 0, 1, 0]));
-                assert_eq!((v4.drain(), v6.drain()), (probes + 1, 1));
+                assert_eq!(example.rest(), counts([0, 2, 0, 1, 0]));
+                assert_eq!((v4.drain(), v6.drain()), (1, 1));
             }
         });
     }
@@ -398,17 +394,20 @@ mod nf_queue {
     #[test]
     fn hands_packets_to_another_queue_after_a_while() {
         isolated(|| {
+            const N: u8 = 3;
+            const DELAY: Duration = Duration::from_millis(150);
             let [(socket, _), _] = sockets_into(QUEUE);
-            let second = Example::start("nf_queue", &["-vc", "-q8", "-t5"]);
-            let first = Example::start("nf_queue", &["-c", "-t5", "-d", "150", "-q7", "-Q8"]);
-            let count = second.probe(|| socket.send(b"probe", socket.address()).unwrap());
+            let second = start(QUEUE + 1, &["-vc", "-t5", "-q8"]);
+            let first = start(QUEUE, &["-c", "-t5", "-d150", "-q7", "-Q8"]);
             let begin = Instant::now();
-            socket.send(b"late", socket.address()).unwrap();
-            assert_eq!(socket.drain(), count + 1);
-            assert!(begin.elapsed() >= Duration::from_millis(150));
-            let expected = counts([0, count + 1, 0, 0, 0]);
+            (0..N).for_each(|number| socket.send(&[number], socket.address()).unwrap());
+            for number in 0..N {
+                assert_eq!(socket.recv(), Some(vec![number]));
+                second.expect("packet hook=2048, hwproto 0x1");
+            }
+            assert!(begin.elapsed() >= DELAY * N.into());
+            let expected = counts([0, N.into(), 0, 0, 0]);
             assert_eq!(first.rest(), expected);
-            second.expect("packet hook=2048, hwproto 0x1");
             assert_eq!(second.rest(), expected);
         });
     }
@@ -417,25 +416,20 @@ mod nf_queue {
     #[test]
     fn answers_out_of_order_amid_bogus_verdicts() {
         isolated(|| {
+            const N: u8 = 16 + 16 + 5;
             let [(socket, _), _] = sockets_into(QUEUE);
-            let next = Cell::new(0_u8);
-            let send = || {
-                socket.send(&[next.get()], socket.address()).unwrap();
-                next.set(next.get() + 1);
-            };
-            let example = Example::start("nf_queue", &["-Ob", "-vct2", "-q7"]);
-            let probes = example.probe(send);
-            (probes..16 + 16 + 5).for_each(|_| send());
-            let first = next.get() - (16 + 16 + 5);
-            for start in [first, first + 16] {
+            let example = start(QUEUE, &["-Ob", "-vct2", "-q7"]);
+            for number in 0..N {
+                socket.send(&[number], socket.address()).unwrap();
+                // The fifty refusals that go with each packet are not to find the next ones' in its receive buffer.
+                example.expect("packet ");
+            }
+            for start in [0, 16] {
                 for number in (start..start + 16).rev() {
                     assert_eq!(socket.recv(), Some(vec![number]));
                 }
             }
-            let lines = example.rest();
-            let (packets, end) = lines.split_at(16 + 16 + 5 - probes);
-            assert!(packets.iter().all(|line| line.starts_with("packet ")));
-            assert_eq!(end, counts([0, 16 + 16 + 5, 0, 0, 0]));
+            assert_eq!(example.rest(), counts([0, N.into(), 0, 0, 0]));
             assert!(socket.is_silent());
         });
     }

@@ -31,6 +31,7 @@ pub mod link;
 mod netlink;
 pub mod netns;
 pub mod process;
+pub mod queue;
 pub mod rules;
 pub mod signal;
 pub mod socket;

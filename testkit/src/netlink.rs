@@ -80,6 +80,12 @@ impl Message {
     }
 }
 
+/// `struct nfgenmsg`, the fixed header of netfilter's messages
+pub(crate) fn nfgenmsg(family: u8, resource: u16) -> [u8; 4] {
+    let [high, low] = resource.to_be_bytes();
+    [family, 0, high, low]
+}
+
 /// Sends messages in one datagram, and waits for the acknowledgement of each that asks for one
 pub(crate) fn transact(protocol: libc::c_int, messages: Vec<Message>) -> io::Result<()> {
     let socket = open(protocol)?;

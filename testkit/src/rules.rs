@@ -8,7 +8,8 @@ use std::ops::RangeInclusive;
 
 use crate::kernel;
 use crate::netlink::{
-    Message, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, attr, attrs, query, transact,
+    Message, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, attr, attrs, nfgenmsg, query,
+    transact,
 };
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -203,12 +204,6 @@ impl Table {
             )
         })
     }
-}
-
-/// `struct nfgenmsg`
-fn nfgenmsg(family: u8, resource: u16) -> [u8; 4] {
-    let [high, low] = resource.to_be_bytes();
-    [family, 0, high, low]
 }
 
 /// A base chain
