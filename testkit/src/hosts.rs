@@ -72,6 +72,7 @@ impl Router {
     /// # Errors
     /// What the kernel says.
     pub fn new() -> io::Result<Self> {
+        link::no_duplicate_detection()?;
         let host = |link, subnet| -> io::Result<Host> {
             let host = Host::new(link, subnet, 2)?;
             let [v4, v6] = addresses(subnet, 1);

@@ -181,6 +181,19 @@ pub fn default_route(gateway: IpAddr) -> io::Result<()> {
     route_request(message, "default route")
 }
 
+/// Makes addresses of links that this namespace gets later usable at once, those too that the kernel gives them by itself
+///
+/// A router asks for a neighbour from its link-local address. While that is being looked for elsewhere, which takes up to
+/// two seconds, it does not ask; and in three it has given up, so at times the first packet would be lost.
+///
+/// # Errors
+/// If /proc/sys is not writable.
+pub fn no_duplicate_detection() -> io::Result<()> {
+    // Each link has the larger one of its own and that of all.
+    fs::write("/proc/sys/net/ipv6/conf/all/accept_dad", "0")?;
+    fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0")
+}
+
 /// Makes this namespace forward IPv4 and IPv6
 ///
 /// # Errors
