@@ -203,8 +203,14 @@ fn wait(mut child: Child, timeout: Duration) -> (Option<ExitStatus>, String) {
                 output.push('\n');
             }
             Err(mpsc::RecvTimeoutError::Disconnected) => break,
-            Err(mpsc::RecvTimeoutError::Timeout) if ended.is_some() => break,
-            Err(mpsc::RecvTimeoutError::Timeout) => ended = child.try_wait().ok().flatten(),
+            Err(mpsc::RecvTimeoutError::Timeout) if ended.is_some() => {}
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                ended = child.try_wait().ok().flatten();
+                if ended.is_some() {
+                    // Then nobody has the pipes any more, and they end when all that is in them has been read.
+                    let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
+                }
+            }
         }
         if Instant::now() >= deadline {
             break;
