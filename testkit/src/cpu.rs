@@ -1,9 +1,18 @@
-//! Which CPU something happens on: a local packet goes through its hooks on that of its sender
+//! Which CPU something happens on (a local packet goes through its hooks on that of its sender), and how long it takes
 
 use std::io;
 use std::thread;
+use std::time::Duration;
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::time::{ClockId, clock_gettime};
+
+/// How long the calling thread has run, which does not grow while others have the CPU
+#[must_use]
+pub fn time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.try_into().expect("it is not negative")
+}
 
 /// The CPUs that the calling thread may run on
 ///

@@ -18,6 +18,7 @@ use nfqnl::{
     CopyMode, Error, Event, Family, Handle, Operation, Queue, QueueConfig, QueueData, RecvBatch,
     Situation, Stats, Verdict,
 };
+use nfqnl_testkit::cpu;
 use nfqnl_testkit::netns::{isolated, part, part_in_another_process};
 use nfqnl_testkit::socket;
 use rustix::event::{PollFd, PollFlags};
@@ -507,6 +508,7 @@ fn a_datagram_of_very_many_messages_is_dealt_with_in_time() {
     isolated(|| {
         const FEW: usize = 1 << 13;
         const TIMES: usize = 16;
+        const ATTEMPTS: usize = 10;
         let lab = Lab::new();
         let (mut handle, _queue) = accepting();
         let mut best = |number| {
@@ -515,9 +517,10 @@ fn a_datagram_of_very_many_messages_is_dealt_with_in_time() {
                 let packet = recv_past_the_library(&handle);
                 let overruns = MessageBuilder::new(NLMSG_OVERRUN, 0).build().repeat(number);
                 let before = handle.stats().overruns;
-                let begin = Instant::now();
-                let handled = handle.handle_packet(&datagram([overruns, packet]));
-                let took = begin.elapsed();
+                let datagram = datagram([overruns, packet]);
+                let begin = cpu::time();
+                let handled = handle.handle_packet(&datagram);
+                let took = cpu::time() - begin;
                 assert_eq!(handled.unwrap(), 1);
                 let counted = handle.stats().overruns - before;
                 assert_eq!(usize::try_from(counted), Ok(number));
@@ -526,15 +529,15 @@ fn a_datagram_of_very_many_messages_is_dealt_with_in_time() {
             });
             rounds.into_iter().min().unwrap()
         };
-        let (few, many) = (best(FEW), best(TIMES * FEW));
-        let ratio = many.as_secs_f64() / few.as_secs_f64();
         // Midway, on a logarithmic scale
         let limit = (TIMES as f64).powf(1.5);
-        assert!(
-            ratio < limit,
-            "{few:?}, but {many:?} for {TIMES} times as many"
-        );
-        eprintln!("{few:?}, and {many:?} for {TIMES} times as many");
+        // In a virtual machine the time that others have the CPU counts as well.
+        let is_linear = (0..ATTEMPTS).any(|_| {
+            let (few, many) = (best(FEW), best(TIMES * FEW));
+            eprintln!("{few:?}, and {many:?} for {TIMES} times as many");
+            many.as_secs_f64() / few.as_secs_f64() < limit
+        });
+        assert!(is_linear);
     });
 }
 
