@@ -197,24 +197,21 @@ mod tokio {
     #[test]
     fn a_receive_call_dropped_at_any_moment_loses_no_packet() {
         isolated(|| {
-            const DROPPED: u32 = 200;
             const ROUND: u32 = 500;
+            const DROPPED: u32 = 200;
             let lab = Lab::new();
+            let runtime = several_threads();
+            let _in_runtime = runtime.enter();
+            let handle = open();
+            let _queue = handle.get_ref().bind_queue(QUEUE).unwrap();
             let received = AtomicU32::new(0);
-            let mut dice = Dice(1);
+            let (mut dice, mut batch) = (Dice(1), RecvBatch::default());
             let (mut dropped, mut next, mut total) = (0, 0, 0);
-            thread::scope(|scope| {
-                several_threads().block_on(async {
-                    let handle = open();
-                    let _queue = handle.get_ref().bind_queue(QUEUE).unwrap();
-                    let mut batch = RecvBatch::default();
-                    // How many are dropped is up to the scheduler: as many rounds as it takes
-                    while next < total || dropped < DROPPED {
-                        if next == total {
-                            total += ROUND;
-                            let numbers = next..total;
-                            scope.spawn(|| lab.send_in_bursts(numbers, &received));
-                        }
+            // How many are dropped in a round is up to the scheduler.
+            while dropped < DROPPED {
+                total += ROUND;
+                let receive_all = async {
+                    while next < total {
                         let (polls, by_timer) = (dice.roll(4), dice.roll(4) == 0);
                         let give_up = async {
                             if by_timer {
@@ -239,10 +236,14 @@ mod tokio {
                             () = give_up => dropped += 1,
                         }
                     }
-                    let stats = handle.get_ref().stats();
-                    assert_eq!((stats.packets, stats.lost_packets), (total.into(), 0));
+                };
+                thread::scope(|scope| {
+                    scope.spawn(|| lab.send_in_bursts(total - ROUND..total, &received));
+                    runtime.block_on(receive_all);
                 });
-            });
+            }
+            let stats = handle.get_ref().stats();
+            assert_eq!((stats.packets, stats.lost_packets), (total.into(), 0));
             assert_eq!(lab.drain(), usize::try_from(total).unwrap());
         });
     }

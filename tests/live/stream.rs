@@ -642,16 +642,20 @@ fn signals_do_not_end_a_wait() {
         let handle = Handle::open().unwrap();
         let _queue = handle.bind_queue(QUEUE).unwrap();
         let mut batch = RecvBatch::default();
-        let begin = Instant::now();
-        let (events, signals) = signal::interrupting(|| {
-            let events = handle.recv_deadline(&mut batch, begin + WAIT).unwrap();
-            events.count()
-        })
-        .unwrap();
-        let took = begin.elapsed();
-        assert!((WAIT..TIMEOUT).contains(&took), "{took:?}");
-        assert_eq!(events, 0);
-        assert!(signals >= ENOUGH, "{signals} signals");
+        // On a busy machine it may take another one.
+        let mut most = 0;
+        while most < ENOUGH {
+            let begin = Instant::now();
+            let (events, signals) = signal::interrupting(|| {
+                let events = handle.recv_deadline(&mut batch, begin + WAIT).unwrap();
+                events.count()
+            })
+            .unwrap();
+            let took = begin.elapsed();
+            assert!((WAIT..TIMEOUT).contains(&took), "{took:?}");
+            assert_eq!(events, 0);
+            most = most.max(signals);
+        }
 
         let send_after_signals = |payload| {
             let before = signal::count();
