@@ -28,7 +28,7 @@ const PART: &str = "NFQNL_TESTKIT_PART";
 /// Leaves out what needs namespaces, and says so
 const SKIP: &str = "NFQNL_SKIP_LIVE";
 /// Longer than any test here takes on a slow machine
-const TEST_TIMEOUT: Duration = Duration::from_secs(60);
+const TEST_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Runs a test in a process and a network namespace of its own, with loopback up
 ///
@@ -37,7 +37,7 @@ const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// it is root. What the test prints and how it panics comes out here.
 ///
 /// # Panics
-/// If the test fails, takes longer than a minute, or no namespace can be made and `NFQNL_SKIP_LIVE=1` does not say
+/// If the test fails, takes longer than three minutes, or no namespace can be made and `NFQNL_SKIP_LIVE=1` does not say
 /// that this is known.
 #[track_caller]
 pub fn isolated<F: FnOnce()>(test: F) {
