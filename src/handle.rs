@@ -153,7 +153,7 @@ impl HandleBuilder {
     /// How long a configuration call waits for its acknowledgement; one second if not set
     ///
     /// The kernel answers before the request's system call returns; only an answer that was lost takes this long. Time in
-    /// which this process is stopped does not count.
+    /// which this process does not run, as when it is stopped, does not count.
     pub const fn ack_timeout(mut self, timeout: Duration) -> Self {
         self.ack_timeout = timeout;
         self

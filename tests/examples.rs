@@ -349,7 +349,8 @@ mod nf_queue {
 
     /// Starts it, and waits until it has bound its queue, of which it says nothing
     fn start(queue: u16, arguments: &[&str]) -> Example {
-        let example = Example::start("nf_queue", arguments);
+        let number = format!("-q{queue}");
+        let example = Example::start("nf_queue", &[arguments, &[&number]].concat());
         let deadline = Instant::now() + TIMEOUT;
         while !queue::is_bound(queue).unwrap() {
             assert!(Instant::now() < deadline, "it binds nothing");
@@ -377,7 +378,7 @@ mod nf_queue {
                 ("-cvt2", unfinished, unfinished),
                 ("-Gcvt2", "", " csumnotverified"),
             ] {
-                let example = start(QUEUE, &[options, "-q7"]);
+                let example = start(QUEUE, &[options]);
                 v6.send(b"v6", v6.address()).unwrap();
                 example.expect_line(&format!("packet hook=34525, hwproto 0x1{state}"));
                 later.add(&Rule::new().udp().queue(QUEUE)).unwrap();
@@ -397,8 +398,8 @@ mod nf_queue {
             const N: u8 = 3;
             const DELAY: Duration = Duration::from_millis(150);
             let [(socket, _), _] = sockets_into(QUEUE);
-            let second = start(QUEUE + 1, &["-vc", "-t5", "-q8"]);
-            let first = start(QUEUE, &["-c", "-t5", "-d150", "-q7", "-Q8"]);
+            let second = start(QUEUE + 1, &["-vc", "-t5"]);
+            let first = start(QUEUE, &["-c", "-t5", "-d150", "-Q8"]);
             let begin = Instant::now();
             (0..N).for_each(|number| socket.send(&[number], socket.address()).unwrap());
             for number in 0..N {
@@ -418,10 +419,10 @@ mod nf_queue {
         isolated(|| {
             const N: u8 = 16 + 16 + 5;
             let [(socket, _), _] = sockets_into(QUEUE);
-            let example = start(QUEUE, &["-Ob", "-vct2", "-q7"]);
+            let example = start(QUEUE, &["-Ob", "-vct2"]);
             for number in 0..N {
                 socket.send(&[number], socket.address()).unwrap();
-                // The fifty refusals that go with each packet are not to find the next ones' in its receive buffer.
+                // Fifty refusals come with each packet: those of several would not fit its receive buffer.
                 example.expect("packet ");
             }
             for start in [0, 16] {

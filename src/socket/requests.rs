@@ -97,7 +97,7 @@ impl Shared {
 
     /// Reads until the answer is there; the kernel has sent it before our send returned, unless its buffer was full
     fn wait_for_answer(&self, Pending { op, seq, drops }: Pending) -> Result<()> {
-        /// The longest time between two looks that counts: in more this process was stopped, and could not look
+        /// The longest time between two looks that counts: in more this process did not run, and could not look
         const LONGEST: Duration = RECHECK.saturating_mul(2);
         let begin = sys::now();
         let (mut last_look, mut looked_for) = (begin, Duration::ZERO);

@@ -37,7 +37,7 @@ const TEST_TIMEOUT: Duration = Duration::from_secs(180);
 /// it is root. What the test prints and how it panics comes out here.
 ///
 /// # Panics
-/// If the test fails, takes longer than three minutes, or no namespace can be made and `NFQNL_SKIP_LIVE=1` does not say
+/// If the test fails, takes too long, or no namespace can be made and `NFQNL_SKIP_LIVE=1` does not say
 /// that this is known.
 #[track_caller]
 pub fn isolated<F: FnOnce()>(test: F) {
@@ -177,8 +177,8 @@ fn spawn(mut command: Command) -> Result<Child, NamespaceError> {
 
 /// Waits for a child and collects its output; ends it when its time is up, and in any case what it has started
 fn wait(mut child: Child, timeout: Duration) -> (Option<ExitStatus>, String) {
-    /// How often to look whether it has ended; its output ends earlier, unless a process that it started has it too
-    const LOOK: Duration = Duration::from_millis(100);
+    /// How often to look whether it has ended
+    const LOOK: Duration = Duration::from_millis(2);
     let (send, chunks) = mpsc::channel();
     let pipes: [Option<Box<dyn Read + Send>>; 2] = [
         child.stdout.take().map(|pipe| Box::new(pipe) as _),
@@ -194,34 +194,19 @@ fn wait(mut child: Child, timeout: Duration) -> (Option<ExitStatus>, String) {
     }
     drop(send);
     let deadline = Instant::now() + timeout;
-    let mut output = String::new();
     let mut ended = None;
-    loop {
-        match chunks.recv_timeout(LOOK) {
-            Ok(line) => {
-                output.push_str(&String::from_utf8_lossy(&line));
-                output.push('\n');
-            }
-            Err(mpsc::RecvTimeoutError::Disconnected) => break,
-            Err(mpsc::RecvTimeoutError::Timeout) if ended.is_some() => {}
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                ended = child.try_wait().ok().flatten();
-                if ended.is_some() {
-                    // Then nobody has the pipes any more, and they end when all that is in them has been read.
-                    let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
-                }
-            }
-        }
-        if Instant::now() >= deadline {
-            break;
-        }
-    }
     while ended.is_none() && Instant::now() < deadline {
+        thread::sleep(LOOK);
         ended = child.try_wait().ok().flatten();
-        thread::sleep(Duration::from_millis(1));
     }
     let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     let _ = child.wait();
+    // Nobody has the pipes any more, and they end when all that is in them has been read.
+    let mut output = String::new();
+    for line in chunks {
+        output.push_str(&String::from_utf8_lossy(&line));
+        output.push('\n');
+    }
     (ended, output)
 }
 

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::process::{
-    Pid, Resource, Rlimit, Signal, WaitOptions, getpid, getrlimit, kill_process, setrlimit, waitpid,
+    Pid, Resource, Rlimit, Signal, WaitOptions, getrlimit, kill_process, setrlimit, waitpid,
 };
 
 use crate::sys;
@@ -27,6 +27,25 @@ pub fn fork(f: impl FnOnce()) -> io::Result<Forked> {
 impl Forked {
     /// Kills it (`SIGKILL`), and returns when it has ended
     pub fn kill(self) {}
+
+    /// Waits for its end as [`wait`](Self::wait) does, and stops it again and again meanwhile, as a debugger does, a cgroup's
+    /// freezer or a hypervisor: each time for `pause`, after it has had `interval`
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn wait_while_stopping(mut self, pause: Duration, interval: Duration) -> io::Result<bool> {
+        while let Some(child) = self.0 {
+            thread::sleep(interval);
+            if let Some((_, status)) = waitpid(Some(child), WaitOptions::NOHANG)? {
+                self.0 = None;
+                return Ok(status.exit_status() == Some(0));
+            }
+            kill_process(child, Signal::STOP)?;
+            thread::sleep(pause);
+            kill_process(child, Signal::CONT)?;
+        }
+        Ok(false)
+    }
 
     /// Waits for its end, and says whether it did what it should without a panic
     ///
@@ -48,23 +67,6 @@ impl Drop for Forked {
             let _ = waitpid(Some(child), WaitOptions::empty());
         }
     }
-}
-
-/// A process that stops this one again and again, until it is dropped: as a debugger, a cgroup's freezer or a hypervisor does
-///
-/// # Errors
-/// What the system says.
-pub fn stopping(pause: Duration, interval: Duration) -> io::Result<Forked> {
-    let this = getpid();
-    fork(move || {
-        let mut signals = [(interval, Signal::STOP), (pause, Signal::CONT)]
-            .into_iter()
-            .cycle();
-        signals.all(|(time, signal)| {
-            thread::sleep(time);
-            kill_process(this, signal).is_ok()
-        });
-    })
 }
 
 /// Runs something while this process can't have another descriptor (`RLIMIT_NOFILE`)

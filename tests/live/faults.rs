@@ -790,31 +790,36 @@ fn a_process_forks() {
 #[test]
 fn a_process_that_is_stopped_amid_its_requests_gets_their_answers() {
     isolated(|| {
-        const PAUSE: Duration = Duration::from_millis(100);
+        const PAUSE: Duration = Duration::from_millis(200);
         const AHEAD: u32 = 50;
         let lab = lab();
-        let handle = Handle::builder().ack_timeout(PAUSE / 2).open().unwrap();
-        let queue = handle.bind_queue(QUEUE).unwrap();
-        let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
-        let stopper = process::stopping(PAUSE, PAUSE / 10).unwrap();
-        let (mut stops, mut rounds) = (0, 0);
-        while stops < 3 {
-            rounds += 1;
-            lab.send_numbered(0..AHEAD);
-            let begin = Instant::now();
-            queue.set_maxlen(1000).unwrap();
-            stops += u32::from(begin.elapsed() >= PAUSE);
-            for _ in 0..AHEAD {
-                let key = next_packet(&handle, &mut batch).key();
-                verdicts.push(key, Verdict::Accept).unwrap();
+        let child = process::fork(|| {
+            let handle = Handle::builder().ack_timeout(PAUSE / 2).open().unwrap();
+            let queue = handle.bind_queue(QUEUE).unwrap();
+            let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+            let (mut stops, mut packets) = (0, 0);
+            while stops < 2 {
+                lab.send_numbered(0..AHEAD);
+                packets += AHEAD;
+                let begin = Instant::now();
+                queue.set_maxlen(1000).unwrap();
+                stops += u32::from(begin.elapsed() >= PAUSE);
+                for _ in 0..AHEAD {
+                    let key = next_packet(&handle, &mut batch).key();
+                    verdicts.push(key, Verdict::Accept).unwrap();
+                }
+                handle.send(&mut verdicts).unwrap();
+                let mut left = usize::try_from(AHEAD).unwrap();
+                while left > 0 {
+                    left -= lab.v4.drain_now().unwrap();
+                }
             }
-            handle.send(&mut verdicts).unwrap();
-            assert_eq!(lab.v4.drain_now().unwrap(), AHEAD.try_into().unwrap());
-        }
-        drop(stopper);
-        let stats = handle.stats();
-        assert_eq!(stats.packets, u64::from(AHEAD) * rounds);
-        assert_eq!((stats.lost_packets, stats.refused_verdicts), (0, 0));
+            let stats = handle.stats();
+            assert_eq!((stats.packets, stats.lost_packets), (packets.into(), 0));
+            assert_eq!(stats.refused_verdicts, 0);
+        });
+        let child = child.unwrap();
+        assert!(child.wait_while_stopping(PAUSE, PAUSE / 20).unwrap());
     });
 }
 

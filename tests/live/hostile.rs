@@ -537,7 +537,7 @@ fn a_datagram_of_very_many_messages_is_dealt_with_in_time() {
             eprintln!("{few:?}, and {many:?} for {TIMES} times as many");
             many.as_secs_f64() / few.as_secs_f64() < limit
         });
-        assert!(is_linear);
+        assert!(is_linear, "more than linear in every attempt");
     });
 }
 

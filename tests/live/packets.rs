@@ -317,7 +317,7 @@ fn a_tcp_connection_goes_through_the_queue_whole() {
                 let sent = sent.clone();
                 thread::spawn(move || traffic::tcp_exchange(to, &sent).unwrap())
             };
-            // A late answer has its question said again.
+            // TCP sends a SYN again whose answer is late.
             let (mut held, mut handshakes) = (0, BTreeSet::new());
             let mut batch = RecvBatch::default();
             while !client.is_finished() {
@@ -342,7 +342,7 @@ fn a_tcp_connection_goes_through_the_queue_whole() {
             assert_eq!(echo.join().unwrap(), sent.len());
             let kinds: Vec<_> = handshakes.iter().map(|(is_answer, _)| *is_answer).collect();
             assert_eq!(kinds, [false, true], "SYN and SYN-ACK");
-            assert!(held > kinds.len());
+            assert!(held > 2);
         }
     });
 }
