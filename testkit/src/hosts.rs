@@ -30,8 +30,10 @@ impl Host {
         namespace.run(|| {
             link::up("eth0")?;
             link::address("eth0", v4, V4_PREFIX)?;
-            link::address("eth0", v6, V6_PREFIX)
+            link::address("eth0", v6, V6_PREFIX)?;
+            link::wait_for_carrier("eth0")
         })?;
+        link::wait_for_carrier(link)?;
         Ok(Self {
             namespace,
             v4,

@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::netlink::{Message, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, attr, query, transact};
 use crate::netns::Namespace;
@@ -17,10 +19,12 @@ const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
+const IFLA_OPERSTATE: u16 = 16;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
+const IF_OPER_UP: u8 = 6;
 const VETH_INFO_PEER: u16 = 1;
 const IFLA_VLAN_ID: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
@@ -226,6 +230,26 @@ pub fn name(index: u32) -> Option<String> {
     let name = attr(answer.get(IFINFO_LEN..)?, IFLA_IFNAME)?;
     let name = name.strip_suffix(&[0]).unwrap_or(name);
     String::from_utf8(name.to_vec()).ok()
+}
+
+/// Waits until a link carries packets: a moment after both of its ends are up, until when the kernel throws them away
+///
+/// # Errors
+/// If there is no such link, or its other end stays down.
+pub fn wait_for_carrier(name: &str) -> io::Result<()> {
+    const LIMIT: Duration = Duration::from_secs(30);
+    let end = Instant::now() + LIMIT;
+    loop {
+        let answer = get(name)?;
+        let state = attr(answer.get(IFINFO_LEN..).unwrap_or_default(), IFLA_OPERSTATE);
+        if state == Some(&[IF_OPER_UP]) {
+            return Ok(());
+        }
+        if Instant::now() >= end {
+            return Err(about(name, &io::ErrorKind::TimedOut.into()));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// A link's hardware address
