@@ -13,7 +13,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::fs::{self, Mode, OFlags};
-use rustix::process::{self, Pid, Signal};
+use rustix::process::{self, Pid, Signal, WaitOptions};
 use rustix::thread;
 
 /// Has the child make namespaces of its own before it runs its program, when it is still single-threaded
@@ -121,6 +121,8 @@ pub(crate) fn fail_sends(errno: u16) -> io::Result<()> {
 }
 
 /// Takes a capability out of the calling thread's effective set
+///
+/// rustix has these calls without `unsafe`, but valgrind does not see the second word that the kernel writes for it.
 pub(crate) fn drop_capability(capability: u32) -> io::Result<()> {
     #[repr(C)]
     struct Header {
@@ -181,22 +183,23 @@ pub(crate) fn signals() -> usize {
 }
 
 /// A thread of this process, for others to interrupt
-pub(crate) struct Thread(libc::c_long);
+pub(crate) struct Thread(Pid);
 
 impl Thread {
     pub(crate) fn current() -> Self {
-        // SAFETY: this call takes nothing and never fails.
-        Self(unsafe { libc::syscall(libc::SYS_gettid) })
+        Self(thread::gettid())
     }
 
     /// Sends it SIGALRM; to a thread that has ended, nothing
     pub(crate) fn signal(&self) {
+        let [process, thread, signal] = [
+            process::getpid().as_raw_nonzero().get(),
+            self.0.as_raw_nonzero().get(),
+            libc::SIGALRM,
+        ]
+        .map(libc::c_long::from);
         // SAFETY: no memory is involved.
-        unsafe {
-            let process = libc::c_long::from(libc::getpid());
-            let signal = libc::c_long::from(libc::SIGALRM);
-            libc::syscall(libc::SYS_tgkill, process, self.0, signal);
-        }
+        unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
     }
 }
 
@@ -346,10 +349,10 @@ impl Traced {
     }
 
     fn wait(&self) -> io::Result<libc::c_int> {
-        let mut status = 0;
-        // SAFETY: the kernel writes the status, which lives during the call.
-        check(unsafe { libc::waitpid(self.thread, &raw mut status, libc::__WALL) })?;
-        Ok(status)
+        let stopped = process::waitpid(Pid::from_raw(self.thread), WaitOptions::empty())?;
+        stopped
+            .map(|(_, status)| status.as_raw())
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 
@@ -401,18 +404,6 @@ pub(crate) fn set_option(
 
 const INT_LEN: libc::socklen_t = 4;
 const _: () = assert!(mem::size_of::<libc::c_int>() == 4);
-
-/// Opens a socket
-pub(crate) fn socket(
-    domain: libc::c_int,
-    kind: libc::c_int,
-    protocol: libc::c_int,
-) -> io::Result<OwnedFd> {
-    // SAFETY: no memory is involved.
-    let fd = check(unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) })?;
-    // SAFETY: the descriptor is new and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
 
 /// Wraps a netlink socket that somebody else opened
 pub(crate) fn netlink(fd: OwnedFd) -> netlink_sys::Socket {

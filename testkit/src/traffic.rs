@@ -8,6 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, U
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
+
 use crate::sys;
 
 /// How long receivers wait
@@ -226,11 +228,16 @@ pub fn tcp_exchange(to: SocketAddr, data: &[u8]) -> io::Result<Vec<u8>> {
 /// EPERM without CAP_NET_RAW; else what the system says.
 pub fn ping(to: IpAddr, data: &[u8], timeout: Duration) -> io::Result<bool> {
     let (domain, protocol, request, reply, header_len) = match to {
-        IpAddr::V4(_) => (libc::AF_INET, libc::IPPROTO_ICMP, 8, 0, 20),
+        IpAddr::V4(_) => (AddressFamily::INET, ipproto::ICMP, 8, 0, 20),
         // A raw IPv6 socket gets no IP header, and the kernel fills in the checksum.
-        IpAddr::V6(_) => (libc::AF_INET6, libc::IPPROTO_ICMPV6, 128, 129, 0),
+        IpAddr::V6(_) => (AddressFamily::INET6, ipproto::ICMPV6, 128, 129, 0),
     };
-    let raw = sys::socket(domain, libc::SOCK_RAW, protocol)?;
+    let raw = socket_with(
+        domain,
+        SocketType::RAW,
+        SocketFlags::CLOEXEC,
+        Some(protocol),
+    )?;
     // For `connect`, `send` and timeouts a raw socket is as good as a UDP one; only std has no name for it.
     let socket = UdpSocket::from(raw);
     socket.connect((to, 0))?;
