@@ -42,7 +42,7 @@ pub enum Error {
     NoAck {
         /// What was asked for
         op: Operation,
-        /// How long the call waited
+        /// How long the call waited, without the time in which this process did not run
         waited: Duration,
     },
     /// The packet belongs to a binding of its queue that has ended: the kernel dropped it then, and its id may by now

@@ -44,10 +44,10 @@ use crate::waiting::{Unproven, Waiting};
 /// different verdict, mark or priority, and everything else that a [`Decision`] can carry. A run's packets that have gone
 /// meanwhile are not reported as refused, unless all of them have.
 ///
-/// Some things leave a queue without runs until it is bound again: verdicts that the kernel has refused for want of
-/// `CAP_NET_ADMIN`; packets that others have received; more than 262 144 gaps between those that wait; and, since numbers wrap,
-/// half a billion packets behind the oldest that waits, or a billion lost messages that no gap between packets accounts for
-/// yet.
+/// Some things leave a queue without runs until it is bound again: verdicts that were sent one by one before any were sent
+/// together, if they differ or have a new payload; verdicts that the kernel has refused for want of `CAP_NET_ADMIN`; packets
+/// that others have received; some 262 000 gaps between those that wait; and, since numbers wrap, half a billion packets
+/// behind the oldest that waits, or a billion lost messages that no gap between packets accounts for yet.
 ///
 /// [`HandleBuilder::coalesce`](crate::HandleBuilder::coalesce) turns runs off.
 #[derive(Debug, Default)]

@@ -66,7 +66,7 @@ impl Losses {
     /// Takes in the count, and says whether runs must end, in all bindings that there are
     ///
     /// That is said once: the first packet of a later binding has the number 1.
-    pub(crate) fn end_runs(&mut self, count: u32) -> bool {
+    pub(crate) fn must_end_runs(&mut self, count: u32) -> bool {
         self.take_in(count);
         let are_many = self.unexplained > MAX_UNEXPLAINED.into();
         if are_many {
@@ -126,7 +126,7 @@ impl Shared {
             return;
         }
         let count = sys::drops(self.as_fd()).ok();
-        if count.is_none_or(|count| state.losses.end_runs(count)) {
+        if count.is_none_or(|count| state.losses.must_end_runs(count)) {
             self.end_runs(&state.bindings);
         }
         self.losses_seen
@@ -152,11 +152,11 @@ mod tests {
     #[test]
     fn very_many_losses_end_runs_before_a_gap_shows_them() {
         let mut losses = Losses::default();
-        assert!(!losses.end_runs(MAX_UNEXPLAINED));
+        assert!(!losses.must_end_runs(MAX_UNEXPLAINED));
         assert!(losses.explain(1, false, MAX_UNEXPLAINED));
-        assert!(!losses.end_runs(MAX_UNEXPLAINED + 1));
-        assert!(losses.end_runs(MAX_UNEXPLAINED + 2));
-        assert!(!losses.end_runs(MAX_UNEXPLAINED + 2), "that was said");
+        assert!(!losses.must_end_runs(MAX_UNEXPLAINED + 1));
+        assert!(losses.must_end_runs(MAX_UNEXPLAINED + 2));
+        assert!(!losses.must_end_runs(MAX_UNEXPLAINED + 2), "that was said");
     }
 
     /// Or as many more could be lost since
@@ -164,10 +164,10 @@ mod tests {
     fn what_runs_have_ended_for_explains_no_later_gap_and_no_later_losses() {
         let mut losses = Losses::default();
         let before = MAX_UNEXPLAINED + 1;
-        assert!(losses.end_runs(before));
+        assert!(losses.must_end_runs(before));
         assert!(!losses.explain(1, false, before), "of a later binding");
-        assert!(!losses.end_runs(before + MAX_UNEXPLAINED));
+        assert!(!losses.must_end_runs(before + MAX_UNEXPLAINED));
         assert!(losses.explain(before, true, before + MAX_UNEXPLAINED));
-        assert!(losses.end_runs(before + MAX_UNEXPLAINED + 1));
+        assert!(losses.must_end_runs(before + MAX_UNEXPLAINED + 1));
     }
 }

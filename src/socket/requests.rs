@@ -99,8 +99,7 @@ impl Shared {
     fn wait_for_answer(&self, Pending { op, seq, drops }: Pending) -> Result<()> {
         /// The longest time between two looks that counts: in more this process did not run, and could not look
         const LONGEST: Duration = RECHECK.saturating_mul(2);
-        let begin = sys::now();
-        let (mut last_look, mut looked_for) = (begin, Duration::ZERO);
+        let (mut last_look, mut waited) = (sys::now(), Duration::ZERO);
         let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
         let mut state = self.state();
         loop {
@@ -109,7 +108,7 @@ impl Shared {
                 return Ok(answer?);
             }
             let now = sys::now();
-            looked_for += now.saturating_duration_since(last_look).min(LONGEST);
+            waited += now.saturating_duration_since(last_look).min(LONGEST);
             last_look = now;
             let is_empty = !state.has_reader && self.read_to_stash(&mut state, &mut buf)?;
             // Nobody else has it, and it is not there: the kernel had no room for it.
@@ -117,13 +116,12 @@ impl Shared {
                 && drops != sys::drops(self.as_fd()).ok()
                 && !self.is_read_outside.load(Ordering::Relaxed)
                 && !state.bindings.have_callbacks();
-            if is_lost || looked_for >= self.ack_timeout {
+            if is_lost || waited >= self.ack_timeout {
                 let answer = state.take_answer(seq);
-                let waited = now.saturating_duration_since(begin);
                 return Ok(answer.ok_or(Error::NoAck { op, waited })??);
             }
             if is_empty || state.has_reader {
-                let left = self.ack_timeout.saturating_sub(looked_for);
+                let left = self.ack_timeout.saturating_sub(waited);
                 state = self.wait_for_others(state, left.min(RECHECK));
             }
         }

@@ -525,7 +525,7 @@ impl World {
     /// As `Shared::look_at_losses` does
     fn look_at_losses(&mut self) {
         self.dropped_since = 0;
-        if self.losses.end_runs(self.dropped) {
+        if self.losses.must_end_runs(self.dropped) {
             for binding in self.bindings.iter() {
                 binding.waiting().go_blind();
             }
