@@ -1,16 +1,16 @@
-//! What the bytes cost: parsing a packet, reading its attributes, encoding verdicts and settings
+//! The cost of the wire format: parsing packets, reading attributes, encoding verdicts and settings
 //!
 //! ```text
 //! cargo bench --bench codec [-- FILTER]
 //! ```
 //!
-//! The packets are those that a kernel sent (`proto/tests/data`). Beside each of ours stands the same work on the same
-//! bytes by netlink-packet-core, as programs of the rust-netlink stack would do it: `NetlinkBuffer` for the header,
-//! `NlasIterator` for the attributes, `Emitable` for what is sent. It knows nothing of queues, so it gets its attributes by
-//! walking to them.
+//! The packets were captured from a kernel (`proto/tests/data`). Each bench has a counterpart that
+//! does the same work on the same bytes with netlink-packet-core, as programs of the rust-netlink
+//! stack do it: `NetlinkBuffer` for the header, `NlasIterator` for the attributes, `Emitable` for
+//! requests. That crate has no packet type, so its side finds attributes by iteration.
 //!
-//! nfq 0.2.5 is not here, since its API offers no way in: bytes reach its parser by `Queue::recv` alone, and its verdicts
-//! leave by `Queue::verdict` alone, both on a socket that it has opened itself. `benches/compare` measures it whole.
+//! nfq 0.2.5 is not here: its parser and encoder work only on its own socket, through `Queue::recv`
+//! and `Queue::verdict`. `benches/compare` measures it as a whole.
 #![allow(clippy::unwrap_used, reason = "a benchmark may fail")]
 
 use std::hint::black_box;
@@ -21,10 +21,8 @@ use nfqnl::consts::{
     MESSAGE_HEADER_LEN, NFQA_IFINDEX_INDEV, NFQA_MARK, NFQA_PACKET_HDR, NFQA_PAYLOAD,
     NFQA_VERDICT_HDR, NFQNL_MSG_VERDICT, NLM_F_REQUEST, message_type,
 };
-use nfqnl::proto::{BatchVerdict, ConfigRequest, Message, Messages, RequestHeader, encode_noop};
-use nfqnl::{
-    ConfigFlags, CopyMode, Decision, Packet, PacketKey, QueueConfig, Verdict, VerdictBatch,
-};
+use nfqnl::proto::{ConfigRequest, Message, Messages, PlainVerdict, RequestHeader, encode_noop};
+use nfqnl::{ConfigFlags, CopyMode, Decision, Packet, PacketKey, QueueConfig, SendBatch, Verdict};
 
 macro_rules! golden {
     ($name:literal) => {
@@ -35,7 +33,7 @@ macro_rules! golden {
     };
 }
 
-/// A packet that came in, one that goes through, one with a cut payload, one with none, a bridged one
+/// An incoming packet, a forwarded, a truncated, one without payload, and a bridged one
 const PACKETS: [(&str, &[u8]); 5] = [
     golden!("ipv4_input"),
     golden!("forward"),
@@ -43,11 +41,10 @@ const PACKETS: [(&str, &[u8]); 5] = [
     golden!("meta"),
     golden!("bridge"),
 ];
-/// `struct nfgenmsg`, which stands between the netlink header and the attributes
+/// The length of `struct nfgenmsg`, between the netlink header and the attributes
 const FAMILY_HEADER_LEN: usize = 4;
 const HEADER: RequestHeader = RequestHeader {
     ack: false,
-    echo: false,
     seq: 7,
     pid: 0,
 };
@@ -71,7 +68,7 @@ fn packet(datagram: &[u8]) -> Packet<'_> {
     }
 }
 
-/// The attributes of a packet as netlink-packet-core finds them
+/// The attributes of a packet, read by netlink-packet-core
 fn their_attributes(datagram: &[u8]) -> NlasIterator<&[u8]> {
     let buffer = NetlinkBuffer::new_checked(datagram).unwrap();
     NlasIterator::new(&buffer.payload()[FAMILY_HEADER_LEN..])
@@ -81,7 +78,7 @@ fn parse(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("parse");
     group.throughput(Throughput::Elements(1));
     for (name, datagram) in PACKETS {
-        // Every message of the datagram, as a receive loop does
+        // Every message of the datagram, as in a receive loop
         group.bench_function(format!("{name}/nfqnl"), |b| {
             b.iter(|| {
                 for message in Messages::new(black_box(datagram)) {
@@ -89,11 +86,11 @@ fn parse(criterion: &mut Criterion) {
                 }
             });
         });
-        // The key alone: what batching needs
+        // Only the key, as for a key table
         group.bench_function(format!("{name}/nfqnl-peek"), |b| {
             b.iter(|| PacketKey::peek(black_box(datagram)).unwrap());
         });
-        // A walk over the attributes; nothing is remembered of where they are
+        // One iteration over the attributes, without an index of them
         group.bench_function(format!("{name}/netlink-packet-core"), |b| {
             b.iter(|| {
                 for attribute in their_attributes(black_box(datagram)) {
@@ -105,7 +102,7 @@ fn parse(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// What a typical program looks at
+/// Reads the attributes that a typical program reads
 fn common_getters(packet: &Packet<'_>) -> (u32, u32, usize, Option<u32>, u8) {
     (
         packet.id(),
@@ -166,12 +163,8 @@ fn attributes(criterion: &mut Criterion) {
             ));
             black_box((packet.security_context(), packet.vlan(), packet.l2_header()));
             black_box((packet.conntrack(), packet.conntrack_info()));
-            black_box((
-                packet.cgroup_classid(),
-                packet.capture_len(),
-                packet.skb_info(),
-            ));
-            black_box(packet.payload());
+            black_box((packet.cgroup_classid(), packet.skb_info()));
+            black_box((packet.payload(), packet.len(), packet.is_truncated()));
         });
     });
     group.finish();
@@ -216,28 +209,24 @@ fn verdicts(criterion: &mut Criterion) {
         assert_eq!(ours[..len], theirs[..len], "the same message");
     }
 
-    let batch = BatchVerdict::new(Verdict::Accept);
-    let mut buf = [0; BatchVerdict::MAX_LEN];
+    let plain = PlainVerdict::new(Verdict::Accept);
+    let mut buf = [0; PlainVerdict::MAX_LEN];
     group.bench_function("batch/nfqnl", |b| {
         b.iter(|| {
-            black_box(&batch)
-                .encode(&mut buf, QUEUE, ID, HEADER)
+            black_box(&plain)
+                .encode_batch(&mut buf, QUEUE, ID, HEADER)
                 .unwrap()
         });
     });
 
     const MANY: u32 = 32;
-    let mut collected = VerdictBatch::new();
+    let mut collected = SendBatch::new();
     group.throughput(Throughput::Elements(MANY.into()));
     group.bench_function("collect-32/nfqnl", |b| {
         b.iter(|| {
             collected.clear();
             for id in 0..MANY {
-                let key = PacketKey {
-                    queue: QUEUE,
-                    binding: 1,
-                    id,
-                };
+                let key = PacketKey::new(QUEUE, id);
                 collected.push(black_box(key), Verdict::Accept).unwrap();
             }
         });
@@ -245,7 +234,7 @@ fn verdicts(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// An attribute as netlink-packet-core writes one
+/// An attribute that netlink-packet-core can write
 struct TheirAttribute<'a>(u16, &'a [u8]);
 
 impl Nla for TheirAttribute<'_> {
@@ -262,7 +251,7 @@ impl Nla for TheirAttribute<'_> {
     }
 }
 
-/// The same message by netlink-packet-core
+/// The same message, written by netlink-packet-core
 fn their_verdict(
     buf: &mut [u8],
     verdict: Verdict,
@@ -299,9 +288,9 @@ fn requests(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("request");
     group.throughput(Throughput::Elements(1));
     let config = QueueConfig::new()
-        .copy_mode(CopyMode::PACKET, u32::MAX)
+        .copy_mode(CopyMode::Packet, u32::MAX)
         .maxlen(4096)
-        .flags(ConfigFlags::GSO, ConfigFlags::GSO);
+        .enable(ConfigFlags::GSO);
     let mut buf = [0; ConfigRequest::MAX_LEN];
     group.bench_function("bind-with-settings/nfqnl", |b| {
         b.iter(|| {

@@ -1,16 +1,17 @@
-//! Packets per second through the real kernel: what is decided × packet size × way to handle × batch size
+//! Packets per second through the real kernel: task × packet size × style × batch size
 //!
 //! ```text
 //! cargo bench --bench throughput [-- FILTER]    # FILTER as in 'accept/64/loop'
 //! cargo bench --bench throughput -- --test      # every cell once, as a test
 //! ```
 //!
-//! It runs in a network namespace of its own, as root or as an ordinary user. A round's packets wait in the queue before
-//! the clock starts, and it stops when the last verdict has been carried out: the sender's work and noise are not in it.
-//! After each round the packets that were accepted are received, in order, with the content they should have, and no
-//! others; so each cell has done what it says.
+//! The bench runs in its own network namespace, as root or as an ordinary user. The packets of a
+//! round wait in the queue before the clock starts, and the clock stops after the last verdict, so
+//! the sender's work is not measured. After each round the bench receives the accepted packets and
+//! checks their order and content, and that no others arrive.
 //!
-//! The packets of 60000 bytes are real segmentation offload: one packet to the queue, UDP of 44 datagrams to the wire.
+//! The packets of 60000 bytes use segmentation offload: one packet in the queue, 44 UDP datagrams
+//! on the wire.
 #![allow(clippy::unwrap_used, reason = "a benchmark may fail")]
 
 use std::fmt;
@@ -22,8 +23,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use nfqnl::{
-    ConfigFlags, CopyMode, Decision, Handle, OwnedPacket, Packet, PacketKey, Queue, QueueConfig,
-    QueueData, RecvBatch, SkbInfo, Verdict, VerdictBatch, VerdictSender,
+    ConfigFlags, CopyMode, Decision, Event, Handle, OwnedPacket, Packet, PacketKey, Queue,
+    QueueConfig, QueueData, RecvBatch, SendBatch, SkbInfo, Socket, Verdict, VerdictSender,
 };
 use nfqnl_testkit::netns;
 use nfqnl_testkit::rules::{Chain, Family, Hook, Rule, Table};
@@ -35,10 +36,10 @@ const MARK: u32 = 7;
 const IP_AND_UDP: usize = 28;
 const SENT: u8 = b's';
 const REWRITTEN: u8 = b'r';
-/// Where the payload says whether it was rewritten; before that is its number
+/// Offset of the byte that tells rewritten payloads apart. Before it is the packet's number.
 const STATE: usize = 4;
 
-/// What is decided about packets, which are numbered from 1
+/// The decisions on packets, which are numbered from 1
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Task {
     Drop,
@@ -75,7 +76,7 @@ impl Task {
         }
     }
 
-    /// What is decided about a packet; `buf` is room for a new one
+    /// Decides on a packet; `buf` has room for a new payload
     #[inline]
     fn decide<'b>(self, packet: &Packet<'_>, size: Size, buf: &'b mut [u8]) -> Decision<'b> {
         let is_large = packet.skb_info().contains(SkbInfo::GSO);
@@ -99,7 +100,7 @@ impl fmt::Display for Task {
     }
 }
 
-/// The packet with another content; a UDP checksum of 0 stands for none
+/// Copies a packet with a new content; a UDP checksum of 0 means none
 fn rewrite<'b>(buf: &'b mut [u8], packet: &[u8]) -> &'b [u8] {
     let new = &mut buf[..packet.len()];
     new.copy_from_slice(packet);
@@ -112,7 +113,7 @@ fn rewrite<'b>(buf: &'b mut [u8], packet: &[u8]) -> &'b [u8] {
 enum Size {
     Small,
     Full,
-    /// What a sender with segmentation offload hands to the kernel in one piece
+    /// One large packet of a sender with segmentation offload
     Large,
 }
 
@@ -128,7 +129,7 @@ impl Size {
         }
     }
 
-    /// How many packets wait at once: no more than the buffers hold, which for an ordinary user are small
+    /// Packets that wait at once. The buffers of an ordinary user are small.
     fn packets(self) -> u32 {
         match (netns::is_rootless(), self) {
             (false, _) => 128,
@@ -138,18 +139,18 @@ impl Size {
     }
 }
 
-/// A way to handle packets; the number is that of packets in a batch
+/// A way to handle packets; the number is the batch size
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Style {
-    /// Callbacks; the program receives by itself, and calls `handle_packet`
+    /// Callbacks; the program receives, and calls `handle_packet`
     OwnRecv,
-    /// Callbacks, by `run_once`
+    /// Callbacks with `run_once`
     RunOnce(usize),
-    /// A loop of the program's own, `recv` and `send`
+    /// A loop of `recv` and `send`
     Loop(usize),
-    /// The same, with decisions made and sent by another thread
+    /// The same, but another thread decides and sends
     OtherThread(usize),
-    // TOKIO: `Tokio(usize)` goes here, behind `cfg(feature = "tokio")`, and in `all` and `Driver::new` below.
+    // A style for tokio would go here, and in `all` and `Driver::new` below.
 }
 
 impl Style {
@@ -217,7 +218,7 @@ struct Lab<'t> {
     size: Size,
     /// Counts the packets that were marked
     later: &'t Chain<'t>,
-    /// Number of the next packet, which is also the id that the kernel gives it
+    /// Number of the next packet, and its packet id
     next: u32,
     buf: Vec<u8>,
 }
@@ -238,7 +239,7 @@ impl<'t> Lab<'t> {
         }
     }
 
-    /// How long so many rounds take from the time when their packets wait; checks that each packet met its fate
+    /// Measures the handling of waiting packets; checks the result of each packet
     fn measure(&mut self, task: Task, driver: &mut Driver, rounds: u64) -> Duration {
         let marked_before = self.later.count("marked").unwrap();
         let first = self.next;
@@ -269,7 +270,7 @@ impl<'t> Lab<'t> {
         }
     }
 
-    /// Receives the packets with these numbers, in this order
+    /// Receives packets; fails if they do not have these numbers, in this order
     fn expect(&mut self, numbers: impl Iterator<Item = u32>, task: Task) {
         let state = if task == Task::Rewrite {
             REWRITTEN
@@ -285,33 +286,33 @@ impl<'t> Lab<'t> {
     }
 }
 
-/// What handles packets
+/// The running style
 enum Driver {
     OwnRecv {
-        handle: Handle,
-        socket: UdpSocket,
+        handle: Handle<'static>,
+        fd: UdpSocket,
         buf: Vec<u8>,
         _queue: Queue,
     },
     RunOnce {
-        handle: Handle,
+        handle: Handle<'static>,
         batch: RecvBatch,
         _queue: Queue,
     },
     Loop {
-        handle: Handle,
+        socket: Socket,
         batch: RecvBatch,
-        verdicts: VerdictBatch,
+        verdicts: SendBatch,
         task: Task,
         size: Size,
         buf: Vec<u8>,
         _queue: Queue,
     },
     OtherThread {
-        handle: Handle,
+        socket: Socket,
         batch: RecvBatch,
         task: Task,
-        /// `None` when it shall end
+        /// `None` ends the thread
         work: Option<SyncSender<Vec<Work>>>,
         done: Receiver<Vec<Work>>,
         worker: Option<thread::JoinHandle<()>>,
@@ -319,20 +320,20 @@ enum Driver {
     },
 }
 
-/// What another thread needs of a packet
+/// A packet for the other thread
 enum Work {
     Key(PacketKey),
-    /// To be rewritten
+    /// For a rewrite
     Packet(OwnedPacket),
 }
 
 impl Driver {
     fn new(task: Task, size: Size, style: Style) -> Self {
         const RECV_BUFFER: usize = 1 << 25;
-        let mut handle = Handle::builder().recv_buffer(RECV_BUFFER).open().unwrap();
+        let socket = Socket::builder().recv_buffer(RECV_BUFFER).open().unwrap();
         let config = QueueConfig::new()
-            .copy_mode(CopyMode::PACKET, u32::MAX)
-            .flags(ConfigFlags::GSO, ConfigFlags::GSO);
+            .copy_mode(CopyMode::Packet, u32::MAX)
+            .enable(ConfigFlags::GSO);
         let room = || vec![0; RecvBatch::DEFAULT_SLOT_LEN];
         let batch = |slots| RecvBatch::new(slots, RecvBatch::DEFAULT_SLOT_LEN);
         let mut scratch = room();
@@ -341,57 +342,60 @@ impl Driver {
             data.set_decision(&decision).unwrap();
         };
         match style {
-            Style::OwnRecv => Self::OwnRecv {
-                _queue: handle.create_queue_with(QUEUE, &config, callback).unwrap(),
-                // Only for its `recv`
-                socket: UdpSocket::from(handle.as_fd().try_clone_to_owned().unwrap()),
-                buf: room(),
-                handle,
-            },
-            Style::RunOnce(slots) => Self::RunOnce {
-                _queue: handle.create_queue_with(QUEUE, &config, callback).unwrap(),
-                batch: batch(slots),
-                handle,
-            },
+            Style::OwnRecv => {
+                let handle = Handle::new(socket);
+                Self::OwnRecv {
+                    _queue: handle.create_queue_with(QUEUE, &config, callback).unwrap(),
+                    // For its `recv`
+                    fd: UdpSocket::from(handle.as_fd().try_clone_to_owned().unwrap()),
+                    buf: room(),
+                    handle,
+                }
+            }
+            Style::RunOnce(slots) => {
+                let handle = Handle::new(socket);
+                Self::RunOnce {
+                    _queue: handle.create_queue_with(QUEUE, &config, callback).unwrap(),
+                    batch: batch(slots),
+                    handle,
+                }
+            }
             Style::Loop(slots) => Self::Loop {
-                _queue: handle.bind_queue_with(QUEUE, &config).unwrap(),
+                _queue: socket.bind_with(QUEUE, &config).unwrap(),
                 batch: batch(slots),
-                verdicts: VerdictBatch::new(),
+                verdicts: SendBatch::new(),
                 task,
                 size,
                 buf: room(),
-                handle,
+                socket,
             },
             Style::OtherThread(slots) => {
                 let (work, to_do) = sync_channel(Style::BATCHES[3]);
                 let (done, is_done) = sync_channel(Style::BATCHES[3]);
-                let sender = handle.verdict_sender();
+                let sender = socket.verdict_sender();
                 let worker = move || answer(task, size, &sender, &to_do, &done);
                 Self::OtherThread {
-                    _queue: handle.bind_queue_with(QUEUE, &config).unwrap(),
+                    _queue: socket.bind_with(QUEUE, &config).unwrap(),
                     batch: batch(slots),
                     task,
                     work: Some(work),
                     done: is_done,
                     worker: Some(thread::spawn(worker)),
-                    handle,
+                    socket,
                 }
             }
         }
     }
 
-    /// Handles so many packets, and returns when the last verdict has been carried out
+    /// Handles packets, and returns after the last verdict
     fn handle(&mut self, wanted: usize) {
         let mut handled = 0;
         match self {
             Self::OwnRecv {
-                handle,
-                socket,
-                buf,
-                ..
+                handle, fd, buf, ..
             } => {
                 while handled < wanted {
-                    let len = socket.recv(buf).unwrap();
+                    let len = fd.recv(buf).unwrap();
                     handled += handle.handle_packet(&buf[..len]).unwrap();
                 }
             }
@@ -401,7 +405,7 @@ impl Driver {
                 }
             }
             Self::Loop {
-                handle,
+                socket,
                 batch,
                 verdicts,
                 task,
@@ -410,16 +414,16 @@ impl Driver {
                 ..
             } => {
                 while handled < wanted {
-                    for packet in handle.recv(batch).unwrap().packets() {
+                    for packet in socket.recv(batch).unwrap().filter_map(Event::packet) {
                         let decision = task.decide(&packet, *size, buf);
                         verdicts.push(packet.key(), decision).unwrap();
                         handled += 1;
                     }
-                    handle.send(verdicts).unwrap();
+                    socket.send(verdicts).unwrap();
                 }
             }
             Self::OtherThread {
-                handle,
+                socket,
                 batch,
                 task,
                 work,
@@ -434,7 +438,8 @@ impl Driver {
                         on_their_way -= 1;
                         packets = emptied;
                     }
-                    let received = handle.recv(batch).unwrap().packets();
+                    let received = socket.recv(batch).unwrap();
+                    let received = received.filter_map(Event::packet);
                     packets.extend(received.map(|packet| match task {
                         Task::Rewrite => Work::Packet(packet.into()),
                         _ => Work::Key(packet.key()),
@@ -451,7 +456,7 @@ impl Driver {
     }
 }
 
-/// The other thread: decides and answers until there is no more work, and hands the emptied lists back
+/// The other thread: decides and sends until the channel closes, and gives the empty lists back
 fn answer(
     task: Task,
     size: Size,
@@ -459,13 +464,13 @@ fn answer(
     to_do: &Receiver<Vec<Work>>,
     done: &SyncSender<Vec<Work>>,
 ) {
-    let mut verdicts = VerdictBatch::new();
+    let mut verdicts = SendBatch::new();
     let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
     for mut packets in to_do {
         for work in packets.drain(..) {
             let (key, decision) = match &work {
-                Work::Key(key) if task.drops(key.id) => (*key, Verdict::Drop.into()),
-                Work::Key(key) if task.marks(key.id) => (*key, Verdict::Accept.with_mark(MARK)),
+                Work::Key(key) if task.drops(key.id()) => (*key, Verdict::Drop.into()),
+                Work::Key(key) if task.marks(key.id()) => (*key, Verdict::Accept.with_mark(MARK)),
                 Work::Key(key) => (*key, Verdict::Accept.into()),
                 Work::Packet(packet) => {
                     let packet = packet.packet();
@@ -475,12 +480,12 @@ fn answer(
             verdicts.push(key, decision).unwrap();
         }
         sender.send(&mut verdicts).unwrap();
-        // Nobody waits for it when a check has failed.
+        // The other end is closed after a failed check.
         let _ = done.send(packets);
     }
 }
 
-/// The other thread ends with its driver
+/// Ends the other thread
 impl Drop for Driver {
     fn drop(&mut self) {
         if let Self::OtherThread { work, worker, .. } = self {

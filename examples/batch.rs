@@ -1,16 +1,16 @@
-//! Many packets in and many verdicts out at a time: the fastest loop
+//! Many packets per receive call and many verdicts per send call: the fastest loop
 //!
 //! ```text
 //! iptables -A INPUT -p udp -j NFQUEUE --queue-num 1      # or: nft … queue num 1
 //! cargo run --release --example batch
 //! ```
 //!
-//! What goes to port 9 is dropped, what goes to port 53 is marked with 1, and everything else is accepted.
-//! `--queue N` is the queue if it is not 1; `--count N` ends after N packets.
+//! Packets to port 9 are dropped, packets to port 53 get mark 1, and all others are accepted.
+//! `--queue N` selects the queue (default 1); `--count N` ends after N packets.
 
 use std::error::Error;
 
-use nfqnl::{Decision, Event, Handle, Packet, RecvBatch, Verdict, VerdictBatch};
+use nfqnl::{Decision, Event, Packet, RecvBatch, SendBatch, Socket, Verdict};
 
 mod support;
 
@@ -28,29 +28,29 @@ fn decide(packet: &Packet<'_>) -> Decision<'static> {
 
 fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     let [number, count] = support::numbers([("--queue", 1), ("--count", usize::MAX)])?;
-    let handle = Handle::open()?;
-    let queue = handle.bind_queue(number.try_into()?)?;
+    let socket = Socket::open()?;
+    let queue = socket.bind(number.try_into()?)?;
     println!("queue {} is bound", queue.num());
 
-    let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+    let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     let mut seen = 0;
     while seen < count {
-        // Up to 64 packets by one system call
-        for event in handle.recv(&mut batch)? {
+        // One system call receives up to 64 packets.
+        for event in socket.recv(&mut batch)? {
             match event {
                 Event::Packet(packet) => {
                     verdicts.push(packet.key(), decide(&packet))?;
                     seen += 1;
                 }
-                // Packets were lost, a verdict was refused: no reason to stop
+                // Lost packets and refused verdicts do not end the loop.
                 other => eprintln!("{other}"),
             }
         }
-        // All verdicts by one system call, and runs of equal ones by one message
-        handle.send(&mut verdicts)?;
+        // One system call sends all verdicts. Consecutive equal verdicts become one message.
+        socket.send(&mut verdicts)?;
     }
 
     queue.destroy()?;
-    println!("{:?}", handle.stats());
+    println!("{:?}", socket.stats());
     Ok(())
 }

@@ -1,23 +1,24 @@
-//! The kernel holds real packets, shows them, and does with them what it is told
+//! Every verdict on real packets
 //!
 //! ```text
-//! cargo run --release --example demo                 # in a network namespace of its own, with its own rules
-//! cargo run --release --example demo -- --queue 1    # shows and accepts what this host's rules put in queue 1
+//! cargo run --release --example demo                 # in its own network namespace
+//! cargo run --release --example demo -- --queue 1    # on queue 1 of this host
 //! ```
 //!
-//! Alone, it sends itself UDP, TCP and ICMP over IPv4 and IPv6, and ends with 0 only if every packet met the fate that
-//! it was meant to.
+//! Without arguments the program makes its own rules and sends itself UDP, TCP and ICMP over IPv4
+//! and IPv6. It exits with 0 only if every packet got the expected verdict. With `--queue N` it
+//! prints and accepts the packets that the rules of this host put in queue N.
 
 use std::error::Error;
 use std::net::{IpAddr, TcpListener};
 use std::process::ExitCode;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use etherparse::{SlicedPacket, TransportSlice};
 use nfqnl::{
-    ConfigFlags, CopyMode, Event, Family, Handle, Packet, QueueConfig, QueueStats, RecvBatch,
+    ConfigFlags, CopyMode, Event, Family, Packet, QueueConfig, QueueStats, RecvBatch, Socket,
     Verdict,
 };
 use nfqnl_testkit::rules::{self, Chain, Hook, Rule, Table};
@@ -53,28 +54,27 @@ fn usage() -> Result<bool> {
     Err("usage: demo [--queue NUMBER]".into())
 }
 
-/// Shows and accepts the packets of a queue of the host's own rules, until interrupted
+/// Prints and accepts the packets of a queue of this host, until interrupted
 fn attached(number: u16) -> Result<bool> {
-    let handle = Handle::open()?;
-    let _queue = handle.bind_queue(number)?;
+    let socket = Socket::open()?;
+    let _queue = socket.bind(number)?;
     println!("queue {number} is bound; its packets are shown and accepted until Ctrl-C");
     let mut batch = RecvBatch::default();
     loop {
-        for event in handle.recv(&mut batch)? {
+        for event in socket.recv(&mut batch)? {
             match event {
                 Event::Packet(packet) => {
                     show(&packet, "accepted");
-                    handle.verdict(packet.key(), Verdict::Accept)?;
+                    socket.set_verdict(packet.key(), Verdict::Accept)?;
                 }
-                Event::Overrun => println!("packets were lost: the receive buffer was full"),
-                other => println!("{other}"),
+                other => eprintln!("{other}"),
             }
         }
     }
 }
 
-/// Prints a held packet: who sends it to whom, what the kernel tells about it, and what becomes of it
-fn show(packet: &Packet<'_>, fate: &str) {
+/// Prints a held packet: its addresses, the kernel's attributes, and its verdict
+fn show(packet: &Packet<'_>, verdict: &str) {
     let device = |index: Option<u32>| index.map(|i| link::name(i).unwrap_or_else(|| i.to_string()));
     let way = match (device(packet.indev()), device(packet.outdev())) {
         (Some(from), Some(to)) => format!("from {from} to {to}"),
@@ -101,7 +101,7 @@ fn show(packet: &Packet<'_>, fate: &str) {
         packet.payload().len(),
         attributes.join(" ")
     );
-    println!("    {fate}");
+    println!("    {verdict}");
 }
 
 /// The name in `linux/netfilter/nfnetlink_queue.h`, without `NFQA_`
@@ -134,26 +134,26 @@ fn attribute_name(kind: u16) -> &'static str {
     NAMES.get(usize::from(kind)).unwrap_or(&"unknown")
 }
 
-// The demonstration in a namespace of its own.
+// The demonstration in its own namespace
 
-/// The queue that the rules put packets in
+/// The queue of the rules for new packets
 const FIRST: u16 = 1;
-/// The queue for packets that come a second time
+/// The queue for requeued and repeated packets
 const SECOND: u16 = 2;
-/// The mark that a verdict gives, and a later chain counts
+/// The mark that a verdict sets; a later chain counts it
 const MARK: u32 = 7;
-/// The mark that keeps a repeated packet from going round for ever
+/// The mark that ends the repetition of a packet
 const REPEATED: u32 = 9;
-/// What a rewritten datagram says: longer than what was sent
+/// A new payload, longer than the old ones
 const REWRITTEN: &[u8] = b"rewritten by the demo, and longer than it was";
-/// What is sent, one datagram each
+/// The datagrams that each UDP job sends
 const DATAGRAMS: [&[u8]; 2] = [b"first datagram", b"second"];
 
-/// One kind of traffic, and what shall become of it
+/// One kind of traffic, and its expected result
 struct Job {
     name: &'static str,
     traffic: Traffic,
-    /// Of each packet or exchange that is sent; TCP is another matter
+    /// For each packet or exchange; TCP is counted differently
     expected: Counts,
 }
 
@@ -186,7 +186,7 @@ struct Counts {
     received: usize,
 }
 
-/// How often a packet is held, accepted, dropped, rewritten and received
+/// The counts of one packet: held, accepted, dropped, rewritten and received
 const fn each(
     held: usize,
     accepted: usize,
@@ -257,7 +257,7 @@ const JOBS: [Job; 10] = [
     },
 ];
 
-/// The two families: address to send to, tables to put rules in, and a name
+/// The two families: for packets, for tables, the address, and the name
 const FAMILIES: [(Family, rules::Family, IpAddr, &str); 2] = [
     (Family::INET, rules::Family::Ip, V4, "IPv4"),
     (Family::INET6, rules::Family::Ip6, V6, "IPv6"),
@@ -272,20 +272,20 @@ fn alone() -> Result<bool> {
         Table::new(rules::Family::Ip6, "demo")?,
     ];
     let later = tables.each_ref().map(install_rules);
-    let handle = Handle::open()?;
-    // Everything in one message each: no packet finds a queue half made.
+    let socket = Socket::open()?;
+    // One message binds and configures a queue, so no packet meets a half-made queue.
     let config = QueueConfig::new()
-        .copy_mode(CopyMode::PACKET, u32::MAX)
-        .flags(ConfigFlags::UID_GID, ConfigFlags::UID_GID);
+        .copy_mode(CopyMode::Packet, u32::MAX)
+        .enable(ConfigFlags::UID_GID);
     let _queues = [
-        handle.bind_queue_with(FIRST, &config)?,
-        handle.bind_queue_with(SECOND, &config)?,
+        socket.bind_with(FIRST, &config)?,
+        socket.bind_with(SECOND, &config)?,
     ];
 
     let (traffic, traffic_is_over) = mpsc::channel();
     let (sent, held) = thread::scope(|scope| {
-        let handle = &handle;
-        let firewall = scope.spawn(move || firewall(handle, &traffic_is_over));
+        let socket = &socket;
+        let firewall = scope.spawn(move || firewall(socket, &traffic_is_over));
         (send_everything(traffic), firewall.join())
     });
     let mut counted = held.map_err(|_| "the firewall thread panicked")??;
@@ -302,11 +302,11 @@ fn alone() -> Result<bool> {
         fine &= marked == DATAGRAMS.len() as u64;
         println!("{family}: a later chain counted {marked} packets with mark {MARK}");
     }
-    fine &= report_counters(&handle);
+    fine &= report_counters(&socket);
     println!(
         "{}",
         if fine {
-            "Every packet met its fate."
+            "Every packet got the expected verdict."
         } else {
             "FAILED: see above."
         }
@@ -314,7 +314,7 @@ fn alone() -> Result<bool> {
     Ok(fine)
 }
 
-/// Puts the jobs' packets in queues as they come in; returns the chain behind, which counts and drops
+/// Adds the rules that queue the jobs' packets; returns the later chain, which counts and drops
 fn install_rules(table: &Table) -> std::io::Result<Chain<'_>> {
     let queue = table.chain("queue", Hook::Input, 0)?;
     let later = table.chain("later", Hook::Input, 10)?;
@@ -343,25 +343,25 @@ fn install_rules(table: &Table) -> std::io::Result<Chain<'_>> {
     Ok(later)
 }
 
-/// Answers every packet until the other end of the channel is dropped
-fn firewall(handle: &Handle, traffic_is_over: &Receiver<()>) -> Result<Counted> {
+/// Answers every packet until the sending end of the channel is dropped
+fn firewall(socket: &Socket, traffic_is_over: &Receiver<()>) -> Result<Counted> {
     const LOOK: Duration = Duration::from_millis(20);
     let mut counted = Counted::default();
     let mut batch = RecvBatch::default();
     while traffic_is_over.try_recv() != Err(TryRecvError::Disconnected) {
-        for event in handle.recv_deadline(&mut batch, Instant::now() + LOOK)? {
+        for event in socket.recv_timeout(&mut batch, LOOK)? {
             match event {
                 Event::Packet(packet) => {
                     if let Some(counts) = place(&packet, &mut counted) {
-                        answer(handle, &packet, counts)?;
+                        answer(socket, &packet, counts)?;
                     }
                 }
-                // STOLEN, which the kernel has for its own use. The packet still waits.
+                // The kernel reserves STOLEN for itself. The packet still waits.
                 Event::Refused(refusal) => {
                     println!("    {refusal}");
                     if let Some(key) = refusal.packet() {
                         println!("    so it is dropped instead");
-                        handle.verdict(key, Verdict::Drop)?;
+                        socket.set_verdict(key, Verdict::Drop)?;
                     }
                 }
                 other => return Err(format!("unexpected: {other}").into()),
@@ -371,7 +371,7 @@ fn firewall(handle: &Handle, traffic_is_over: &Receiver<()>) -> Result<Counted> 
     Ok(counted)
 }
 
-/// The job that a packet belongs to, and where it is counted
+/// The job of a packet, and its counts
 fn place<'c>(
     packet: &Packet<'_>,
     counted: &'c mut Counted,
@@ -394,8 +394,8 @@ fn place<'c>(
     Some((JOBS.get(job)?, counted.get_mut(family)?.get_mut(job)?))
 }
 
-/// Shows a packet and decides on it
-fn answer(handle: &Handle, packet: &Packet<'_>, (job, counts): (&Job, &mut Counts)) -> Result<()> {
+/// Prints a packet and sends its verdict
+fn answer(socket: &Socket, packet: &Packet<'_>, (job, counts): (&Job, &mut Counts)) -> Result<()> {
     let key = packet.key();
     counts.held += 1;
     let fate = match job.traffic {
@@ -410,15 +410,15 @@ fn answer(handle: &Handle, packet: &Packet<'_>, (job, counts): (&Job, &mut Count
     match fate {
         Fate::Accept => {
             show(packet, "accepted");
-            handle.verdict(key, Verdict::Accept)?;
+            socket.set_verdict(key, Verdict::Accept)?;
         }
         Fate::Drop => {
             show(packet, "dropped");
-            handle.verdict(key, Verdict::Drop)?;
+            socket.set_verdict(key, Verdict::Drop)?;
         }
         Fate::Mark => {
             show(packet, &format!("accepted with mark {MARK}"));
-            handle.verdict(key, Verdict::Accept.with_mark(MARK))?;
+            socket.set_verdict(key, Verdict::Accept.with_mark(MARK))?;
         }
         Fate::Rewrite => {
             let new = support::with_udp_payload(packet.payload(), REWRITTEN).ok_or("no UDP")?;
@@ -432,36 +432,36 @@ fn answer(handle: &Handle, packet: &Packet<'_>, (job, counts): (&Job, &mut Count
                 &format!("rewritten, now {} bytes{refused}", new.len()),
             );
             counts.rewritten += 1;
-            handle.verdict(key, Verdict::Accept.with_payload(&new))?;
+            socket.set_verdict(key, Verdict::Accept.with_payload(&new))?;
         }
         Fate::Requeue => {
-            show(packet, &format!("handed on to queue {SECOND}"));
+            show(packet, &format!("moved to queue {SECOND}"));
             let second = Verdict::Queue {
                 num: SECOND,
                 bypass: false,
             };
-            handle.verdict(key, second)?;
+            socket.set_verdict(key, second)?;
         }
         Fate::Repeat => {
             show(
                 packet,
                 &format!("sent through the chain again with mark {REPEATED}"),
             );
-            handle.verdict(key, Verdict::Repeat.with_mark(REPEATED))?;
+            socket.set_verdict(key, Verdict::Repeat.with_mark(REPEATED))?;
         }
         Fate::Stop => {
             show(packet, "accepted past the later chain, which would drop it");
-            handle.verdict(key, Verdict::Stop)?;
+            socket.set_verdict(key, Verdict::Stop)?;
         }
         Fate::Steal => {
-            show(packet, "stolen, or so we wish");
-            handle.verdict(key, Verdict::Stolen)?;
+            show(packet, "stolen, which the kernel refuses");
+            socket.set_verdict(key, Verdict::Stolen)?;
         }
     }
     Ok(())
 }
 
-/// Sends every job's traffic over both families, and counts what is received; drops the sender when it is done
+/// Sends every job's traffic over both families and counts replies; drops the channel at the end
 fn send_everything(_traffic: Sender<()>) -> Result<Counted> {
     let mut counted = Counted::default();
     for ((.., address, family), counts) in FAMILIES.into_iter().zip(&mut counted) {
@@ -508,7 +508,7 @@ fn send_everything(_traffic: Sender<()>) -> Result<Counted> {
     Ok(counted)
 }
 
-/// Prints the table, and says whether everything is as it was meant to be
+/// Prints the table; true if every count is as expected
 fn report(counted: &Counted) -> bool {
     let mut fine = true;
     println!();
@@ -537,7 +537,7 @@ fn report(counted: &Counted) -> bool {
     fine
 }
 
-/// How many of a job's packets are received, for each that is sent
+/// The packets of a job that arrive, for each one sent
 fn received(job: &Job) -> usize {
     match job.traffic {
         Traffic::Udp(_, Fate::Rewrite) if kernel::refuses_payloads() => 0,
@@ -547,7 +547,7 @@ fn received(job: &Job) -> usize {
 
 fn as_expected(job: &Job, counts: &Counts) -> bool {
     if let Traffic::Tcp(_) = job.traffic {
-        /// Three for the handshake, one with data each way at least, and a FIN each way
+        /// Three for the handshake, one with data each way, and a FIN each way
         const LEAST: usize = 7;
         return counts.received == counts.sent
             && counts.held == counts.accepted
@@ -573,15 +573,15 @@ fn as_expected(job: &Job, counts: &Counts) -> bool {
     sent > 0 && *counts == expected
 }
 
-/// Prints what the library and the kernel have counted, and says whether nothing is lost or waits
-fn report_counters(handle: &Handle) -> bool {
-    let stats = handle.stats();
+/// Prints the counters of library and kernel; true if no packet is lost and none waits
+fn report_counters(socket: &Socket) -> bool {
+    let stats = socket.stats();
     println!(
-        "the library received {} packets, lost {}, and had {} verdicts refused, as STOLEN must be",
-        stats.packets, stats.lost_packets, stats.refused_verdicts
+        "the library received {} packets, {} are missing, and {} verdicts (STOLEN) were refused",
+        stats.packets, stats.missing_packets, stats.refused_verdicts
     );
     let stolen = FAMILIES.len() * DATAGRAMS.len();
-    let mut fine = stats.lost_packets == 0 && stats.refused_verdicts == stolen as u64;
+    let mut fine = stats.missing_packets == 0 && stats.refused_verdicts == stolen as u64;
     match QueueStats::read_all() {
         Ok(queues) => {
             for queue in queues {
@@ -589,7 +589,7 @@ fn report_counters(handle: &Handle) -> bool {
                 fine &= queue.waiting + queue.queue_dropped + queue.user_dropped == 0;
             }
         }
-        Err(error) => println!("the kernel's counters are for the machine's root alone: {error}"),
+        Err(error) => println!("only the machine's root may read the kernel's counters: {error}"),
     }
     fine
 }
@@ -599,7 +599,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_count_that_is_not_as_meant_fails_the_demo() {
+    fn a_wrong_count_fails_the_demo() {
         let fine = JOBS.map(|job| {
             let mut counts = job.expected;
             counts.received = received(&job);

@@ -1,19 +1,20 @@
-//! The kernel's own test program for packet queues, in this crate's terms: its test script runs over it unchanged
+//! A port of the kernel's selftest program `nf_queue`
 //!
-//! It has the command line, the output and the exit codes of `nf_queue` in `tools/testing/selftests/net/netfilter` of
-//! Linux's sources, which `nft_queue.sh` there needs; `tests/kernels/run selftest` puts the two together.
+//! It has the command line, the output and the exit codes of `nf_queue` in
+//! `tools/testing/selftests/net/netfilter` of the Linux sources. The script `nft_queue.sh` there
+//! runs it unchanged; `tests/kernels/run selftest` does that.
 //!
 //! | option | |
 //! |---|---|
 //! | `-q N` | the queue; 0 if not given |
-//! | `-Q N` | hands the packets to that queue, instead of accepting them |
-//! | `-t SECONDS` | ends when nothing has come for so long; never, if not given |
-//! | `-d MILLISECONDS` | waits that long before each verdict |
+//! | `-Q N` | moves the packets to queue N instead of accepting them |
+//! | `-t SECONDS` | ends after this time without a packet; never if not given |
+//! | `-d MILLISECONDS` | waits before each verdict |
 //! | `-O` | answers out of order: sixteen packets at once, the last one first |
-//! | `-b` | sends bogus verdicts too, on packets that are none |
-//! | `-G` | has the kernel cut large packets into segments first |
-//! | `-o` | fail-open: what finds the queue full is accepted |
-//! | `-c` | counts packets, and prints at the end how many came from each hook |
+//! | `-b` | also sends bogus verdicts, for packet ids that do not exist |
+//! | `-G` | asks the kernel to split large packets into segments first |
+//! | `-o` | fail-open: the kernel accepts packets when the queue is full |
+//! | `-c` | counts packets, and prints the count of each hook at the end |
 //! | `-v` | prints a line for each packet |
 
 use std::error::Error;
@@ -22,8 +23,8 @@ use std::time::{Duration, Instant};
 
 use lexopt::{Parser, ValueExt};
 use nfqnl::{
-    ConfigFlags, CopyMode, Event, Handle, Packet, PacketKey, QueueConfig, RecvBatch, Situation,
-    SkbInfo, Verdict, VerdictBatch,
+    ConfigFlags, CopyMode, ErrorKind, Event, Packet, PacketKey, Queue, QueueConfig, RecvBatch,
+    SendBatch, SkbInfo, Socket, Verdict,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -43,7 +44,7 @@ struct Options {
     verbose: bool,
 }
 
-/// What the command line says; `None` if it asks how to be used
+/// Reads the command line; `None` for `-h`
 fn options() -> Result<Option<Options>> {
     use lexopt::Arg::Short;
 
@@ -61,7 +62,7 @@ fn options() -> Result<Option<Options>> {
     let mut parser = Parser::from_env();
     while let Some(option) = parser.next()? {
         match option {
-            // What is too large is 0 there.
+            // As in the original, a number that is too large becomes 0.
             Short('q') => options.queue = number(&mut parser)?.try_into().unwrap_or(0),
             Short('Q') => {
                 let num = number(&mut parser)?.try_into();
@@ -113,33 +114,36 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Answers packets until none has come for some time, and says how many came from each hook
+/// Answers packets until none has come for some time; returns the number of packets of each hook
 fn answer_packets(options: &Options) -> Result<[usize; 5]> {
-    let handle = Handle::open()?;
+    let socket = Socket::open()?;
     let config = QueueConfig::new()
-        .copy_mode(CopyMode::PACKET, 0xffff)
-        .flags(options.flags, options.flags);
-    let _queue = handle.bind_queue_with(options.queue, &config)?;
+        .copy_mode(CopyMode::Packet, 0xffff)
+        .enable(options.flags);
+    let queue = socket.bind_with(options.queue, &config)?;
 
-    // One at a time, if each is answered late, or has many refusals come before the next one
+    // One packet at a time if each waits for its verdict, or if refusals must not fill the buffer
     let slots = if options.delay.is_some() || options.bogus {
         1
     } else {
         RecvBatch::DEFAULT_SLOTS
     };
     let mut batch = RecvBatch::new(slots, RecvBatch::DEFAULT_SLOT_LEN);
-    let mut verdicts = VerdictBatch::new();
+    let mut verdicts = SendBatch::new();
     let mut held = Vec::new();
     let mut counts = [0; 5];
+    let mut last_event = Instant::now();
     loop {
-        let deadline = options.timeout.map(|timeout| Instant::now() + timeout);
-        let events = match deadline {
-            Some(deadline) => handle.recv_deadline(&mut batch, deadline)?,
-            None => handle.recv(&mut batch)?,
+        let events = match options.timeout {
+            Some(timeout) => {
+                let Some(rest) = timeout.checked_sub(last_event.elapsed()) else {
+                    return Ok(counts);
+                };
+                socket.recv_timeout(&mut batch, rest)?
+            }
+            None => socket.recv(&mut batch)?,
         };
-        let mut is_idle = true;
         for event in events {
-            is_idle = false;
             match event {
                 Event::Packet(packet) => {
                     let count = counts.get_mut(usize::from(packet.hook().0));
@@ -151,7 +155,7 @@ fn answer_packets(options: &Options) -> Result<[usize; 5]> {
                         sleep(delay);
                     }
                     if options.bogus {
-                        for key in bogus_keys(packet.key()) {
+                        for key in bogus_keys(&queue, packet.id()) {
                             verdicts.push(key, options.verdict)?;
                         }
                     }
@@ -164,19 +168,17 @@ fn answer_packets(options: &Options) -> Result<[usize; 5]> {
                 }
                 Event::Overrun => {}
                 Event::Refused(refusal)
-                    if options.bogus && refusal.situation() == Situation::NoSuchPacket => {}
+                    if options.bogus && refusal.kind() == ErrorKind::NoSuchPacket => {}
                 Event::Refused(refusal) => return Err(Box::new(refusal)),
                 other => return Err(format!("{other}").into()),
             }
+            last_event = Instant::now();
         }
-        handle.send(&mut verdicts)?;
-        if is_idle && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Ok(counts);
-        }
+        socket.send(&mut verdicts)?;
     }
 }
 
-/// The line that is expected of this program: where it says "hook" is the protocol, and the hook behind the other word
+/// The line of the original: the protocol follows the word "hook", and the hook follows "hwproto"
 fn description(packet: &Packet<'_>) -> String {
     let states = [
         (SkbInfo::CSUM_NOT_READY, " csumnotready"),
@@ -195,10 +197,7 @@ fn description(packet: &Packet<'_>) -> String {
     )
 }
 
-/// Packets that the kernel will number in a long time, and has numbered a long time ago
-fn bogus_keys(key: PacketKey) -> impl Iterator<Item = PacketKey> {
-    (0..50).map(move |n| PacketKey {
-        id: key.id.wrapping_add(0x7fff_ffff + n),
-        ..key
-    })
+/// Keys of packets that do not exist: their ids are half the id space away from this one
+fn bogus_keys(queue: &Queue, id: u32) -> impl Iterator<Item = PacketKey> {
+    (0..50).map(move |n| queue.key(id.wrapping_add(0x7fff_ffff + n)))
 }

@@ -1,5 +1,6 @@
-//! Prints and accepts the packets of queue 1, with a receive loop of its own: the README program of
-//! python-libnetfilter-queue, method for method
+//! Prints and accepts the packets of queue 1 with callbacks and its own receive loop
+//!
+//! It follows the README program of python-libnetfilter-queue, method by method.
 //!
 //! ```text
 //! iptables -A OUTPUT -p udp -j NFQUEUE --queue-num 1      # or: nft … queue num 1
@@ -12,11 +13,11 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsFd;
 
-use nfqnl::{CopyMode, Family, QueueData, Situation, Verdict};
+use nfqnl::{CopyMode, Family, QueueData, RecvBatch, Verdict};
 
 mod support;
 
-fn callback(data: &mut QueueData<'_>) {
+fn print_and_accept(data: &mut QueueData<'_>) {
     let mac = data
         .get_packet_hw()
         .map_or_else(|| "no MAC".to_owned(), |mac| mac.to_string());
@@ -30,30 +31,36 @@ fn callback(data: &mut QueueData<'_>) {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let count = count_argument()?;
+    // The callback borrows this, and the handle owns the callback: declare it before the handle.
+    let mut bytes = 0;
 
-    let mut handle = nfqnl::open()?;
+    let handle = nfqnl::open()?;
     for family in [Family::INET, Family::INET6] {
-        // Old kernels want this, newer ones do nothing; failing is no reason to stop.
+        // Linux before 3.8 needs these calls, newer kernels ignore them. A failure is harmless.
         for result in [handle.unbind_pf(family), handle.bind_pf(family)] {
             if let Err(error) = result {
                 eprintln!("{error}");
             }
         }
     }
-    let queue = handle.create_queue(1, callback)?;
-    queue.set_mode(CopyMode::PACKET, 0xffff)?;
+    let queue = handle.create_queue(1, |data| {
+        bytes += data.get_payload().len();
+        print_and_accept(data);
+    })?;
+    queue.set_mode(CopyMode::Packet, 0xffff)?;
     println!("queue {} is bound", queue.num());
 
-    // The loop is ours: any way to receive on the descriptor will do. `read` on a socket is `recv` without flags.
+    // The program may receive on the descriptor in any way: `read` on a socket is `recv`.
     let mut socket = File::from(handle.as_fd().try_clone_to_owned()?);
-    let mut buf = vec![0; nfqnl::RecvBatch::DEFAULT_SLOT_LEN];
+    let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
     let mut seen = 0;
     while seen < count {
         match socket.read(&mut buf) {
             Ok(len) => seen += handle.handle_packet(&buf[..len])?,
+            // A signal (EINTR) does not end the loop.
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if Situation::of(&error) == Situation::NoBuffers => {
-                eprintln!("packets were lost: the socket's receive buffer was full (ENOBUFS)");
+            Err(error) if nfqnl::ErrorKind::of(&error) == nfqnl::ErrorKind::NoBuffers => {
+                eprintln!("packets were lost: the receive buffer was full (ENOBUFS)");
             }
             Err(error) => return Err(error.into()),
         }
@@ -61,6 +68,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     queue.destroy()?;
     handle.close()?;
+    println!("{seen} packets, {bytes} bytes");
     Ok(())
 }
 

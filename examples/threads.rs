@@ -1,4 +1,4 @@
-//! Threads, in two ways: one for each queue of a range, and many for one queue
+//! Threads in two ways: one thread per queue of a range, and many threads for one queue
 //!
 //! ```text
 //! iptables -A INPUT -p udp --dport 5000 -j NFQUEUE --queue-balance 1:4    # or: nft … queue num 1-4
@@ -6,57 +6,58 @@
 //! cargo run --release --example threads
 //! ```
 //!
-//! **A range of queues** is what scales: each thread has a handle and a queue for itself, and shares nothing. The kernel
-//! spreads packets over the range
-//! * by their addresses, so that a connection stays in one queue (`--queue-balance`, `queue num 1-4`); or
-//! * by the CPU they are on (`--queue-balance 1:4 --queue-cpu-fanout`, `queue num 1-4 fanout`): CPU c feeds the queue
-//!   that is c modulo the length of the range behind the first. A thread that stays on that CPU finds its packets in
-//!   that CPU's caches: `--pin 1`, and as many queues as there are CPUs.
+//! **A range of queues** scales: each thread has its own socket and queue, and shares nothing.
+//! The kernel spreads packets over the range
+//! * by their addresses, so that a connection stays in one queue (`--queue-balance`,
+//!   `queue num 1-4`); or
+//! * by CPU (`--queue-balance 1:4 --queue-cpu-fanout`, `queue num 1-4 fanout`): CPU c feeds queue
+//!   `first + c % number of queues`. A thread that stays on that CPU finds its packets in the
+//!   caches of that CPU: use `--pin 1` and as many queues as CPUs.
 //!
-//! **Many threads for one queue** are for verdicts that take long to find: one thread receives, and gives copies of the
-//! packets to others, who answer by themselves. Packets of one connection go to one thread, to keep their order.
+//! **Many threads for one queue** suit slow decisions: one thread receives and gives copies of the
+//! packets to workers, and the workers send the verdicts. All packets of a connection go to the
+//! same worker, which keeps their order.
 //!
-//! All packets are accepted. The first queue is `--queue N` (1), the range has `--queues N` (4), and the queue behind
-//! it is the one with many threads, `--workers N` (4). `--count N` ends after N packets.
+//! All packets are accepted. `--queue N` selects the first queue (1), `--queues N` the length of
+//! the range (4). The next queue is the one with many threads, `--workers N` of them (4).
+//! `--count N` ends after N packets.
 
 use std::error::Error;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, ScopedJoinHandle};
-use std::time::{Duration, Instant};
 
-use nfqnl::{Handle, OwnedPacket, RecvBatch, Verdict, VerdictBatch};
+use nfqnl::{Event, OwnedPacket, RecvBatch, SendBatch, Socket, Verdict, Waker};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 mod support;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// How long a thread takes to see the flag at most
-const LOOK: Duration = Duration::from_millis(100);
-
-/// Tells all threads to stop
+/// Stops all threads
 #[derive(Debug)]
 struct Stop {
     flag: AtomicBool,
+    wakers: Vec<Waker>,
     seen: AtomicUsize,
-    enough: usize,
+    limit: usize,
 }
 
 impl Stop {
     fn is_set(&self) -> bool {
-        self.flag.load(Ordering::Relaxed)
+        self.flag.load(Ordering::SeqCst)
     }
 
-    /// A handler of SIGTERM would do this, and nothing else
+    /// Ends the current or next `recv` of each thread; a handler of SIGTERM may call this too
     fn set(&self) {
-        self.flag.store(true, Ordering::Relaxed);
+        self.flag.store(true, Ordering::SeqCst);
+        self.wakers.iter().for_each(Waker::wake);
     }
 
-    /// Sets it when enough packets have been seen
+    /// Counts packets, and stops the threads at the limit
     fn count(&self, packets: usize) {
-        if self.seen.fetch_add(packets, Ordering::Relaxed) + packets >= self.enough {
+        if self.seen.fetch_add(packets, Ordering::Relaxed) + packets >= self.limit {
             self.set();
         }
     }
@@ -73,43 +74,47 @@ fn main() -> Result<()> {
     let first: u16 = first.try_into()?;
     let last = first
         .checked_add(queues.try_into()?)
-        .ok_or("there are no queues beyond 65535")?;
+        .ok_or("the last queue number is 65535")?;
+    let mut sockets = Vec::new();
+    for number in first..=last {
+        let socket = Socket::open()?;
+        let queue = socket.bind(number)?;
+        println!("queue {number} is bound");
+        sockets.push((socket, queue));
+    }
     let stop = Stop {
         flag: AtomicBool::new(false),
+        wakers: sockets.iter().map(|(socket, _)| socket.waker()).collect(),
         seen: AtomicUsize::new(0),
-        enough: count,
+        limit: count,
     };
 
     thread::scope(|scope| {
         let stop = &stop;
         let mut threads: Vec<(u16, ScopedJoinHandle<'_, Result<usize>>)> = Vec::new();
-        for (index, queue) in (first..last).enumerate() {
+        for (index, (socket, queue)) in sockets.into_iter().enumerate() {
+            let number = queue.num();
             let thread = scope.spawn(move || {
-                let pinned = if pin > 0 {
-                    stay_at(index, queues)
+                let result = if number == last {
+                    distribute(&socket, workers, stop)
+                } else if pin > 0 {
+                    stay_at(index, queues).and_then(|()| serve(&socket, stop))
                 } else {
-                    Ok(())
+                    serve(&socket, stop)
                 };
-                stop_if_failed(stop, pinned.and_then(|()| serve(queue, stop)))
+                stop.set(); // One thread that fails stops the others too.
+                // From here on the kernel drops new packets. To lose none, remove the rule first.
+                queue.destroy()?;
+                result
             });
-            threads.push((queue, thread));
+            threads.push((number, thread));
         }
-        let thread = scope.spawn(move || stop_if_failed(stop, distribute(last, workers, stop)));
-        threads.push((last, thread));
-        for (queue, thread) in threads {
+        for (number, thread) in threads {
             let packets = thread.join().map_err(|_| "a thread has panicked")??;
-            println!("queue {queue}: {packets} packets");
+            println!("queue {number}: {packets} packets");
         }
         Ok(())
     })
-}
-
-/// Where one thread can't go on, the others shall not either
-fn stop_if_failed(stop: &Stop, result: Result<usize>) -> Result<usize> {
-    if result.is_err() {
-        stop.set();
-    }
-    result
 }
 
 /// Keeps the calling thread on the CPUs that feed its queue, if it may run on any of them
@@ -126,45 +131,35 @@ fn stay_at(index: usize, queues: usize) -> Result<()> {
     Ok(())
 }
 
-/// A thread with a queue for itself
-fn serve(number: u16, stop: &Stop) -> Result<usize> {
-    let handle = Handle::open()?;
-    let queue = handle.bind_queue(number)?;
-    println!("queue {number} is bound");
-
-    let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+/// A thread with its own queue
+fn serve(socket: &Socket, stop: &Stop) -> Result<usize> {
+    let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     let mut seen = 0;
     while !stop.is_set() {
-        for packet in handle
-            .recv_deadline(&mut batch, Instant::now() + LOOK)?
-            .packets()
-        {
-            verdicts.push(packet.key(), Verdict::Accept)?;
+        for event in socket.recv(&mut batch)? {
+            match event {
+                Event::Packet(packet) => verdicts.push(packet.key(), Verdict::Accept)?,
+                other => eprintln!("{other}"),
+            }
         }
         seen += verdicts.len();
         stop.count(verdicts.len());
-        handle.send(&mut verdicts)?;
+        socket.send(&mut verdicts)?;
     }
-    // From here on, new packets are dropped; to lose none, take the rule away before you stop.
-    queue.destroy()?;
     Ok(seen)
 }
 
-/// A thread that receives, and others that answer
-fn distribute(number: u16, workers: usize, stop: &Stop) -> Result<usize> {
-    let handle = Handle::open()?;
-    let queue = handle.bind_queue(number)?;
-    println!("queue {number} is bound");
-
-    let seen = thread::scope(|scope| -> Result<usize> {
+/// One thread that receives, and workers that send the verdicts
+fn distribute(socket: &Socket, workers: usize, stop: &Stop) -> Result<usize> {
+    thread::scope(|scope| {
         let work: Vec<mpsc::Sender<OwnedPacket>> = (0..workers.max(1))
             .map(|worker| {
                 let (give, work) = mpsc::channel::<OwnedPacket>();
-                let sender = handle.verdict_sender();
+                let sender = socket.verdict_sender();
                 scope.spawn(move || {
                     for packet in work {
                         let verdict = look_into(&packet, worker);
-                        if let Err(error) = sender.verdict(packet.key(), verdict) {
+                        if let Err(error) = sender.set_verdict(packet.key(), verdict) {
                             eprintln!("{error}");
                         }
                     }
@@ -177,24 +172,24 @@ fn distribute(number: u16, workers: usize, stop: &Stop) -> Result<usize> {
         let mut seen = 0;
         while !stop.is_set() {
             let before = seen;
-            for packet in handle
-                .recv_deadline(&mut batch, Instant::now() + LOOK)?
-                .packets()
-            {
-                let worker = connection(packet.payload()) % u64::try_from(work.len())?;
-                work[usize::try_from(worker)?].send(packet.into())?;
-                seen += 1;
+            for event in socket.recv(&mut batch)? {
+                match event {
+                    Event::Packet(packet) => {
+                        let worker = connection(packet.payload()) % u64::try_from(work.len())?;
+                        work[usize::try_from(worker)?].send(packet.into())?;
+                        seen += 1;
+                    }
+                    other => eprintln!("{other}"),
+                }
             }
             stop.count(seen - before);
         }
         Ok(seen)
-        // The channels close, and the threads end when they have answered what they were given.
-    })?;
-    queue.destroy()?;
-    Ok(seen)
+        // The channels close here. The workers answer the packets that they have, and end.
+    })
 }
 
-/// Takes its time
+/// A slow decision
 fn look_into(packet: &OwnedPacket, worker: usize) -> Verdict {
     let packet = packet.packet();
     let endpoints = support::endpoints(packet.payload());

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Fully static programs with musl, for what routers have: no file but the program is needed there
+# Fully static programs with musl for routers: the program needs no other file
 #
-#     scripts/static.sh TARGET                          # the example accept_all as small as it gets, and how small
-#     scripts/static.sh TARGET build --release ...      # any command of cargo's
+#     scripts/static.sh TARGET                          # the example accept_all, and its size
+#     scripts/static.sh TARGET build --release ...      # any command of cargo
 #     scripts/static.sh all                             # accept_all for six targets, for the table in README.md
 #
-# TARGET is one of rustc's for musl, such as mips-unknown-linux-musl. Where rustup has a standard library for it, that is
-# used, with the linker that comes with rustc: no C compiler for it is needed. Else (mips, mipsel, s390x and others) Debian's rustc
-# builds the standard library from its sources, and zig links; that is for Debian on x86-64, and installs what it needs
-# there and into ${XDG_CACHE_HOME:-$HOME/.cache}/nfqnl-static. Programs for other processors run under qemu-user. What cargo
-# prints on standard output is all that comes there.
+# TARGET is a musl target of rustc, such as mips-unknown-linux-musl. If rustup has a standard library for it, the script uses
+# that and the linker of rustc, and needs no C compiler. Otherwise (mips, mipsel, s390x and others) Debian's rustc builds the
+# standard library from source, and zig links; this needs Debian on x86-64, and installs packages there and into
+# ${XDG_CACHE_HOME:-$HOME/.cache}/nfqnl-static. Programs for other processors run under qemu-user. Standard output has only
+# the output of cargo.
 #
-# accept_all is built as in anybody's project: an empty one, with what README.md says. On this machine's processor it runs at
-# full rate too, for its memory. Fails above 400 KiB of program for x86-64, or 1024 KiB of memory.
+# accept_all is built in an empty project with the settings of README.md. For this machine's processor it also runs at full
+# rate, to measure its memory. Fails above 410 KiB of program for x86-64, or 1024 KiB of memory.
 set -euo pipefail
 shopt -s inherit_errexit
 cd "$(dirname "$0")/.."
@@ -87,7 +87,7 @@ accept_all() {
     cp Cargo.lock "$project"
     cat >"$project/Cargo.toml" <<END
 package = { name = "accept_all", edition = "2024" }
-dependencies.nfqnl.path = "$PWD"
+dependencies.nfqnl = { path = "$PWD", default-features = false }
 workspace = {}
 
 $(block Cargo.toml)
@@ -104,7 +104,7 @@ END
     needed=$(readelf -dW "$program")
     [[ $headers == *LOAD* && $headers != *INTERP* && $needed != *NEEDED* ]] || fail "$program is not static"
     size=$(stat -c %s "$program")
-    case $target in x86_64-*) [ "$size" -le $((400 * 1024)) ] || fail "$program has $size bytes" ;; esac
+    case $target in x86_64-*) [ "$size" -le $((410 * 1024)) ] || fail "$program has $size bytes" ;; esac
     if [ -z "$emulator" ]; then
         memory=$(CARGO_TARGET_DIR=target cargo run --quiet --release -p nfqnl-testkit --example resident -- "$program" 1)
         [ "$memory" -le 1024 ] || fail "$program takes $memory KiB of memory"

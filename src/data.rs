@@ -1,7 +1,7 @@
-//! What a callback gets: the packet under the names of libnetfilter_queue and its wrappers, and the way to answer it
+//! The packet as a callback sees it, with the names of libnetfilter_queue and its wrappers
 //!
-//! This one type mirrors a published API, `get_` and all, so that code can be ported line by line. Each getter forwards
-//! to [`Packet`], which has the Rust names and says what every value means.
+//! This type mirrors a published API, including `get_`, so code can be ported line by line. Each
+//! getter forwards to [`Packet`]; the documentation there has the meaning of every value.
 
 use std::fmt;
 use std::time::Duration;
@@ -9,47 +9,62 @@ use std::time::Duration;
 use nfqnl_proto::{Decision, HwAddr, Packet, PacketKey, SkbInfo, Verdict};
 
 use crate::error::{Error, Result};
-use crate::verdicts::VerdictBatch;
+use crate::handle::{Callable, HandleRef};
+use crate::verdict::{SendBatch, network_header_len};
 
-/// A packet in the hands of a callback
+/// The packet in a callback
 ///
-/// **The verdict is executed once the callback exits**, also by a panic; in [`Handle::run_once`](crate::Handle::run_once)
-/// once the callbacks of its whole batch have. The last one set counts. **If none is set,
-/// nothing is sent**, and the packet waits until it is answered by its [`key`](Self::key) with
-/// [`Handle::verdict`](crate::Handle::verdict), or in other threads and callbacks with a
+/// **The verdict is executed after the callback exits**, also by a panic:
+/// [`Handle::handle_packet`](crate::Handle::handle_packet) sends it at once,
+/// [`Handle::run_once`](crate::Handle::run_once) together with the verdicts on other packets. A
+/// callback calls [`send_now`](Self::send_now) before it waits. The last verdict counts. **Without
+/// a verdict nothing is sent**, and the packet waits for an answer by its [`key`](Self::key), from
+/// [`Socket::set_verdict`](crate::Socket::set_verdict) or a
 /// [`VerdictSender`](crate::VerdictSender).
 #[doc(alias = "nfq_data")]
 pub struct QueueData<'a> {
     packet: Packet<'a>,
-    verdicts: &'a mut VerdictBatch,
-    /// How many verdicts on other packets stand in front of this one's
+    verdicts: &'a mut SendBatch,
+    /// The index of this packet's verdict
     before: usize,
+    handle: &'a (dyn Callable + 'a),
 }
 
 impl<'a> QueueData<'a> {
-    /// The verdict, if one is set, is added to `verdicts`
+    /// Wraps a packet; its verdict, if there is one, is added to `verdicts`
     #[inline]
-    pub(crate) fn new(packet: Packet<'a>, verdicts: &'a mut VerdictBatch) -> Self {
+    pub(crate) fn new(
+        packet: Packet<'a>,
+        verdicts: &'a mut SendBatch,
+        handle: &'a (dyn Callable + 'a),
+    ) -> Self {
         Self {
             packet,
             before: verdicts.len(),
             verdicts,
+            handle,
         }
     }
 
-    /// The packet with all its attributes
+    /// Returns the packet with all its attributes
     #[must_use]
     pub const fn packet(&self) -> &Packet<'a> {
         &self.packet
     }
 
-    /// What the packet can be answered by later, from any thread
+    /// Returns the key to answer the packet later, from any thread
     #[must_use]
     pub fn key(&self) -> PacketKey {
         self.packet.key()
     }
 
-    /// Decides what becomes of the packet, and gives it a new mark if there is one: a number, or `None`
+    /// Returns the handle, to bind, set and unbind queues from the callback
+    #[must_use]
+    pub const fn handle(&self) -> HandleRef<'a> {
+        HandleRef::new(self.handle)
+    }
+
+    /// Sets the verdict, and a new mark unless `mark` is `None`
     #[doc(alias = "nfq_set_verdict")]
     #[doc(alias = "nfq_set_verdict2")]
     #[doc(alias = "nfq_set_verdict_mark")]
@@ -62,14 +77,13 @@ impl<'a> QueueData<'a> {
         debug_assert!(set.is_ok(), "a verdict and a mark can always be sent");
     }
 
-    /// The same, and puts another packet in place of this one
+    /// Sets the verdict and the mark, and replaces the packet
     ///
-    /// `payload` begins with the network header; lengths and **all checksums** in it are the caller's. See
-    /// [`Decision::with_payload`] for what kernels refuse.
+    /// `payload` begins with the network header. The caller sets the lengths and **all checksums**
+    /// in it. See [`Decision::with_payload`] for the changes refused by kernels.
     ///
     /// # Errors
-    /// A payload of more than 65531 bytes or shorter than its own network header, or a packet of which only the
-    /// beginning was copied. What was set before stays then.
+    /// As [`set_decision`](Self::set_decision).
     #[doc(alias = "nfq_set_verdict")]
     pub fn set_verdict_with_payload(
         &mut self,
@@ -84,123 +98,149 @@ impl<'a> QueueData<'a> {
         })
     }
 
-    /// Answers the packet with everything that a verdict can carry
+    /// Sets a verdict with all its attributes
     ///
     /// # Errors
-    /// As [`set_verdict_with_payload`](Self::set_verdict_with_payload), for any of the decision's parts.
+    /// [`Error::TruncatedPacket`] for a new payload of a truncated packet.
+    /// [`Error::PayloadTooShort`] for a payload shorter than its own network header or the old
+    /// packet's (the kernel would drop the packet). [`Error::Encode`] for more than 65531 bytes.
+    /// The earlier verdict stays then.
     pub fn set_decision(&mut self, decision: &Decision<'_>) -> Result<()> {
-        match (decision.payload(), self.packet.capture_len()) {
-            (Some(_), Some(len)) => Err(Error::CutPacket {
-                key: self.packet.key(),
-                needed: usize::try_from(len).unwrap_or(usize::MAX),
-                had: self.packet.payload().len(),
-            }),
-            _ => self.verdicts.set(self.before, self.packet.key(), *decision),
+        if let Some(payload) = decision.payload() {
+            self.check_payload(payload)?;
         }
+        self.verdicts.set(self.before, self.packet.key(), *decision)
+    }
+
+    fn check_payload(&self, payload: &[u8]) -> Result<()> {
+        let (key, old) = (self.packet.key(), self.packet.payload());
+        if let (true, Some(needed)) = (self.packet.is_truncated(), self.packet.len()) {
+            let had = old.len();
+            return Err(Error::TruncatedPacket { key, needed, had });
+        }
+        let needed = network_header_len(old);
+        let had = payload.len();
+        if had < needed {
+            return Err(Error::PayloadTooShort { key, needed, had });
+        }
+        Ok(())
+    }
+
+    /// Sends the verdicts set so far, on earlier packets and on this one
+    ///
+    /// Call it before the callback waits, so that these packets do not wait too. A verdict on this
+    /// packet is final once it is sent.
+    ///
+    /// # Errors
+    /// As [`Socket::send`](crate::Socket::send).
+    pub fn send_now(&mut self) -> Result<()> {
+        let sent = self.handle.socket().send(self.verdicts);
+        self.before = self.verdicts.len();
+        sent
     }
 }
 
-/// The getters of the published API; 0 stands for "none" where C has 0
+/// The getters of the published API; 0 stands for "none" where C returns 0
 impl<'a> QueueData<'a> {
-    /// The packet's id in its queue
+    /// Returns the packet's id in its queue
     #[must_use]
     #[doc(alias = "nfq_get_msg_packet_hdr")]
     pub fn get_packet_id(&self) -> u32 {
         self.packet.id()
     }
 
-    /// EtherType
+    /// Returns the EtherType
     #[must_use]
     #[doc(alias = "nfq_get_msg_packet_hdr")]
     pub fn get_hw_protocol(&self) -> u16 {
         self.packet.hw_protocol()
     }
 
-    /// Number of the netfilter hook
+    /// Returns the number of the netfilter hook
     #[must_use]
     #[doc(alias = "nfq_get_msg_packet_hdr")]
     pub fn get_hook(&self) -> u8 {
         self.packet.hook().0
     }
 
-    /// Link-layer address of the source
+    /// Returns the link-layer address of the source
     #[must_use]
     #[doc(alias = "nfq_get_packet_hw")]
     pub fn get_packet_hw(&self) -> Option<HwAddr> {
         self.packet.hw_addr()
     }
 
-    /// Packet mark, 0 if none
+    /// Returns the packet mark, 0 if none
     #[must_use]
     #[doc(alias = "nfq_get_nfmark")]
     pub fn get_nfmark(&self) -> u32 {
         self.packet.mark()
     }
 
-    /// Time of receipt since the Unix epoch
+    /// Returns the time of receipt since the Unix epoch
     #[must_use]
     #[doc(alias = "nfq_get_timestamp")]
     pub fn get_timestamp(&self) -> Option<Duration> {
         self.packet.timestamp()
     }
 
-    /// Index of the input device, 0 if none
+    /// Returns the index of the input device, 0 if none
     #[must_use]
     #[doc(alias = "nfq_get_indev")]
     pub fn get_indev(&self) -> u32 {
         self.packet.indev().unwrap_or(0)
     }
 
-    /// Index of the input bridge port, 0 if none
+    /// Returns the index of the input bridge port, 0 if none
     #[must_use]
     #[doc(alias = "nfq_get_physindev")]
     pub fn get_physindev(&self) -> u32 {
         self.packet.physindev().unwrap_or(0)
     }
 
-    /// Index of the output device, 0 if none
+    /// Returns the index of the output device, 0 if none
     #[must_use]
     #[doc(alias = "nfq_get_outdev")]
     pub fn get_outdev(&self) -> u32 {
         self.packet.outdev().unwrap_or(0)
     }
 
-    /// Index of the output bridge port, 0 if none
+    /// Returns the index of the output bridge port, 0 if none
     #[must_use]
     #[doc(alias = "nfq_get_physoutdev")]
     pub fn get_physoutdev(&self) -> u32 {
         self.packet.physoutdev().unwrap_or(0)
     }
 
-    /// The packet from its network header on, as much as was copied
+    /// Returns the copied part of the packet, from its network header on
     #[must_use]
     #[doc(alias = "nfq_get_payload")]
     pub fn get_payload(&self) -> &'a [u8] {
         self.packet.payload()
     }
 
-    /// User id of the sending socket
+    /// Returns the user id of the sending socket
     #[must_use]
     #[doc(alias = "nfq_get_uid")]
     pub fn get_uid(&self) -> Option<u32> {
         self.packet.uid()
     }
 
-    /// Group id of the sending socket
+    /// Returns the group id of the sending socket
     #[must_use]
     #[doc(alias = "nfq_get_gid")]
     pub fn get_gid(&self) -> Option<u32> {
         self.packet.gid()
     }
 
-    /// Security context
+    /// Returns the security context
     #[must_use]
     #[doc(alias = "nfq_get_secctx")]
     pub fn get_secctx(&self) -> Option<&'a [u8]> {
         self.packet.security_context()
     }
 
-    /// State of checksums and segmentation
+    /// Returns the state of checksums and segmentation
     #[must_use]
     #[doc(alias = "nfq_get_skbinfo")]
     pub fn get_skbinfo(&self) -> SkbInfo {

@@ -1,55 +1,70 @@
-//! NFQUEUE in pure Rust: the kernel hands a program its packets and waits for the verdict
+//! NFQUEUE in pure Rust: the kernel hands packets to a program and waits for its verdicts
 //!
-//! A rule in iptables (`-j NFQUEUE --queue-num 1`) or nftables (`queue num 1`) puts packets in a queue. A program that
-//! has bound the queue sees each packet, and says what becomes of it. This crate speaks the kernel's netlink protocol
-//! itself; there is no C library under it.
+//! A rule in iptables (`-j NFQUEUE --queue-num 1`) or nftables (`queue num 1`) puts packets in a
+//! queue. A program that has bound the queue receives each packet and decides what happens to it.
+//! This crate speaks the kernel's netlink protocol itself, without a C library.
 //!
 //! # Where to begin
-//! * [`Handle`] is the connection to the kernel, and explains the two styles: a **loop** over [`Event`]s, or
-//!   **callbacks** with [`QueueData`] as in libnetfilter_queue.
-//! * [`Queue`] is a bound queue: copy mode, flags, length, end.
-//! * [`Packet`] is a view of a waiting packet; [`PacketKey`] is what it is answered by, from anywhere.
-//! * [`Verdict`] and [`Decision`] are the answers; a [`VerdictBatch`] sends many together, a [`VerdictSender`] from other
-//!   threads, to which an [`OwnedPacket`] can go.
-//! * [`Error`], [`Refusal`] and [`Situation`] say what went wrong; [`Stats`] and [`QueueStats`] count.
+//! * [`Socket`] is the loop API: bind queues, receive [`Event`]s, send verdicts.
+//! * [`Handle`] is the callback API, with the names of libnetfilter_queue; [`QueueData`] is the
+//!   packet as a callback sees it.
+//! * [`Queue`] is a bound queue: copy mode, flags, maximum length, end.
+//! * [`Packet`] is a view of a waiting packet; its [`PacketKey`] answers it, from any thread.
+//! * [`Verdict`] and [`Decision`] are the answers. A [`SendBatch`] sends many together. A
+//!   [`VerdictSender`] sends from other threads; an [`OwnedPacket`] is a copy for them.
+//! * A [`Waker`] ends a receive call from another thread or a signal handler.
+//! * [`Error`], [`Refusal`] and [`ErrorKind`] describe failures; [`Stats`] and [`QueueStats`]
+//!   count.
 //!
 //! ```no_run
-//! use nfqnl::{Handle, RecvBatch, Verdict, VerdictBatch};
+//! use nfqnl::{Event, RecvBatch, SendBatch, Socket, Verdict};
 //!
 //! # fn main() -> nfqnl::Result<()> {
-//! let handle = Handle::open()?;
-//! let queue = handle.bind_queue(1)?;
-//! let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+//! let socket = Socket::open()?;
+//! let _queue = socket.bind(1)?;
+//! let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
 //! loop {
-//!     for packet in handle.recv(&mut batch)?.packets() {
-//!         println!("{} bytes at {}", packet.payload().len(), packet.hook());
-//!         verdicts.push(packet.key(), Verdict::Accept)?;
+//!     for event in socket.recv(&mut batch)? {
+//!         match event {
+//!             Event::Packet(packet) => {
+//!                 println!("{} bytes at {}", packet.payload().len(), packet.hook());
+//!                 verdicts.push(packet.key(), Verdict::Accept)?;
+//!             }
+//!             other => eprintln!("{other}"),
+//!         }
 //!     }
-//!     handle.send(&mut verdicts)?;
+//!     socket.send(&mut verdicts)?;
 //! }
 //! # }
 //! ```
 //!
 //! # Privileges
-//! Every request, verdicts included, takes `CAP_NET_ADMIN` in the user namespace that owns the socket's network
-//! namespace; so does opening the socket, which shows at the first request. `unshare -Urn` gives an ordinary user one of
-//! each.
+//! Every request, verdicts included, needs `CAP_NET_ADMIN` in the user namespace that owns the
+//! socket's network namespace. `unshare -Urn` gives an ordinary user one of each. Opening the
+//! socket needs no privilege; without the capability the first request fails. Drop capabilities
+//! before you start threads: all threads that send verdicts must have the same ones.
 //!
 //! # Losses
-//! The kernel drops packets that find the queue or the socket's receive buffer full (or accepts them, with
-//! [`ConfigFlags::FAIL_OPEN`]), and those that wait when their queue is unbound, their device goes down or a base
-//! chain is deleted. [`Event::Overrun`], [`Event::Refused`] and [`Stats::lost_packets`] tell of it; the library itself
-//! loses none.
+//! If the queue or the socket's receive buffer is full, the kernel drops packets, or accepts them
+//! with [`ConfigFlags::FAIL_OPEN`]. It also drops waiting packets when their queue is unbound,
+//! their device goes down or a base chain is deleted. [`Stats`] lists the counters of these
+//! losses. The library itself loses no packets.
+//!
+//! # Fork
+//! After fork(2) both processes have the socket. A drop then unbinds nothing in either process;
+//! see [`Queue`]. Both may receive, and each one answers the packets it received. Fork while no
+//! other thread uses the socket.
 //!
 //! # Features
-//! None is on by default. mio, async-io and other runtimes need none: a [`Handle`] has a descriptor to wait for
-//! ([`AsFd`](std::os::fd::AsFd)) and [`try_recv`](Handle::try_recv); there is an example for each.
+//! mio, async-io and other runtimes need no feature: a [`Socket`] has a descriptor to wait for
+//! ([`AsFd`](std::os::fd::AsFd)) and [`try_recv`](Socket::try_recv); there is an example for each.
 //!
-//! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `nfqnl::proto::interop`. They follow the
-//!   versions of that crate; a release of this one that raises it is no breaking one.
-//! * `tokio`: `AsyncHandle`, for tokio 1.53.3 and later.
+//! * `netlink-packet-core` (default): owned messages for the rust-netlink stack, in
+//!   `nfqnl::proto::interop`. They follow the versions of `netlink-packet-core`: a release of this
+//!   crate with a new version of it is not a breaking release.
+//! * `tokio`: `AsyncSocket`, with tokio's features `net` and `rt`.
 #![cfg_attr(docsrs, feature(doc_cfg))]
-// Nothing from outside makes it panic.
+// Data from outside must not cause a panic.
 #![cfg_attr(
     not(test),
     warn(
@@ -63,59 +78,56 @@
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
-#[cfg(feature = "tokio")]
-mod async_handle;
-mod batch;
-mod bindings;
 mod data;
+mod engine;
 mod error;
 mod event;
 mod handle;
-mod owned;
+mod owned_packet;
 mod queue;
-mod sender;
+mod recv_batch;
 mod socket;
 mod stats;
-#[cfg_attr(fuzzing, path = "fuzzed_sys.rs")]
 mod sys;
-mod verdicts;
-mod waiting;
+#[cfg(feature = "tokio")]
+mod tokio;
+mod verdict;
 
 pub use nfqnl_proto as proto;
 
 #[cfg(feature = "tokio")]
-pub use async_handle::{AsyncHandle, PacketStream};
-pub use batch::{Events, Packets, RecvBatch};
+pub use crate::tokio::{AsyncSocket, PacketStream};
 pub use data::QueueData;
-pub use error::{Error, Operation, Refusal, Result, Situation};
+pub use engine::Waker;
+pub use error::{Error, ErrorKind, Operation, Refusal, Result};
 pub use event::Event;
-pub use handle::{Handle, HandleBuilder, open};
+pub use handle::{Handle, HandleRef, open};
 pub use nfqnl_proto::{
-    ConfigFlags, CopyMode, Decision, Family, Hook, HwAddr, Packet, PacketKey, QueueConfig, SkbInfo,
-    Verdict, Vlan, consts,
+    ConfigFlags, CopyMode, Decision, Family, Hook, HwAddr, Packet, PacketKey, PlainVerdict,
+    QueueConfig, SkbInfo, Verdict, Vlan, consts,
 };
-pub use owned::OwnedPacket;
+pub use owned_packet::OwnedPacket;
 pub use queue::Queue;
-pub use sender::VerdictSender;
+pub use recv_batch::{Events, RecvBatch};
+pub use socket::{Socket, SocketBuilder};
 pub use stats::{QueueStats, Stats};
-pub use verdicts::VerdictBatch;
+pub use verdict::{SendBatch, VerdictSender};
 
-/// For the fuzz targets of this repository alone
+/// Only for the fuzz targets of this repository
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::sys::{Kernel, with_kernel};
 
-    /// A handle over a socket that is left as it is, for a target's kernel to speak for, taken over or new
+    /// Wraps a descriptor without setting its options, for a target's kernel
     ///
     /// # Errors
-    /// As [`HandleBuilder::open_fd`](crate::HandleBuilder::open_fd).
+    /// As [`SocketBuilder::open_fd`](crate::SocketBuilder::open_fd).
     pub fn open_over(
         fd: std::os::fd::OwnedFd,
-        builder: crate::HandleBuilder,
-        is_taken_over: bool,
-    ) -> crate::Result<crate::Handle> {
-        builder.open_over(fd, is_taken_over)
+        builder: crate::SocketBuilder,
+    ) -> crate::Result<crate::Socket> {
+        builder.open_over(fd)
     }
 }
 

@@ -1,109 +1,134 @@
-//! One bound queue: its settings, and its end
+//! One bound queue: its settings and its end
 
 use std::sync::{Arc, Weak};
 
-use nfqnl_proto::{ConfigFlags, CopyMode, QueueConfig};
+use nfqnl_proto::{ConfigFlags, CopyMode, PacketKey, QueueConfig};
 
-use crate::bindings::BindingId;
+use crate::engine::{Binding, Engine};
 use crate::error::{Error, Operation, Result};
-use crate::socket::Shared;
 
-/// A queue that a [`Handle`](crate::Handle) has bound
+/// A bound queue of a [`Socket`](crate::Socket)
 ///
-/// Dropping it unbinds the queue without waiting for the kernel, which then **drops every packet that waits in it**;
-/// so keep it as long as the queue shall work. [`destroy`](Self::destroy) does the same and reports. When the handle
-/// is closed first, its queues end with it.
+/// Dropping it unbinds the queue, and the kernel **drops every packet that waits in it**. Keep it
+/// as long as the queue should work. The drop does not wait for the kernel;
+/// [`destroy`](Self::destroy) waits, and reports errors. When the socket is closed first, its
+/// queues end with it.
+///
+/// After a fork(2) a drop unbinds nothing, in parent and child: the other process may still use
+/// the queue. [`destroy`](Self::destroy) unbinds it for both.
 #[must_use = "dropping a queue unbinds it"]
 #[derive(Debug)]
 #[doc(alias = "nfq_q_handle")]
 pub struct Queue {
-    shared: Weak<Shared>,
-    binding: BindingId,
+    engine: Weak<Engine>,
+    binding: Arc<Binding>,
 }
 
 impl Queue {
-    pub(crate) fn new(shared: &Arc<Shared>, binding: BindingId) -> Self {
+    pub(crate) fn new(engine: &Arc<Engine>, binding: Arc<Binding>) -> Self {
         Self {
-            shared: Arc::downgrade(shared),
+            engine: Arc::downgrade(engine),
             binding,
         }
     }
 
-    /// The queue's number
+    /// Returns the queue's number
     #[must_use]
-    pub const fn num(&self) -> u16 {
-        self.binding.queue
+    pub fn num(&self) -> u16 {
+        self.binding.id.queue
     }
 
-    /// Sets how much of each packet the kernel sends: nothing, its attributes, or also up to `range` bytes of it
+    /// Returns the key of the packet with this id, for programs that keep ids
     ///
-    /// `range` counts bytes from the network header and matters for [`CopyMode::PACKET`] alone. The most that the
-    /// kernel copies is 65531 bytes, and 0 and everything above mean that; so a packet of 65535 bytes always comes cut,
-    /// with [`Packet::capture_len`](crate::Packet::capture_len) saying so. Until a mode other than
-    /// [`CopyMode::NONE`] is set, the kernel drops the queue's packets.
+    /// The key belongs to this binding. An id from an earlier binding of the queue names another
+    /// packet.
+    #[must_use]
+    pub fn key(&self, id: u32) -> PacketKey {
+        self.binding.key(id)
+    }
+
+    /// Returns the flags that this library has switched on for the queue
+    #[must_use]
+    pub fn flags(&self) -> ConfigFlags {
+        self.binding.flags()
+    }
+
+    /// Sets the part of each packet that the kernel copies: nothing, the attributes, or the
+    /// attributes and up to `range` bytes of the packet
+    ///
+    /// `range` counts bytes from the network header, and only [`CopyMode::Packet`] uses it. The
+    /// kernel copies at most 65531 bytes; 0 and every larger range mean 65531. It therefore
+    /// truncates a packet of 65535 bytes ([`Packet::is_truncated`](crate::Packet::is_truncated)).
+    /// With [`CopyMode::None`] the kernel drops the queue's packets.
     ///
     /// # Errors
-    /// [`Error::UnknownCopyMode`]; [`Error::Refused`]; [`Error::NoAck`];
-    /// [`Error::Io`]; [`Error::Ended`].
+    /// [`Error::Refused`]; [`Error::NoAck`]; [`Error::Io`]; [`Error::Unbound`].
     #[doc(alias = "nfq_set_mode")]
     pub fn set_mode(&self, mode: CopyMode, range: u32) -> Result<()> {
-        self.update(
-            Operation::SetMode(self.num()),
-            QueueConfig::new().copy_mode(mode, range),
-        )
+        let config = QueueConfig::new().copy_mode(mode, range);
+        self.update(Operation::SetMode(self.num()), config)
     }
 
-    /// Sets the switches named in `mask` as they stand in `flags`, and leaves the others
+    /// Sets each flag in `mask` as in `flags`, and leaves the others; since Linux 3.6
     ///
     /// # Errors
-    /// [`Error::Refused`] with [`Situation::Unsupported`](crate::Situation::Unsupported) (or
-    /// [`Invalid`](crate::Situation::Invalid) from Linux 7.2 on) if the kernel does not know a flag or was built
-    /// without what it needs; nothing is changed then. [`Error::NoAck`];
-    /// [`Error::Io`]; [`Error::Ended`].
+    /// [`Error::Refused`] with [`UnsupportedFlags`](crate::ErrorKind::UnsupportedFlags) if the
+    /// kernel does not support a flag; nothing is changed then. [`Error::NoAck`]; [`Error::Io`];
+    /// [`Error::Unbound`].
     #[doc(alias = "nfq_set_queue_flags")]
     pub fn set_flags(&self, mask: ConfigFlags, flags: ConfigFlags) -> Result<()> {
-        self.update(
-            Operation::SetFlags(self.num()),
-            QueueConfig::new().flags(mask, flags),
-        )
+        let config = QueueConfig::new().flags(mask, flags);
+        self.update(Operation::SetFlags(self.num()), config)
     }
 
-    /// Sets how many packets may wait at once, 1024 if never set; beyond that the kernel drops new ones
+    /// Sets the maximum number of waiting packets; the default is 1024
+    ///
+    /// The kernel drops further packets, or accepts them with [`ConfigFlags::FAIL_OPEN`]. So 0
+    /// drops or accepts every packet. The kernel counts its drops in
+    /// [`QueueStats::queue_dropped`](crate::QueueStats::queue_dropped); the library does not see
+    /// them.
+    ///
+    /// Recent kernels (6.12.83, 6.18.24, 7.0) keep at most 65,536 packets in a queue, even if the
+    /// maximum is higher. The packets above 65,536 use up ids, so
+    /// [`Stats::missing_packets`](crate::Stats::missing_packets) counts them, and merging of
+    /// verdicts ends.
     ///
     /// # Errors
-    /// [`Error::ZeroMaxlen`]: the kernel would accept 0, and drop everything. [`Error::Refused`]; [`Error::NoAck`];
-    /// [`Error::Io`]; [`Error::Ended`].
+    /// [`Error::Refused`]; [`Error::NoAck`]; [`Error::Io`]; [`Error::Unbound`].
     #[doc(alias = "nfq_set_queue_maxlen")]
     pub fn set_maxlen(&self, packets: u32) -> Result<()> {
-        self.update(
-            Operation::SetMaxlen(self.num()),
-            QueueConfig::new().maxlen(packets),
-        )
+        let config = QueueConfig::new().maxlen(packets);
+        self.update(Operation::SetMaxlen(self.num()), config)
     }
 
-    /// Unbinds the queue and waits until the kernel has done so; it drops every packet that waits
+    /// Unbinds the queue and waits until the kernel has done so; the kernel drops every waiting
+    /// packet
     ///
     /// # Errors
-    /// [`Error::Refused`], as when the process has dropped `CAP_NET_ADMIN`: the kernel then keeps the queue until the
-    /// socket is closed. [`Error::NoAck`]; [`Error::Io`]. The handle gives the queue up in any case.
+    /// [`Error::Refused`] if the process has dropped `CAP_NET_ADMIN`: the kernel then keeps the
+    /// queue until the socket is closed. [`Error::NoAck`]; [`Error::Io`]. The socket treats the
+    /// queue as unbound in any case.
     #[doc(alias = "nfq_destroy_queue")]
     pub fn destroy(mut self) -> Result<()> {
-        match std::mem::take(&mut self.shared).upgrade() {
-            Some(shared) => shared.unbind(self.binding),
+        match std::mem::take(&mut self.engine).upgrade() {
+            Some(engine) => engine.unbind(self.binding.id),
             None => Ok(()),
         }
     }
 
     fn update(&self, op: Operation, config: QueueConfig) -> Result<()> {
-        let shared = self.shared.upgrade().ok_or(Error::Ended { op })?;
-        shared.update(op, self.binding, config)
+        let engine = self.engine.upgrade().ok_or(Error::Unbound { op })?;
+        engine.update(op, &self.binding, config)
     }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        if let Some(shared) = self.shared.upgrade() {
-            shared.post_unbind(self.binding);
+        if let Some(engine) = self.engine.upgrade() {
+            match self.binding.is_shared() {
+                true => engine.end_here(self.binding.id),
+                false => engine.post_unbind(self.binding.id),
+            }
         }
     }
 }

@@ -1,287 +1,491 @@
-//! The one socket that configuration, packets and verdicts share
-//!
-//! The kernel ties a queue to the socket that bound it, so acknowledgements and packets arrive in one stream, in any
-//! order. The rules that keep them apart without losing any:
-//!
-//! * One thread reads at a time, and what it has read is seen by [`Shared::note`] before the next may read: so datagrams
-//!   are seen in the order they came, and a request that finds the socket empty, and no answer, knows that there is
-//!   none, unless callers receive on the descriptor themselves and have it in their hands. Reading is done under the lock
-//!   on [`State`], but for a wait: then `has_reader` stands for the lock.
-//! * A request that reads packets on its way puts them in the stash. The stash is served before the socket.
-//! * Verdicts share the socket, and two locks with those who receive (and that on [`State`] before a send after losses, where
-//!   overruns are not reported). That on a binding's list of waiting packets nobody holds over a system call. That on
-//!   [`Shared::bindings`] is held over a send, and whoever receives takes it alone, and so waits for sends, when a binding
-//!   comes or goes, when the kernel has refused a thread's verdicts as such, and when very many messages were lost.
-//! * A call that leaves the stash non-empty sends a message that the kernel answers at once ([`Shared::wake`]), so the
-//!   descriptor is readable, and no loop sleeps on it while packets wait in here.
+//! The loop API: one socket, its queues, receiving and answering
 
-mod losses;
-mod queues;
-mod receive;
-mod requests;
-
-use std::collections::VecDeque;
+use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::{Duration, Instant};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
 
-use netlink_sys::Socket;
-use nfqnl_proto::{BatchVerdict, Decision, PacketKey, Verdict};
+use netlink_sys::{Socket as Netlink, SocketAddr};
+use nfqnl_proto::consts::NETLINK_NETFILTER;
+use nfqnl_proto::{CopyMode, Decision, PacketKey, PlainVerdict, QueueConfig};
 
-use crate::batch::Stashed;
-use crate::bindings::Bindings;
+use crate::engine::{Engine, Wait, Waker};
 use crate::error::{Error, Operation, Result};
-use crate::event::verdict_header;
+use crate::queue::Queue;
+use crate::recv_batch::{Events, RecvBatch};
 use crate::stats::Stats;
 use crate::sys;
-use crate::verdicts::VerdictBatch;
+use crate::verdict::{SendBatch, VerdictSender};
 
-pub(crate) use self::losses::Losses;
-use self::requests::Request;
-
-/// The socket, and everything that its users share
-#[derive(Debug)]
-pub(crate) struct Shared {
-    socket: Socket,
-    ack_timeout: Duration,
-    /// How many bytes one send may take
-    max_send: usize,
-    /// Whether batch verdicts are wanted, and can be made safe
-    coalesce: bool,
-    /// Whether the first receive call after an overrun tells of it
-    reports_overruns: bool,
-    /// The count of losses that was last looked at
-    losses_seen: AtomicU32,
-    /// Whether somebody receives on the descriptor and passes on what came
-    is_read_outside: AtomicBool,
-    state: Mutex<State>,
-    /// Signalled when an answer to a request has come, and when a reader is back
-    changed: Condvar,
-    /// Read by verdicts, across their send: once a writer has changed it, no verdict on an older binding is on its way
-    bindings: RwLock<Bindings>,
-    long_verdict: Mutex<VerdictBatch>,
+/// A connection to the kernel's packet queues
+///
+/// [`bind`](Self::bind) a queue, and receive its packets with [`recv`](Self::recv) into a
+/// [`RecvBatch`]. Answer them together with [`send`](Self::send) of a [`SendBatch`], or one by one
+/// with [`set_verdict`](Self::set_verdict), now or later. [`SendBatch`] shows the loop.
+///
+/// The socket has no receive loop of its own: any thread, loop or runtime can drive it. Its
+/// descriptor is readable while there is something to receive, including packets that another call
+/// has already read. After poll(2) or epoll(7), call [`try_recv`](Self::try_recv) until it returns
+/// no events. While a batch has events ([`RecvBatch::has_events`]), do not wait for the
+/// descriptor.
+///
+/// All methods take `&self`, so threads may share a socket. No other code may read from a copy of
+/// the descriptor, except a forked process: it must answer the packets it receives.
+///
+/// Dropping the socket unbinds its queues, but not after a fork(2) (see [`Queue`]).
+pub struct Socket {
+    pub(crate) engine: Arc<Engine>,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    /// The same as in `Shared`, for those who have this lock
-    bindings: Bindings,
-    stash: VecDeque<Stashed>,
-    /// Whether a thread waits in the kernel to receive: until it is back nobody else reads
-    has_reader: bool,
-    /// How many threads wait for `changed`
-    sleepers: usize,
-    requests: Vec<Request>,
-    last_seq: u32,
-    /// Queues that were unbound, of which packets may still come, each with its place among all that ever were
-    ended: Vec<(u16, u64)>,
-    /// How many queues were unbound
-    endings: u64,
-    origin: Origin,
-    /// Until then what other processes were sending when the socket was connected may still come
-    strays_end: Option<Instant>,
-    losses: Losses,
-    stats: Stats,
+/// Settings for opening a [`Socket`]
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct SocketBuilder {
+    recv_buffer: Option<usize>,
+    report_overruns: bool,
+    merge_verdicts: bool,
 }
 
-/// Whose the socket was before
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Origin {
-    /// Nobody's
-    #[default]
-    New,
-    /// Somebody's, who may have bound any queue, and may still
-    TakenOver,
-}
-
-/// What the kernel wants of the send buffer beside the message (`netlink_sendmsg` in `net/netlink/af_netlink.c`)
-const SEND_OVERHEAD: usize = 32;
-
-/// Longer than a system call takes that has begun to send to this socket
-const STRAYS: Duration = Duration::from_secs(2);
-
-/// More verdicts than this in one send bring nothing measurable
-const MAX_SEND: usize = 1 << 15;
-
-impl Shared {
-    pub(crate) fn new(
-        socket: Socket,
-        origin: Origin,
-        ack_timeout: Duration,
-        coalesce: bool,
-        reports_overruns: bool,
-    ) -> io::Result<Self> {
-        let send_buffer = sys::send_buffer(socket.as_fd())?;
-        let mut state = State {
-            origin,
-            strays_end: Some(sys::now() + STRAYS),
-            ..State::default()
-        };
-        let drops = sys::drops(socket.as_fd()).ok();
-        state.losses = Losses::new(drops.unwrap_or(0));
-        Ok(Self {
-            socket,
-            ack_timeout,
-            max_send: send_buffer.saturating_sub(SEND_OVERHEAD).min(MAX_SEND),
-            coalesce: coalesce && drops.is_some(),
-            reports_overruns,
-            losses_seen: AtomicU32::new(drops.unwrap_or(0)),
-            is_read_outside: AtomicBool::new(false),
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-            bindings: RwLock::default(),
-            long_verdict: Mutex::default(),
-        })
-    }
-
-    /// State is consistent between any two statements, so a panic elsewhere poisons nothing
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The bindings that stand; held over a send, so that none ends under it
-    fn bindings(&self) -> RwLockReadGuard<'_, Bindings> {
-        self.bindings.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn change_bindings(&self, state: &mut State, change: impl FnOnce(&mut Bindings)) {
-        change(&mut state.bindings);
-        let mut bindings = self
-            .bindings
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        bindings.clone_from(&state.bindings);
-    }
-
-    /// Whether batch verdicts are sent, and waiting packets noted for it
-    #[inline]
-    fn coalesces(&self) -> bool {
-        self.coalesce && !self.is_read_outside.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn stats(&self) -> Stats {
-        self.state().stats
-    }
-
-    pub(crate) fn note_unclaimed(&self) {
-        self.state().stats.unclaimed += 1;
-    }
-
-    pub(crate) fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
-        self.socket.set_non_blocking(nonblocking)
-    }
-}
-
-impl AsFd for Shared {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
-/// Whether a verdict is one that never shares a send, or happens to be the only one in a batch
-#[derive(Clone, Copy)]
-enum Sent {
-    ByItself,
-    AsBatch,
-}
-
-/// Verdicts
-impl Shared {
-    /// Sends one verdict
-    pub(crate) fn verdict(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
-        match decision.as_batch() {
-            Some(common) => self.common_verdict(key, common, Sent::ByItself),
-            None => self.long_verdict(key, decision),
+impl Default for SocketBuilder {
+    fn default() -> Self {
+        Self {
+            recv_buffer: None,
+            report_overruns: true,
+            merge_verdicts: true,
         }
     }
+}
 
-    /// Sends one verdict that is no more than verdict, mark and priority
-    fn common_verdict(&self, key: PacketKey, common: BatchVerdict, sent: Sent) -> Result<()> {
-        let mut out = [0; BatchVerdict::MAX_LEN];
-        let op = Operation::Verdict(key);
-        let len = common
-            .encode_single(&mut out, key.queue, key.id, verdict_header(key))
-            .map_err(|source| Error::Encode { op, source })?;
-        let message = out.get(..len).unwrap_or_default();
-        let bindings = self.bindings();
-        let binding = bindings.current(key.into()).ok_or(Error::Stale { key })?;
-        if !self.coalesces() || common.verdict() == Verdict::Stolen {
-            return self.send(op, message);
-        }
-        let verdict = Some(common);
-        let needs_proof = match sent {
-            Sent::ByItself => binding.waiting().needs_proof_alone(verdict),
-            Sent::AsBatch => binding.waiting().needs_proof([verdict]),
-        };
-        let is_proven = self.send_and_prove(key, message, needs_proof)?;
-        binding
-            .waiting()
-            .note_sent(key.id, key.id, verdict, is_proven);
-        Ok(())
-    }
+/// Room for 1024 full Ethernet frames, as many as a queue holds by default: the kernel charges
+/// 2304 bytes for each, and doubles the size it is given
+const DEFAULT_RECV_BUFFER: libc::c_int = 1024 * 2304 / 2;
 
-    /// Sends one verdict of any length, by memory that is kept for it unless another thread has that now
-    fn long_verdict(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
-        if let (Some(binding), true) = (self.bindings().current(key.into()), self.coalesces()) {
-            binding.waiting().needs_proof_alone(None);
-        }
-        let mut own = VerdictBatch::new();
-        let mut kept = self.long_verdict.try_lock();
-        let batch = kept.as_deref_mut().unwrap_or(&mut own);
-        batch.clear(); // of what could not be sent, and was reported so
-        batch.push(key, *decision)?;
-        self.send_verdicts(batch)
-    }
-
-    /// Sends collected verdicts
-    #[inline]
-    pub(crate) fn send_verdicts(&self, batch: &mut VerdictBatch) -> Result<()> {
-        match batch.single() {
-            Some((key, common)) => match self.common_verdict(key, common, Sent::AsBatch) {
-                Err(error @ Error::Io { .. }) => Err(error),
-                sent => {
-                    batch.clear();
-                    sent
-                }
-            },
-            None if batch.is_empty() => Ok(()),
-            None => self.send_several(batch),
-        }
-    }
-
-    fn send_several(&self, batch: &mut VerdictBatch) -> Result<()> {
-        let bindings = || {
-            self.look_before_sending();
-            self.bindings()
-        };
-        batch.send(
-            self.max_send,
-            self.coalesces(),
-            bindings,
-            |first, messages, needs_proof| self.send_and_prove(first, messages, needs_proof),
-        )
-    }
-
-    /// Sends verdicts; if `needs_proof`, says whether it is certain that the kernel has not refused them all
+impl SocketBuilder {
+    /// Sets the size of the socket's receive buffer in bytes; the kernel doubles it
     ///
-    /// It refuses all of a thread without `CAP_NET_ADMIN`. That is looked at before and after: privileges that one thread
-    /// drops or regains by `setuid`, libc changes in all of them, by a signal. A process in a user namespace of its own may
-    /// seem to have it, and has it not; then it was refused all verdicts ever since, and will be.
-    fn send_and_prove(&self, first: PacketKey, messages: &[u8], needs_proof: bool) -> Result<bool> {
-        let was_capable = needs_proof && sys::has_net_admin();
-        self.send(Operation::Verdict(first), messages)?;
-        Ok(was_capable && sys::has_net_admin())
+    /// The default is 1,179,648: room for 1024 full Ethernet frames, as many as a queue holds by
+    /// default. The buffer takes memory only while packets wait in it. The kernel charges 832
+    /// bytes for a small packet or for attributes only, 2304 for a full frame, and 66 KiB for a
+    /// large packet with [`ConfigFlags::GSO`](crate::ConfigFlags::GSO). A small router with a copy
+    /// range of 128 bytes needs 425,984 for 1024 packets, and less with a shorter queue.
+    ///
+    /// Sizes above `net.core.rmem_max` need `CAP_NET_ADMIN` in the initial user namespace. Other
+    /// processes get `rmem_max`.
+    #[doc(alias = "SO_RCVBUF")]
+    #[doc(alias = "nfnl_rcvbufsiz")]
+    pub const fn recv_buffer(mut self, bytes: usize) -> Self {
+        self.recv_buffer = Some(bytes);
+        self
     }
 
-    fn send(&self, op: Operation, message: &[u8]) -> Result<()> {
-        loop {
-            match sys::send(&self.socket, message) {
-                Ok(_) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(source) => return Err(Error::Io { op, source }),
+    /// Reports a full receive buffer as [`Event::Overrun`](crate::Event::Overrun); `true` by
+    /// default
+    ///
+    /// This setting also changes the kernel's behaviour. After a reported overrun the kernel drops
+    /// every packet until the buffer has been read empty. Without reports it continues as soon as
+    /// there is room. [`Stats::missing_packets`](crate::Stats::missing_packets) counts the losses
+    /// either way.
+    ///
+    /// Without reports, merged verdicts ([`SendBatch`]) are safe under three conditions: nothing
+    /// else reads from the socket, no socket filter is attached, and fewer than 2^31 packets pass
+    /// between a receive and its send.
+    #[doc(alias = "NETLINK_NO_ENOBUFS")]
+    pub const fn report_overruns(mut self, report: bool) -> Self {
+        self.report_overruns = report;
+        self
+    }
+
+    /// Merges equal verdicts into one message ([`SendBatch`]); `true` by default
+    ///
+    /// Merging has one condition: the threads that send verdicts must not differ in
+    /// `CAP_NET_ADMIN`. Drop capabilities before you start threads, because `capset(2)` changes
+    /// only one thread. Turning merging off only costs speed.
+    #[doc(alias = "nfq_set_verdict_batch")]
+    pub const fn merge_verdicts(mut self, merge: bool) -> Self {
+        self.merge_verdicts = merge;
+        self
+    }
+
+    /// Opens a socket in the calling thread's network namespace
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the kernel has no netfilter, or no descriptor is left. The kernel checks
+    /// privileges at the first request.
+    pub fn open(self) -> Result<Socket> {
+        let socket = Netlink::new(isize::from(NETLINK_NETFILTER)).map_err(open_error)?;
+        self.set_up(socket)
+    }
+
+    /// Takes over a netfilter netlink socket without queues, for instance one opened in another
+    /// network namespace
+    ///
+    /// If the socket has bound queues before, their packets are counted in
+    /// [`Stats::after_unbind`](crate::Stats::after_unbind), and the kernel refuses to bind these
+    /// queues again.
+    ///
+    /// # Errors
+    /// [`Error::NotNetfilter`]; [`Error::Io`].
+    pub fn open_fd(self, fd: OwnedFd) -> Result<Socket> {
+        let (domain, protocol) = sys::domain_and_protocol(fd.as_fd()).map_err(open_error)?;
+        if domain != libc::AF_NETLINK || protocol != i32::from(NETLINK_NETFILTER) {
+            return Err(Error::NotNetfilter { domain, protocol });
+        }
+        sys::set_cloexec(fd.as_fd()).map_err(open_error)?;
+        let mut socket = sys::netlink_from(fd);
+        // Leaves all multicast groups: other processes may send to them.
+        let mut address = SocketAddr::new(0, 0);
+        socket.get_address(&mut address).map_err(open_error)?;
+        let in_no_group = SocketAddr::new(address.port_number(), 0);
+        socket.bind(&in_no_group).map_err(open_error)?;
+        self.set_up(socket)
+    }
+
+    fn set_up(self, socket: Netlink) -> Result<Socket> {
+        // The kernel rejects other processes' messages to a connected socket.
+        socket.connect(&SocketAddr::new(0, 0)).map_err(open_error)?;
+        // With the first option errors do not repeat the request, which may hold a whole packet
+        // (Linux 4.3). With the second they carry the kernel's own text (Linux 4.12). Older
+        // kernels lack them.
+        for option in [socket.set_cap_ack(true), socket.set_ext_ack(true)] {
+            match option {
+                Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {}
+                result => result.map_err(open_error)?,
             }
         }
+        socket
+            .set_no_enobufs(!self.report_overruns)
+            .map_err(open_error)?;
+        let wanted = self.recv_buffer.map_or(DEFAULT_RECV_BUFFER, |bytes| {
+            libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX / 2)
+        });
+        // The system's default may be larger than ours.
+        let has_more = sys::recv_buffer(socket.as_fd()).is_ok_and(|had| had / 2 >= wanted);
+        if self.recv_buffer.is_some() || !has_more {
+            sys::set_recv_buffer(socket.as_fd(), wanted).map_err(|source| Error::Io {
+                op: Operation::SetRecvBuffer,
+                source,
+            })?;
+        }
+        self.over(socket)
+    }
+
+    fn over(self, socket: Netlink) -> Result<Socket> {
+        sys::watch_forks();
+        let engine = Engine::new(socket, self.merge_verdicts, self.report_overruns);
+        let engine = Arc::new(engine.map_err(open_error)?);
+        engine.discard_foreign()?;
+        Ok(Socket { engine })
+    }
+
+    /// Wraps a descriptor without setting its options, for a fuzz target's kernel
+    #[cfg(fuzzing)]
+    pub(crate) fn open_over(self, fd: OwnedFd) -> Result<Socket> {
+        self.over(sys::netlink_from(fd))
+    }
+}
+
+fn open_error(source: io::Error) -> Error {
+    Error::Io {
+        op: Operation::Open,
+        source,
+    }
+}
+
+/// Opening, binding, and the socket itself
+impl Socket {
+    /// Opens a socket with the default settings
+    ///
+    /// # Errors
+    /// As [`SocketBuilder::open`].
+    #[doc(alias = "nfq_open")]
+    pub fn open() -> Result<Self> {
+        Self::builder().open()
+    }
+
+    /// Returns the default settings for opening a socket
+    pub fn builder() -> SocketBuilder {
+        SocketBuilder::default()
+    }
+
+    /// Binds a queue that copies whole packets, with the kernel's defaults otherwise
+    ///
+    /// Binding a number again takes about 10 ms, or 100 ms with one CPU: the call waits until the
+    /// kernel has sent the last packets of the earlier binding. One wait is enough for all numbers
+    /// unbound so far.
+    ///
+    /// # Errors
+    /// As [`bind_with`](Self::bind_with).
+    pub fn bind(&self, num: u16) -> Result<Queue> {
+        self.bind_with(num, &QueueConfig::new())
+    }
+
+    /// Binds a queue and applies its settings in one message; copies whole packets unless `config`
+    /// names a copy mode
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with [`NoCapability`](crate::ErrorKind::NoCapability),
+    /// [`QueueInUse`](crate::ErrorKind::QueueInUse) if another socket has bound the queue,
+    /// [`AlreadyBound`](crate::ErrorKind::AlreadyBound) if this socket has, or
+    /// [`UnsupportedFlags`](crate::ErrorKind::UnsupportedFlags). The queue is not bound then.
+    /// [`Error::NoAck`]; [`Error::Io`].
+    pub fn bind_with(&self, num: u16, config: &QueueConfig) -> Result<Queue> {
+        let binding = self.engine.bind(num, whole_packets(config), |_| ())?;
+        Ok(Queue::new(&self.engine, binding))
+    }
+
+    /// Waits until the kernel has executed every verdict sent so far, and every refusal has
+    /// arrived
+    ///
+    /// The next receive call returns the refusals, unless an overrun lost them.
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: no `CAP_NET_ADMIN`. [`Error::NoAck`]; [`Error::Io`].
+    pub fn sync(&self) -> Result<()> {
+        self.engine.sync(Operation::Sync)
+    }
+
+    /// Returns the counters of this socket
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.engine.stats()
+    }
+
+    /// Returns the size of the socket's receive buffer in bytes, as the kernel counts it
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn recv_buffer(&self) -> Result<usize> {
+        sys::recv_buffer(self.as_fd())
+            .map(|bytes| usize::try_from(bytes).unwrap_or(0))
+            .map_err(|source| Error::Io {
+                op: Operation::GetRecvBuffer,
+                source,
+            })
+    }
+
+    /// Makes the descriptor non-blocking or blocking, for programs that receive on it themselves
+    ///
+    /// This does not change the calls of this crate: [`recv`](Self::recv) always waits, and
+    /// [`try_recv`](Self::try_recv) never does.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn set_nonblocking(&self, nonblocking: bool) -> Result<()> {
+        self.engine
+            .set_nonblocking(nonblocking)
+            .map_err(|source| Error::Io {
+                op: Operation::SetNonblocking,
+                source,
+            })
+    }
+
+    /// Unbinds all queues, waits until the kernel has done so, and closes the socket
+    ///
+    /// The kernel drops the packets that wait in the queues. Dropping the socket does the same
+    /// without waiting or reporting, but not after a fork(2).
+    ///
+    /// # Errors
+    /// The first [`Error::Refused`], [`Error::NoAck`] or [`Error::Io`] of a queue; all queues are
+    /// unbound and the socket is closed anyway.
+    #[doc(alias = "nfq_close")]
+    pub fn close(self) -> Result<()> {
+        let bindings = self.engine.present_bindings();
+        let unbound = bindings
+            .iter()
+            .map(|binding| self.engine.unbind(binding.id));
+        unbound.fold(Ok(()), Result::and)
+    }
+}
+
+/// Adds the copying of whole packets, unless the settings name a copy mode
+pub(crate) fn whole_packets(config: &QueueConfig) -> QueueConfig {
+    match config.get_copy_mode() {
+        Some(_) => *config,
+        None => config.copy_mode(CopyMode::Packet, u32::MAX),
+    }
+}
+
+/// Receiving
+impl Socket {
+    /// Receives what is there; waits if there is nothing
+    ///
+    /// Events left in the batch from the last call come first, without asking the kernel.
+    /// Otherwise the call returns once it has read something, **perhaps without events**: the
+    /// answer to another thread's request is not an event. So call it in a loop. A [`Waker`] ends
+    /// the wait; a signal does not.
+    ///
+    /// Several threads may receive from one socket, each with its own batch: one waits in the
+    /// kernel, and the others wait for that thread. Each thread gets its packets in order. This
+    /// call can block even after poll(2) if other threads use the socket: call
+    /// [`try_recv`](Self::try_recv) then.
+    ///
+    /// After a call that got a single packet, the next few calls ask the kernel for one only. This
+    /// is faster for packets that come singly.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the system call fails; an overrun is an event instead.
+    /// [`Error::WrongSocket`] if the batch has events or unsent verdicts of another socket.
+    pub fn recv<'b>(&self, batch: &'b mut RecvBatch) -> Result<Events<'b>> {
+        self.receive(batch, Wait::Forever)
+    }
+
+    /// Receives what is there; waits for at most `timeout` if there is nothing
+    ///
+    /// Like [`recv`](Self::recv), it can return without events before the timeout.
+    ///
+    /// # Errors
+    /// As [`recv`](Self::recv).
+    pub fn recv_timeout<'b>(
+        &self,
+        batch: &'b mut RecvBatch,
+        timeout: Duration,
+    ) -> Result<Events<'b>> {
+        self.receive(batch, wait_for(timeout))
+    }
+
+    /// Receives what is there, without waiting
+    ///
+    /// No events: the socket is empty, or a thread that waits in [`recv`](Self::recv) is about to
+    /// empty it. After edge-triggered epoll, repeat the call until it returns no events.
+    ///
+    /// # Errors
+    /// As [`recv`](Self::recv).
+    pub fn try_recv<'b>(&self, batch: &'b mut RecvBatch) -> Result<Events<'b>> {
+        self.receive(batch, Wait::No)
+    }
+
+    fn receive<'b>(&self, batch: &'b mut RecvBatch, wait: Wait) -> Result<Events<'b>> {
+        self.fill(batch, wait)?;
+        Ok(batch.events())
+    }
+
+    /// Fills the batch unless it has events; returns true if it had events or something was read
+    pub(crate) fn fill(&self, batch: &mut RecvBatch, wait: Wait) -> Result<bool> {
+        match batch.owner() {
+            Some(owner) if owner != self.engine.id => Err(Error::WrongSocket {
+                op: Operation::Receive,
+            }),
+            Some(_) if batch.has_events() => Ok(true),
+            _ => self.engine.receive(batch.begin(self.engine.id), wait),
+        }
+    }
+
+    /// Returns a waker: other threads and signal handlers end receive calls with it
+    #[must_use]
+    pub fn waker(&self) -> Waker {
+        Waker::new(Arc::clone(&self.engine.wake))
+    }
+}
+
+/// Returns a wait that ends after this time
+pub(crate) fn wait_for(timeout: Duration) -> Wait {
+    sys::now()
+        .checked_add(timeout)
+        .map_or(Wait::Forever, Wait::Until)
+}
+
+/// Answering
+impl Socket {
+    /// Answers a packet, now or at any later time, from any thread
+    ///
+    /// Packets may be answered in any order. For a new connection, recent kernels drop a segment
+    /// that is released before an earlier one. Before you replace a payload, check
+    /// [`Packet::is_truncated`](crate::Packet::is_truncated): bytes that were not copied would be
+    /// lost.
+    ///
+    /// The kernel executes the verdict before this call returns. If it refuses the verdict
+    /// (usually because the packet is gone), a receive call returns
+    /// [`Event::Refused`](crate::Event::Refused) with the same key; [`sync`](Self::sync) waits for
+    /// the refusal.
+    ///
+    /// # Errors
+    /// [`Error::Unbound`] if the packet's binding of the queue has ended; [`Error::WrongSocket`]
+    /// for a key of another socket; [`Error::Encode`] or [`Error::PayloadTooShort`] for an invalid
+    /// payload; [`Error::Io`] if the send fails, with `EMSGSIZE` if the verdict is longer than the
+    /// send buffer. Nothing was sent in any of these cases.
+    #[doc(alias = "nfq_set_verdict")]
+    #[doc(alias = "nfq_set_verdict2")]
+    pub fn set_verdict<'p>(&self, key: PacketKey, decision: impl Into<Decision<'p>>) -> Result<()> {
+        self.engine.set_verdict(key, &decision.into())
+    }
+
+    /// Sends collected verdicts in their order, and empties the batch
+    ///
+    /// As with [`set_verdict`](Self::set_verdict), the kernel executes the verdicts before this
+    /// call returns, and receive calls return its refusals. Verdicts for queues unbound in the
+    /// meantime are dropped and counted in [`Stats::late_verdicts`]; the kernel has dropped their
+    /// packets.
+    ///
+    /// # Errors
+    /// [`Error::WrongSocket`] for a key of another socket, and [`Error::Io`] with `EMSGSIZE` for a
+    /// verdict longer than the send buffer (its packet still waits): all other verdicts were sent,
+    /// and the batch is empty. After any other [`Error::Io`] (`ENOBUFS`: the kernel is out of
+    /// memory) the batch keeps the unsent verdicts, so call again.
+    #[doc(alias = "nfq_set_verdict_batch")]
+    #[doc(alias = "nfq_set_verdict_batch2")]
+    pub fn send(&self, verdicts: &mut SendBatch) -> Result<()> {
+        self.engine.send_batch(verdicts)
+    }
+
+    /// Answers **every** waiting packet of a queue up to this one with one verdict
+    ///
+    /// This is for programs that track the order of packets themselves. The verdict also answers
+    /// packets held by other threads, packets left in a batch, and packets still unread in the
+    /// socket. [`send`](Self::send) merges equal verdicts without this danger.
+    ///
+    /// # Errors
+    /// As [`set_verdict`](Self::set_verdict). The kernel refuses the verdict only if none of the
+    /// packets was waiting.
+    #[doc(alias = "nfq_set_verdict_batch")]
+    #[doc(alias = "nfq_set_verdict_batch2")]
+    #[doc(alias = "NFQNL_MSG_VERDICT_BATCH")]
+    pub fn set_verdict_up_to(
+        &self,
+        last: PacketKey,
+        verdict: impl Into<PlainVerdict>,
+    ) -> Result<()> {
+        self.engine.set_plain(last, verdict.into(), true)
+    }
+
+    /// Returns a sender of verdicts for other threads; it does not keep the socket open
+    #[must_use]
+    pub fn verdict_sender(&self) -> VerdictSender {
+        VerdictSender::new(&self.engine)
+    }
+}
+
+/// Unbinds all queues without waiting: copies of the descriptor may keep the socket open
+impl Drop for Socket {
+    fn drop(&mut self) {
+        for binding in self.engine.present_bindings().iter() {
+            if !binding.is_shared() {
+                self.engine.post_unbind(binding.id);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bindings = self.engine.present_bindings();
+        let queues: Vec<u16> = bindings.iter().take(16).map(|b| b.id.queue).collect();
+        f.debug_struct("Socket")
+            .field("fd", &self.as_raw_fd())
+            .field("queues", &queues)
+            .field("stats", &self.stats())
+            .finish()
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.engine.as_fd()
+    }
+}
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 }

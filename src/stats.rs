@@ -6,38 +6,43 @@ use std::io;
 use nfqnl_proto::CopyMode;
 
 use crate::error::{Error, Operation, Result};
+use crate::sys;
 
-/// What a handle has counted since it was opened
+/// The counters of a [`Socket`](crate::Socket)
+///
+/// The kernel counts packets dropped by a full queue ([`QueueStats::queue_dropped`]). Two kinds of
+/// packets are not counted: waiting packets dropped because their queue is unbound, their device
+/// goes down or a base chain is deleted, and packets of a queue in [`CopyMode::None`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Packets received; all but the `discarded` ones are handed on
+    /// Packets received; each one becomes an event, unless [`after_unbind`](Self::after_unbind)
+    /// counts it
     pub packets: u64,
-    /// Packets that the kernel numbered and could not send, because the receive buffer was full: gaps in the ids, which
-    /// the next packet shows. They were dropped, or with [`ConfigFlags::FAIL_OPEN`](crate::ConfigFlags::FAIL_OPEN)
-    /// accepted
-    pub lost_packets: u64,
-    /// How often the kernel reported an overrun (`ENOBUFS`) to this library; not to the caller's own receive call
+    /// Packets with an id from the kernel that this socket did not receive: id gaps, counted at
+    /// the next packet
+    ///
+    /// There are three causes: the receive buffer was full, more than 65,536 packets waited in the
+    /// queue, or another process received the packets from the same socket. In the first two cases
+    /// the kernel dropped the packets, or accepted them with
+    /// [`ConfigFlags::FAIL_OPEN`](crate::ConfigFlags::FAIL_OPEN).
+    pub missing_packets: u64,
+    /// Overruns (`ENOBUFS`) reported by the kernel to this library's receive calls
     pub overruns: u64,
-    /// Verdicts that the kernel refused
+    /// Verdicts refused by the kernel
     pub refused_verdicts: u64,
-    /// Messages that were longer than their buffer
-    pub truncated: u64,
-    /// Messages that could not be decoded
-    pub malformed: u64,
-    /// Packets of queues that were unbound before they could be handed on; the kernel drops them with the queue. Also
-    /// those of a queue that is not this handle's ([`HandleBuilder::open_fd`](crate::HandleBuilder::open_fd))
-    pub discarded: u64,
-    /// Packets given to `handle_packet` whose queue has no callback; they go on waiting
-    pub unclaimed: u64,
-    /// Datagrams that another process sent to the socket; they are thrown away
-    pub foreign: u64,
-}
-
-impl Stats {
-    pub(crate) fn discard(&mut self, packets: usize) {
-        self.discarded += u64::try_from(packets).unwrap_or(u64::MAX);
-    }
+    /// Verdicts not sent because their queue was unbound, and their packets were dropped
+    pub late_verdicts: u64,
+    /// Packets of queues not bound by this socket, or already unbound; the kernel drops them with
+    /// the queue
+    pub after_unbind: u64,
+    /// Packets given to a [`Handle`](crate::Handle) without a callback for their queue; they keep
+    /// waiting
+    pub no_callback: u64,
+    /// Datagrams from other processes, sent before the socket was connected; they were dropped
+    pub from_other_process: u64,
+    /// Bindings for which merging of verdicts has ended ([`SendBatch`](crate::SendBatch))
+    pub merging_ended: u64,
 }
 
 /// The kernel's counters of one queue, a line of `/proc/net/netfilter/nfnetlink_queue`
@@ -46,13 +51,13 @@ impl Stats {
 pub struct QueueStats {
     /// The queue's number
     pub queue: u16,
-    /// Port id of the socket that owns it
+    /// The port id of the socket that owns the queue
     pub port_id: u32,
-    /// How many packets wait
+    /// Waiting packets
     pub waiting: u32,
-    /// What is copied of each
+    /// The copied part of each packet
     pub copy_mode: CopyMode,
-    /// Up to how many bytes
+    /// The maximum number of copied bytes
     pub copy_range: u32,
     /// Packets dropped because the queue was full
     pub queue_dropped: u32,
@@ -63,38 +68,34 @@ pub struct QueueStats {
 }
 
 impl QueueStats {
-    /// Reads the counters of all queues in the calling thread's network namespace, whoever owns them
+    /// Reads the counters of all queues in the calling thread's network namespace
     ///
     /// # Errors
-    /// The file is readable by the initial user namespace's root alone; elsewhere the error is
-    /// [`PermissionDenied`](io::ErrorKind::PermissionDenied).
+    /// [`Error::Io`]: only root of the initial user namespace may read the file; the error of
+    /// other users is [`PermissionDenied`](io::ErrorKind::PermissionDenied).
     pub fn read_all() -> Result<Vec<Self>> {
-        let text = std::fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_queue")
-            .map_err(|source| Error::Io {
-                op: Operation::ReadStats,
-                source,
-            })?;
-        text.lines()
-            .map(|line| {
-                Self::parse(line).ok_or_else(|| Error::Io {
-                    op: Operation::ReadStats,
-                    source: io::ErrorKind::InvalidData.into(),
-                })
-            })
+        let failed = |source| Error::Io {
+            op: Operation::ReadStats,
+            source,
+        };
+        read_file()
+            .map_err(failed)?
+            .lines()
+            .map(|line| Self::parse(line).ok_or_else(|| failed(io::ErrorKind::InvalidData.into())))
             .collect()
     }
 
-    /// Reads one queue's counters; `None` if nobody has bound it
+    /// Reads one queue's counters; `None` if no socket has bound it
     ///
     /// # Errors
     /// As [`read_all`](Self::read_all).
     pub fn read(queue: u16) -> Result<Option<Self>> {
-        Ok(Self::read_all()?
-            .into_iter()
-            .find(|stats| stats.queue == queue))
+        let all = Self::read_all()?;
+        Ok(all.into_iter().find(|stats| stats.queue == queue))
     }
 
-    /// `seq_show` in the kernel's `nfnetlink_queue.c`; its columns widen when numbers do
+    /// Parses a line of `seq_show` in the kernel's `nfnetlink_queue.c`; columns grow with the
+    /// numbers
     fn parse(line: &str) -> Option<Self> {
         let mut columns = line.split_ascii_whitespace();
         let mut column = || columns.next()?.parse::<u32>().ok();
@@ -102,12 +103,26 @@ impl QueueStats {
             queue: column()?.try_into().ok()?,
             port_id: column()?,
             waiting: column()?,
-            copy_mode: CopyMode(column()?.try_into().ok()?),
+            copy_mode: CopyMode::from_raw(column()?.try_into().ok()?)?,
             copy_range: column()?,
             queue_dropped: column()?,
             user_dropped: column()?,
             last_id: column()?,
         })
+    }
+}
+
+/// Reads the counters of the calling thread's network namespace
+fn read_file() -> io::Result<String> {
+    let read = |thread: &str| {
+        std::fs::read_to_string(format!("/proc/{thread}/net/netfilter/nfnetlink_queue"))
+    };
+    match read("thread-self") {
+        // Before Linux 3.17 `thread-self` does not exist.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            read(&format!("self/task/{}", sys::thread_id()))
+        }
+        text => text,
     }
 }
 
@@ -126,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_of_proc_is_split_by_its_spaces() {
+    fn a_line_of_proc_is_split_at_spaces() {
         let stats =
             QueueStats::parse("    7 3989895615   12 2 65531     3    4       90  1").unwrap();
         assert_eq!(
@@ -135,7 +150,7 @@ mod tests {
         );
         assert_eq!(
             (stats.copy_mode, stats.copy_range),
-            (CopyMode::PACKET, 65531)
+            (CopyMode::Packet, 65531)
         );
         assert_eq!(
             (stats.queue_dropped, stats.user_dropped, stats.last_id),

@@ -1,7 +1,7 @@
-//! No packet costs a heap allocation, on any of the ways to handle it
+//! No packet costs a heap allocation, in any way of handling packets
 //!
-//! Each test is warmed up first: memory that is kept is taken once. Then packets that wait are handled, and nothing may be
-//! taken in any thread.
+//! Each test has a warm-up, which allocates the memory for reuse. After the warm-up no thread may
+//! allocate.
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
 use std::net::UdpSocket;
@@ -11,8 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use nfqnl::{
-    CopyMode, Decision, Handle, Packet, PacketKey, QueueConfig, QueueData, RecvBatch, Verdict,
-    VerdictBatch,
+    CopyMode, Decision, Event, Handle, Packet, PacketKey, QueueConfig, QueueData, RecvBatch,
+    SendBatch, Socket, Verdict,
 };
 use nfqnl_testkit::alloc::CountingAllocator;
 use nfqnl_testkit::kernel;
@@ -32,17 +32,16 @@ const IP_AND_UDP: usize = 28;
 const SENT: u8 = b's';
 const REWRITTEN: u8 = b'r';
 
-/// Packets that wait in queues, and come back to the socket that has sent them
+/// Sockets that send packets to themselves through queues
 struct Lab {
     sockets: Vec<Udp>,
-    /// How many are sent in a round; they have to fit a default receive buffer
+    /// Packets per round; they have to fit the receive buffer
     packets: usize,
-    /// What is sent
     payload: Vec<u8>,
 }
 
 impl Lab {
-    /// Packets so long that the rewritten ones of a round take more than one send
+    /// With packets long enough for more than one send of a round's rewritten packets
     fn new() -> Self {
         Self::with(&[QUEUE], 90, 600)
     }
@@ -64,9 +63,9 @@ impl Lab {
         }
     }
 
-    /// Has rounds of waiting packets handled; fails if one of them allocates after the warm-up
+    /// Runs rounds of waiting packets; fails if a round after the warm-up allocates
     ///
-    /// `handle` gets how many packets wait, and returns how many of them it has accepted.
+    /// `handle` gets the number of waiting packets and returns the number of accepted ones.
     #[track_caller]
     fn run(&self, name: &str, payload: u8, mut handle: impl FnMut(usize) -> usize) {
         let mut total = 0;
@@ -80,16 +79,16 @@ impl Lab {
             if round >= WARM_UP {
                 total += taken;
             }
-            let mut come = 0;
+            let mut arrived = 0;
             for socket in &self.sockets {
-                // Accepting is done when it returns, so there is nothing to wait for.
+                // The kernel delivers a packet before the call with its verdict returns.
                 while let Some(got) = socket.recv_within(Duration::from_millis(1)) {
                     assert_eq!(got[0], payload, "{name}");
-                    come += 1;
+                    arrived += 1;
                 }
             }
             let refused = payload == REWRITTEN && kernel::refuses_payloads();
-            assert_eq!(come, if refused { 0 } else { accepted }, "{name}");
+            assert_eq!(arrived, if refused { 0 } else { accepted }, "{name}");
         }
         println!(
             "{name}: {total} allocations for {} packets",
@@ -99,9 +98,9 @@ impl Lab {
     }
 }
 
-/// The counter counts: else all that follows says nothing
+/// Checks the counter itself
 #[test]
-fn an_allocation_is_seen() {
+fn an_allocation_is_counted() {
     let before = ALLOCATOR.allocations();
     let kept = std::hint::black_box(vec![1_u8; 10]);
     assert!(ALLOCATOR.allocations() > before);
@@ -121,7 +120,7 @@ fn accept(_: u32) -> Decision<'static> {
     Verdict::Accept.into()
 }
 
-/// The packet with another content; a UDP checksum of 0 stands for none
+/// Copies a packet with a new content; a UDP checksum of 0 means none
 fn rewrite<'b>(buf: &'b mut [u8], packet: &[u8]) -> &'b [u8] {
     let new = &mut buf[..packet.len()];
     new.copy_from_slice(packet);
@@ -134,42 +133,42 @@ fn is_accepted(decision: &Decision<'_>) -> bool {
     decision.verdict() == Verdict::Accept
 }
 
-/// Handles waiting packets in a loop of one's own, by `each`; returns how many of them were accepted
+/// Receives waiting packets and passes them to `each`; returns the number of accepted ones
 fn receive(
-    handle: &Handle,
+    socket: &Socket,
     batch: &mut RecvBatch,
-    verdicts: &mut VerdictBatch,
+    verdicts: &mut SendBatch,
     wanted: usize,
-    mut each: impl FnMut(&Packet<'_>, &mut VerdictBatch) -> bool,
+    mut each: impl FnMut(&Packet<'_>, &mut SendBatch) -> bool,
 ) -> usize {
     let (mut handled, mut accepted) = (0, 0);
     while handled < wanted {
-        for packet in handle.recv(batch).unwrap().packets() {
+        for packet in socket.recv(batch).unwrap().filter_map(Event::packet) {
             accepted += usize::from(each(&packet, verdicts));
             handled += 1;
         }
-        handle.send(verdicts).unwrap();
+        socket.send(verdicts).unwrap();
     }
     accepted
 }
 
 #[test]
-fn loop_with_verdict_batches() {
+fn loop_with_batches() {
     isolated(|| {
         let lab = Lab::new();
-        for (name, decide) in [("runs", accept as fn(u32) -> _), ("mixed", mixed)] {
+        for (name, decide) in [("equal", accept as fn(u32) -> _), ("mixed", mixed)] {
             for slots in [1, 8, 32, 64] {
-                let handle = Handle::open().unwrap();
-                let _queue = handle.bind_queue(QUEUE).unwrap();
+                let socket = Socket::open().unwrap();
+                let _queue = socket.bind(QUEUE).unwrap();
                 let mut batch = RecvBatch::new(slots, RecvBatch::DEFAULT_SLOT_LEN);
-                let mut verdicts = VerdictBatch::new();
+                let mut verdicts = SendBatch::new();
                 lab.run(&format!("{name}, {slots} slots"), SENT, |wanted| {
-                    let each = |packet: &Packet<'_>, verdicts: &mut VerdictBatch| {
+                    let each = |packet: &Packet<'_>, verdicts: &mut SendBatch| {
                         let decision = decide(packet.id());
                         verdicts.push(packet.key(), decision).unwrap();
                         is_accepted(&decision)
                     };
-                    receive(&handle, &mut batch, &mut verdicts, wanted, each)
+                    receive(&socket, &mut batch, &mut verdicts, wanted, each)
                 });
             }
         }
@@ -179,19 +178,19 @@ fn loop_with_verdict_batches() {
 #[test]
 fn loop_over_two_queues() {
     isolated(|| {
-        // Long ones would not fit. On s390x, not even these fit a default receive buffer.
+        // Short ones, so that they fit the receive buffer of an ordinary user
         let lab = Lab::with(&[QUEUE, SECOND_QUEUE], 192, 10);
-        let handle = Handle::builder().recv_buffer(1 << 20).open().unwrap();
-        let _queues = [QUEUE, SECOND_QUEUE].map(|queue| handle.bind_queue(queue).unwrap());
+        let socket = Socket::builder().recv_buffer(1 << 20).open().unwrap();
+        let _queues = [QUEUE, SECOND_QUEUE].map(|queue| socket.bind(queue).unwrap());
         let mut batch = RecvBatch::new(64, RecvBatch::DEFAULT_SLOT_LEN);
-        let mut verdicts = VerdictBatch::new();
+        let mut verdicts = SendBatch::new();
         lab.run("two queues in a batch", SENT, |wanted| {
-            let each = |packet: &Packet<'_>, verdicts: &mut VerdictBatch| {
+            let each = |packet: &Packet<'_>, verdicts: &mut SendBatch| {
                 let decision = mixed(packet.id());
                 verdicts.push(packet.key(), decision).unwrap();
                 is_accepted(&decision)
             };
-            receive(&handle, &mut batch, &mut verdicts, wanted, each)
+            receive(&socket, &mut batch, &mut verdicts, wanted, each)
         });
     });
 }
@@ -200,23 +199,23 @@ fn loop_over_two_queues() {
 fn loop_with_single_verdicts() {
     isolated(|| {
         let lab = Lab::new();
-        let handle = Handle::open().unwrap();
-        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
         let mut batch = RecvBatch::default();
-        let mut none = VerdictBatch::new();
+        let mut none = SendBatch::new();
         lab.run("single verdicts", SENT, |wanted| {
-            receive(&handle, &mut batch, &mut none, wanted, |packet, _| {
+            receive(&socket, &mut batch, &mut none, wanted, |packet, _| {
                 let decision = mixed(packet.id());
-                handle.verdict(packet.key(), decision).unwrap();
+                socket.set_verdict(packet.key(), decision).unwrap();
                 is_accepted(&decision)
             })
         });
         let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
         lab.run("single rewrites", REWRITTEN, |wanted| {
-            receive(&handle, &mut batch, &mut none, wanted, |packet, _| {
+            receive(&socket, &mut batch, &mut none, wanted, |packet, _| {
                 let new = rewrite(&mut buf, packet.payload());
                 let decision = Verdict::Accept.with_payload(new);
-                handle.verdict(packet.key(), decision).unwrap();
+                socket.set_verdict(packet.key(), decision).unwrap();
                 true
             })
         });
@@ -227,26 +226,26 @@ fn loop_with_single_verdicts() {
 fn loop_with_rewrites() {
     isolated(|| {
         let lab = Lab::new();
-        let handle = Handle::open().unwrap();
-        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
         let mut batch = RecvBatch::default();
-        let mut verdicts = VerdictBatch::new();
+        let mut verdicts = SendBatch::new();
         let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
         lab.run("rewrites in batches", REWRITTEN, |wanted| {
-            let each = |packet: &Packet<'_>, verdicts: &mut VerdictBatch| {
+            let each = |packet: &Packet<'_>, verdicts: &mut SendBatch| {
                 let new = rewrite(&mut buf, packet.payload());
                 let decision = Verdict::Accept.with_payload(new);
                 verdicts.push(packet.key(), decision).unwrap();
                 true
             };
-            receive(&handle, &mut batch, &mut verdicts, wanted, each)
+            receive(&socket, &mut batch, &mut verdicts, wanted, each)
         });
     });
 }
 
-const CONFIG: QueueConfig = QueueConfig::new().copy_mode(CopyMode::PACKET, u32::MAX);
+const CONFIG: QueueConfig = QueueConfig::new().copy_mode(CopyMode::Packet, u32::MAX);
 
-/// What the callbacks do with a packet
+/// The task of a callback
 #[derive(Clone, Copy)]
 enum Act {
     Accept,
@@ -261,7 +260,7 @@ impl Act {
         ("rewrite", Self::Rewrite),
     ];
 
-    /// What comes of packets that are accepted
+    /// The content of accepted packets
     fn payload(self) -> u8 {
         match self {
             Self::Rewrite => REWRITTEN,
@@ -269,7 +268,7 @@ impl Act {
         }
     }
 
-    /// How many of so many packets with ids from `first` on are accepted
+    /// The number of accepted packets among `packets` with ids from `first` on
     fn accepted(self, first: usize, packets: usize) -> usize {
         let dropped = match self {
             Self::Mixed => (first..first + packets).filter(|id| id % 8 == 0).count(),
@@ -297,7 +296,7 @@ fn callbacks_by_run_once() {
     isolated(|| {
         let lab = Lab::new();
         for (name, act) in Act::ALL {
-            let mut handle = Handle::open().unwrap();
+            let handle = Handle::open().unwrap();
             let queue = handle.create_queue_with(QUEUE, &CONFIG, act.callback());
             let _queue = queue.unwrap();
             let mut batch = RecvBatch::default();
@@ -320,10 +319,10 @@ fn callbacks_by_handle_packet() {
     isolated(|| {
         let lab = Lab::new();
         for (name, act) in Act::ALL {
-            let mut handle = Handle::open().unwrap();
+            let handle = Handle::open().unwrap();
             let queue = handle.create_queue_with(QUEUE, &CONFIG, act.callback());
             let _queue = queue.unwrap();
-            // Only for its `recv`
+            // For its `recv`
             let socket = UdpSocket::from(handle.as_fd().try_clone_to_owned().unwrap());
             let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
             let mut next = 1;
@@ -341,9 +340,9 @@ fn callbacks_by_handle_packet() {
     });
 }
 
-/// Packets on their way from the thread that receives to the one that answers
+/// Packets between the receiving thread and the answering thread
 ///
-/// Not a channel of std: those allocate when a thread waits on one for the first time, whenever that is.
+/// A channel of std would allocate when a thread first waits on it.
 #[derive(Default)]
 struct Work {
     state: Mutex<State>,
@@ -353,7 +352,7 @@ struct Work {
 #[derive(Default)]
 struct State {
     keys: Vec<PacketKey>,
-    /// So many are answered at once, at least
+    /// The least number of packets to answer at once
     at_least: usize,
     answered: usize,
     is_over: bool,
@@ -370,7 +369,7 @@ impl Work {
         self.changed.wait_while(state, |s| !is_due(s)).unwrap()
     }
 
-    /// Answers packets until it is over
+    /// Answers packets until the end
     fn answer(&self, mut verdicts: impl FnMut(&[PacketKey])) {
         let mut keys = Vec::with_capacity(self.state.lock().unwrap().keys.capacity());
         loop {
@@ -392,26 +391,26 @@ fn verdicts_from_another_thread() {
     isolated(|| {
         let lab = Lab::new();
         for is_batched in [false, true] {
-            let handle = Handle::open().unwrap();
-            let _queue = handle.bind_queue(QUEUE).unwrap();
-            let sender = handle.verdict_sender();
+            let socket = Socket::open().unwrap();
+            let _queue = socket.bind(QUEUE).unwrap();
+            let sender = socket.verdict_sender();
             let work = Work::default();
             work.change(|state| {
                 state.keys.reserve(lab.packets);
                 state.at_least = lab.packets;
             });
             let mut batch = RecvBatch::default();
-            let mut none = VerdictBatch::new();
+            let mut none = SendBatch::new();
             thread::scope(|scope| {
                 scope.spawn(|| {
-                    let mut verdicts = VerdictBatch::new();
+                    let mut verdicts = SendBatch::new();
                     work.answer(|keys| {
                         for &key in keys {
-                            let decision = mixed(key.id);
+                            let decision = mixed(key.id());
                             if is_batched {
                                 verdicts.push(key, decision).unwrap();
                             } else {
-                                sender.verdict(key, decision).unwrap();
+                                sender.set_verdict(key, decision).unwrap();
                             }
                         }
                         sender.send(&mut verdicts).unwrap();
@@ -422,10 +421,10 @@ fn verdicts_from_another_thread() {
                 lab.run(&name, SENT, |wanted| {
                     round += 1;
                     if round == WARM_UP {
-                        // All memory that is kept has been taken: from here on, as they come
+                        // The buffers have their size now. From here on, answer at once.
                         work.change(|state| state.at_least = 1);
                     }
-                    let accepted = receive(&handle, &mut batch, &mut none, wanted, |packet, _| {
+                    let accepted = receive(&socket, &mut batch, &mut none, wanted, |packet, _| {
                         work.change(|state| state.keys.push(packet.key()));
                         is_accepted(&mixed(packet.id()))
                     });

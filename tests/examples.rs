@@ -1,6 +1,6 @@
-//! The examples on real packets, as programs of their own
+//! The examples as programs, on real packets
 //!
-//! Not among the live tests, which can be built for a target without building the examples for it.
+//! Apart from the live tests, because those can be built for a target without the examples.
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
 use std::collections::BTreeSet;
@@ -12,25 +12,25 @@ use std::time::{Duration, Instant};
 
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
-use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
+use nfqnl_testkit::traffic::{SILENCE, TIMEOUT, Udp, V4, V6};
 use nfqnl_testkit::{cpu, queue};
+use rustix::process::{Pid, Signal, kill_process};
 
-// For its own test, which says that it does not end well when it should not. Cargo could run that too, but would then
-// not build the program.
-#[allow(dead_code, reason = "only its test is wanted here")]
+// For the unit test in it. Cargo could run that test too, but would then not build the program.
+#[allow(dead_code, reason = "only the unit test is used here")]
 #[path = "../examples/demo.rs"]
 mod demo;
 
 const PORT: u16 = 5000;
 
-/// A running example, and what it prints
+/// A running example and its output
 struct Example {
     process: Child,
     lines: Receiver<String>,
 }
 
 impl Example {
-    /// Starts an example, which lies beside this test's directory: `target/debug/examples`, `target/debug/deps`
+    /// Starts an example from `target/debug/examples`; this test is in `target/debug/deps`
     fn start(name: &str, arguments: &[&str]) -> Self {
         let test = std::env::current_exe().unwrap();
         let built = test.parent().and_then(|deps| deps.parent()).unwrap();
@@ -57,7 +57,7 @@ impl Example {
         Self { process, lines }
     }
 
-    /// The next line, which has these words in it; fails if another one comes, or none in time
+    /// Returns the next line; fails if it lacks these words or does not come in time
     #[track_caller]
     fn expect(&self, words: &str) -> String {
         let line = self.lines.recv_timeout(TIMEOUT).expect("a line in time");
@@ -65,20 +65,20 @@ impl Example {
         line
     }
 
-    /// The same for the whole line
+    /// Expects this line
     #[track_caller]
     fn expect_line(&self, whole: &str) {
         assert_eq!(self.expect(whole), whole);
     }
 
-    /// Waits until it has ended by itself; fails if it does not in time
+    /// Waits for the end of the process; fails if it does not end in time
     fn wait(mut self) -> ExitStatus {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             if let Some(status) = self.process.try_wait().unwrap() {
                 return status;
             }
-            assert!(Instant::now() < deadline, "it goes on");
+            assert!(Instant::now() < deadline, "it does not end");
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -91,7 +91,7 @@ impl Drop for Example {
     }
 }
 
-/// UDP to [`PORT`] goes to a queue on its way in; sockets of both families that send there, and how an address looks
+/// Queues incoming UDP to [`PORT`]; returns a socket of each family, and its printed address
 fn sockets_into(queue: u16) -> [(Udp, &'static str); 2] {
     [(Family::Ip, V4, "127.0.0.1"), (Family::Ip6, V6, "[::1]")].map(|(family, address, shown)| {
         let table = Table::new(family, "t").unwrap();
@@ -104,7 +104,7 @@ fn sockets_into(queue: u16) -> [(Udp, &'static str); 2] {
 }
 
 #[test]
-fn print_packets_prints_accepts_and_ends_after_its_count() {
+fn print_packets_prints_and_accepts() {
     isolated(|| {
         let sockets = sockets_into(1);
         let example = Example::start("print_packets", &["--count", "4"]);
@@ -120,12 +120,42 @@ fn print_packets_prints_accepts_and_ends_after_its_count() {
                 assert_eq!(socket.recv().as_deref(), Some(payload));
             }
         }
+        let bytes = 2 * (28 + 48) + 2 * (b"first".len() + b"second".len());
+        example.expect_line(&format!("4 packets, {bytes} bytes"));
         assert!(example.wait().success());
     });
 }
 
 #[test]
-fn the_demo_shows_and_accepts_the_packets_of_a_queue_until_it_is_ended() {
+fn print_packets_survives_overruns() {
+    isolated(|| {
+        // More than its receive buffer holds, and fewer than its queue holds
+        const FLOOD: usize = 960;
+        let [(socket, _), _] = sockets_into(1);
+        let example = Example::start("print_packets", &[]);
+        example.expect("queue 1 is bound");
+        let process = Pid::from_child(&example.process);
+        kill_process(process, Signal::STOP).unwrap();
+        // Several senders, because a waiting packet counts against the buffer of its sender.
+        for _ in 0..16 {
+            let sender = Udp::bind(V4, 0).unwrap();
+            for _ in 0..FLOOD / 16 {
+                sender.send(&[0; 4000], socket.address()).unwrap();
+            }
+        }
+        kill_process(process, Signal::CONT).unwrap();
+        let mut arrived = 0;
+        while socket.recv_within(SILENCE).is_some() {
+            arrived += 1;
+        }
+        assert!(0 < arrived && arrived < FLOOD, "{arrived} packets");
+        socket.send(b"after", socket.address()).unwrap();
+        assert_eq!(socket.recv().as_deref(), Some(&b"after"[..]));
+    });
+}
+
+#[test]
+fn the_demo_accepts_the_packets_of_a_queue() {
     isolated(|| {
         const QUEUE: u16 = 77;
         let sockets = sockets_into(QUEUE);
@@ -147,7 +177,7 @@ fn the_demo_shows_and_accepts_the_packets_of_a_queue_until_it_is_ended() {
                 assert_eq!(socket.recv().as_deref(), Some(payload));
             }
         }
-        assert_eq!(example.process.try_wait().unwrap(), None, "it goes on");
+        assert_eq!(example.process.try_wait().unwrap(), None, "it runs on");
     });
 }
 
@@ -181,7 +211,7 @@ fn batch_drops_marks_and_accepts() {
     });
 }
 
-/// An example that accepts everything, in its own kind of loop: bursts, and packets one by one
+/// Tests an example that accepts everything: with bursts, and with single packets
 fn accepts_everything(name: &str) {
     const BURST: u8 = 100;
     const SINGLE: u8 = 10;
@@ -216,7 +246,7 @@ fn async_io_accepts_everything() {
 
 #[cfg(feature = "tokio")]
 #[test]
-fn tokio_accepts_everything_and_packets_that_are_looked_up_later() {
+fn tokio_accepts_at_once_and_after_a_look_up() {
     isolated(|| {
         const DNS: u16 = 53;
         accepts_everything("tokio");
@@ -241,7 +271,7 @@ fn tokio_accepts_everything_and_packets_that_are_looked_up_later() {
 }
 
 #[test]
-fn threads_serve_a_range_of_queues_and_workers_another_queue() {
+fn threads_serve_a_range_and_a_shared_queue() {
     isolated(|| {
         const EACH: u8 = 20;
         const TO_WORKERS: u16 = PORT + 1;
@@ -307,19 +337,18 @@ fn threads_serve_a_range_of_queues_and_workers_another_queue() {
     });
 }
 
-/// One thread that can't go on ends them all, and nobody waits for ever
 #[test]
-fn threads_end_when_one_of_them_fails() {
+fn threads_end_when_a_queue_is_taken() {
     isolated(|| {
-        let other = nfqnl::Handle::open().unwrap();
-        let _queue = other.bind_queue(2).unwrap();
+        let other = nfqnl::Socket::open().unwrap();
+        let _queue = other.bind(2).unwrap();
         let example = Example::start("threads", &["--queues", "3"]);
         assert!(!example.wait().success());
     });
 }
 
 #[test]
-fn an_example_says_what_it_takes() {
+fn examples_refuse_unknown_arguments() {
     isolated(|| {
         for arguments in [
             &["--queue"][..],
@@ -332,14 +361,14 @@ fn an_example_says_what_it_takes() {
     });
 }
 
-/// What Linux's `nft_queue.sh` reads; `tests/kernels/run selftest` has that script itself
+/// The output that Linux's `nft_queue.sh` reads; `tests/kernels/run selftest` runs that script
 mod nf_queue {
     use super::*;
 
     const QUEUE: u16 = 7;
 
     impl Example {
-        /// What it prints until it ends, which shall be well
+        /// Returns the rest of the output; fails if the example fails
         fn rest(self) -> Vec<String> {
             let rest = self.lines.iter().collect();
             assert!(self.wait().success());
@@ -347,13 +376,13 @@ mod nf_queue {
         }
     }
 
-    /// Starts it, and waits until it has bound its queue, of which it says nothing
+    /// Starts it and waits until its queue is bound, which it does not print
     fn start(queue: u16, arguments: &[&str]) -> Example {
         let number = format!("-q{queue}");
         let example = Example::start("nf_queue", &[arguments, &[&number]].concat());
         let deadline = Instant::now() + TIMEOUT;
         while !queue::is_bound(queue).unwrap() {
-            assert!(Instant::now() < deadline, "it binds nothing");
+            assert!(Instant::now() < deadline, "it does not bind its queue");
             thread::sleep(Duration::from_millis(1));
         }
         example
@@ -373,7 +402,8 @@ mod nf_queue {
             let table = Table::new(Family::Ip, "later").unwrap();
             let later = table.chain("out", Hook::Output, 0).unwrap();
             let unfinished = " csumnotready";
-            // Where nothing is left to the device, the checksum is finished for the first queue, and not looked at for the next.
+            // With -G the kernel finishes the checksum for the first queue, and does not check it
+            // for the next one.
             for (options, state, next) in [
                 ("-cvt2", unfinished, unfinished),
                 ("-Gcvt2", "", " csumnotverified"),
@@ -393,7 +423,7 @@ mod nf_queue {
     }
 
     #[test]
-    fn hands_packets_to_another_queue_after_a_while() {
+    fn moves_packets_to_another_queue_after_a_delay() {
         isolated(|| {
             const N: u8 = 3;
             const DELAY: Duration = Duration::from_millis(150);
@@ -413,16 +443,16 @@ mod nf_queue {
         });
     }
 
-    /// And what waits for fifteen others is dropped when it ends
+    /// The last packets, fewer than sixteen, are dropped at the end.
     #[test]
-    fn answers_out_of_order_amid_bogus_verdicts() {
+    fn answers_out_of_order_with_bogus_verdicts() {
         isolated(|| {
             const N: u8 = 16 + 16 + 5;
             let [(socket, _), _] = sockets_into(QUEUE);
             let example = start(QUEUE, &["-Ob", "-vct2"]);
             for number in 0..N {
                 socket.send(&[number], socket.address()).unwrap();
-                // Fifty refusals come with each packet: those of several would not fit its receive buffer.
+                // Each packet brings fifty refusals. Those of many packets could fill the buffer.
                 example.expect("packet ");
             }
             for start in [0, 16] {
@@ -436,10 +466,10 @@ mod nf_queue {
     }
 
     #[test]
-    fn fails_where_it_can_not_do_as_told() {
+    fn fails_with_status_1() {
         isolated(|| {
-            let other = nfqnl::Handle::open().unwrap();
-            let _queue = other.bind_queue(QUEUE).unwrap();
+            let other = nfqnl::Socket::open().unwrap();
+            let _queue = other.bind(QUEUE).unwrap();
             for arguments in [
                 &["-q7"][..],
                 &["-q", "1", "-Q", "1"],

@@ -1,11 +1,11 @@
-//! What the batches take of memory: resident, and on the heap
+//! The memory of batches: resident, and on the heap
 //!
 //! ```text
-//! cargo test --release --test memory -- --nocapture    # the figures of benches/figures.md
+//! cargo test --release --test memory -- --nocapture    # the figures of benches/README.md
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
-use nfqnl::{ConfigFlags, CopyMode, Handle, QueueConfig, RecvBatch, Verdict, VerdictBatch};
+use nfqnl::{ConfigFlags, CopyMode, Event, QueueConfig, RecvBatch, SendBatch, Socket, Verdict};
 use nfqnl_testkit::alloc::{CountingAllocator, resident, touched};
 use nfqnl_testkit::netns::{is_rootless, isolated};
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
@@ -17,20 +17,21 @@ static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 const PORT: u16 = 5000;
 const QUEUE: u16 = 1;
 const KIB: usize = 1024;
+const PAGE: usize = 4 * KIB;
 const IP_AND_UDP: usize = 28;
 
-/// What this process has taken, in bytes
+/// The memory of this process, in bytes
 #[derive(Clone, Copy)]
 struct Memory {
     heap: usize,
-    /// In memory, and data: a batch is not charged with the code that handles it
+    /// Resident data, without code
     touched: usize,
 }
 
 impl Memory {
     fn now() -> Self {
         let heap = ALLOCATOR.bytes();
-        // Twice, since the first reading has to touch memory itself.
+        // Twice, because the first reading touches memory itself.
         touched().unwrap();
         Self {
             heap,
@@ -46,37 +47,37 @@ impl Memory {
     }
 }
 
-/// A queue, and a socket that sends packets through it to itself
+/// A queue, and a UDP socket that sends packets to itself through the queue
 struct Lab {
-    socket: Udp,
-    /// To send from and receive into, so that nothing is taken for it while the batches are measured
+    udp: Udp,
+    /// For sending and receiving, so that neither allocates while a batch is measured
     buf: Vec<u8>,
-    handle: Handle,
+    socket: Socket,
     _queue: nfqnl::Queue,
 }
 
 impl Lab {
-    fn new(config: QueueConfig) -> Self {
+    fn new(config: &QueueConfig) -> Self {
         let table = Table::new(Family::Ip, "t").unwrap();
         let chain = table.chain("c", Hook::Input, 0).unwrap();
         chain
             .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
             .unwrap();
-        let handle = Handle::builder().recv_buffer(1 << 25).open().unwrap();
-        let queue = handle.bind_queue_with(QUEUE, &config);
+        let socket = Socket::builder().recv_buffer(1 << 25).open().unwrap();
+        let queue = socket.bind_with(QUEUE, config);
         Self {
-            socket: Udp::bind(V4, PORT).unwrap(),
+            udp: Udp::bind(V4, PORT).unwrap(),
             buf: vec![1; RecvBatch::DEFAULT_SLOT_LEN],
-            handle,
+            socket,
             _queue: queue.unwrap(),
         }
     }
 
-    /// Has so many packets of this length accepted through a batch, a few times over
+    /// Accepts packets of this length through a batch, in a few rounds
     fn handle_packets(
         &mut self,
         batch: &mut RecvBatch,
-        verdicts: &mut VerdictBatch,
+        verdicts: &mut SendBatch,
         packets: usize,
         len: usize,
     ) {
@@ -84,16 +85,17 @@ impl Lab {
         for _ in 0..ROUNDS {
             for _ in 0..packets {
                 let payload = &self.buf[..len - IP_AND_UDP];
-                self.socket.send(payload, self.socket.address()).unwrap();
+                self.udp.send(payload, self.udp.address()).unwrap();
             }
             while verdicts.len() < packets {
-                for packet in self.handle.recv(batch).unwrap().packets() {
+                let events = self.socket.recv(batch).unwrap();
+                for packet in events.filter_map(Event::packet) {
                     verdicts.push(packet.key(), Verdict::Accept).unwrap();
                 }
             }
-            self.handle.send(verdicts).unwrap();
+            self.socket.send(verdicts).unwrap();
             for _ in 0..packets {
-                self.socket.recv_into(&mut self.buf, TIMEOUT).unwrap();
+                self.udp.recv_into(&mut self.buf, TIMEOUT).unwrap();
             }
         }
     }
@@ -102,27 +104,27 @@ impl Lab {
 #[test]
 fn a_default_batch_costs_what_its_packets_cost() {
     isolated(|| {
-        // First of all: memory that was given back to the C library would be taken again, already touched.
+        // Before anything else: the C library would give out freed memory that is already touched.
         let before = Memory::now();
         let mut batch = RecvBatch::default();
-        let mut verdicts = VerdictBatch::new();
+        let mut verdicts = SendBatch::new();
         let empty = Memory::now().since(before);
         println!(
-            "default batch: {} KiB of address space, {} KiB resident while empty",
+            "default batch: {} KiB of heap, {} KiB resident while empty",
             empty.heap / KIB,
             empty.touched / KIB
         );
 
         let config = QueueConfig::new()
-            .copy_mode(CopyMode::PACKET, u32::MAX)
-            .flags(ConfigFlags::GSO, ConfigFlags::GSO);
-        let mut lab = Lab::new(config);
-        // An ordinary user's buffers hold no more large packets.
+            .copy_mode(CopyMode::Packet, u32::MAX)
+            .enable(ConfigFlags::GSO);
+        let mut lab = Lab::new(&config);
+        // The buffers of an ordinary user hold only a few large packets.
         let large = if is_rootless() { 4 } else { 32 };
-        // What the process takes at its first packets is not the batch's.
+        // The first packets allocate memory that does not belong to the batch.
         lab.handle_packets(
             &mut RecvBatch::new(1, 4 * KIB),
-            &mut VerdictBatch::new(),
+            &mut SendBatch::new(),
             4,
             64,
         );
@@ -136,17 +138,16 @@ fn a_default_batch_costs_what_its_packets_cost() {
             );
             touched
         };
-        let page = 4 * KIB;
         let small = measure("packets of 64 bytes", 32, 64);
         let full = measure("packets of 1500 bytes", 32, 1500);
         let large_total = measure("packets of 60000 bytes", large, 60000);
 
-        // A packet may touch one page more than it would fill, and a process does other things too.
-        let others = 16 * page;
+        // A packet may touch one page more than it fills, and the process touches other pages too.
+        let others = 16 * PAGE;
         let slots = RecvBatch::DEFAULT_SLOTS;
         assert!(empty.touched <= others);
-        assert!(small <= slots * 2 * page + others);
-        assert!(full <= slots * 2 * page + others);
+        assert!(small <= slots * 2 * PAGE + others);
+        assert!(full <= slots * 2 * PAGE + others);
         assert!(large_total <= slots * RecvBatch::DEFAULT_SLOT_LEN + others);
         println!(
             "the whole process: {} KiB resident",
@@ -155,23 +156,36 @@ fn a_default_batch_costs_what_its_packets_cost() {
     });
 }
 
+/// Memory that the process has freed must not make later batches larger.
+#[test]
+fn later_batches_cost_what_the_first_one_costs() {
+    const PACKETS: usize = 16;
+    isolated(|| {
+        let mut lab = Lab::new(&QueueConfig::new());
+        lab.handle_packets(&mut RecvBatch::default(), &mut SendBatch::new(), 1, 64);
+        for number in 2..=5 {
+            let before = Memory::now();
+            let mut batch = RecvBatch::default();
+            lab.handle_packets(&mut batch, &mut SendBatch::new(), PACKETS, 64);
+            let touched = Memory::now().since(before).touched;
+            println!("default batch {number}: {} KiB resident", touched / KIB);
+            assert!(touched <= 2 * (PACKETS + 16) * PAGE, "{touched} bytes");
+        }
+    });
+}
+
 #[test]
 fn the_small_profile_fits_64_kib() {
     const AT_MOST: usize = 64 * KIB;
     isolated(|| {
         let range = 128;
-        let config = QueueConfig::new().copy_mode(CopyMode::PACKET, range);
-        let mut lab = Lab::new(config);
-        lab.handle_packets(
-            &mut RecvBatch::default(),
-            &mut VerdictBatch::new(),
-            32,
-            1500,
-        );
+        let config = QueueConfig::new().copy_mode(CopyMode::Packet, range);
+        let mut lab = Lab::new(&config);
+        lab.handle_packets(&mut RecvBatch::default(), &mut SendBatch::new(), 32, 1500);
 
         let before = Memory::now();
-        let mut batch = RecvBatch::for_copy(16, CopyMode::PACKET, range);
-        let mut verdicts = VerdictBatch::new();
+        let mut batch = RecvBatch::for_config(16, &config);
+        let mut verdicts = SendBatch::new();
         lab.handle_packets(&mut batch, &mut verdicts, 16, 1500);
         let after = Memory::now().since(before);
         println!(

@@ -1,17 +1,19 @@
-//! How many instructions of user code a packet takes, counted by callgrind
+//! Instructions of user code per packet, counted by callgrind
 //!
 //! ```text
-//! benches/instructions/run [--profile DIRECTORY]    # installs valgrind if it is not there
+//! benches/instructions/run [--profile DIRECTORY]    # installs valgrind if needed
 //! ```
 //!
-//! A process under valgrind handles real packets: it parses each, reads what programs commonly read, and accepts it
-//! through a batch. It does so for few packets and then again for many, and the difference counts: what starts and ends the
-//! process is in both. Every packet waits before it is asked for, so that every batch is full.
+//! A process under valgrind handles real packets: it parses each packet, reads the common
+//! attributes, and accepts it in a batch. It does this for few packets and then for many, and the
+//! difference is the result: start and end of the process are in both. All packets wait in the
+//! queue before they are received, so every batch is full.
 //!
-//! Counted is everything in the process: this crate, the standard library, and libc around the system calls. The kernel is
-//! not. What parsing, reading and accepting take of it is told by a loop that does these twice.
+//! The count covers the whole process: this crate, the standard library, and libc around the system
+//! calls, but not the kernel. A loop that parses, reads and accepts twice tells the cost of that
+//! part.
 //!
-//! Fails if a packet takes more than [`LIMITS`] say.
+//! Fails if a packet takes more than [`LIMITS`].
 
 use std::error::Error;
 use std::hint::black_box;
@@ -19,14 +21,14 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
-use nfqnl::{CopyMode, Handle, Packet, QueueConfig, RecvBatch, Verdict, VerdictBatch};
+use nfqnl::{CopyMode, Event, Handle, Packet, QueueConfig, RecvBatch, SendBatch, Socket, Verdict};
 use nfqnl_testkit::netns;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{Udp, V4};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// So many small packets fit a default receive buffer, and fill default batches to the last slot
+/// They fill three default batches, and fit a receive buffer of the system's default size.
 const PACKETS: usize = 192;
 const FEW_ROUNDS: usize = 10;
 const MANY_ROUNDS: usize = 60;
@@ -34,11 +36,12 @@ const PORT: u16 = 5000;
 const QUEUE: u16 = 1;
 /// Receives, parses, reads, accepts, sends
 const LOOP: &str = "loop";
-/// The same, and parses, reads and accepts every packet once more, for nobody
+/// The same, but parses, reads and accepts every packet twice
 const TWICE: &str = "loop that decides twice";
-/// The same as the loop, by callbacks
+/// The same as the loop, with callbacks
 const CALLBACK: &str = "run_once";
-/// What a packet may take: to be parsed, read and accepted, and to be received and answered too, by loop and callback
+/// Limits per packet: parse, read and accept; the same with receive and send in a loop; and with
+/// callbacks
 const LIMITS: [f64; 3] = [300.0, 450.0, 560.0];
 
 fn main() -> ExitCode {
@@ -61,7 +64,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// What a typical program looks at
+/// Reads the attributes that a typical program reads
 fn common_getters(packet: &Packet<'_>) {
     black_box((packet.id(), packet.mark(), packet.payload()));
     black_box((packet.indev(), packet.hook()));
@@ -69,18 +72,19 @@ fn common_getters(packet: &Packet<'_>) {
 
 /// Handles [`PACKETS`] packets for every byte of the input
 fn peer(style: &str) -> Result<()> {
-    let mut handle = Handle::open()?;
-    let config = QueueConfig::new().copy_mode(CopyMode::PACKET, u32::MAX);
+    let handle = Handle::new(Socket::open()?);
+    let socket = handle.socket();
+    let config = QueueConfig::new().copy_mode(CopyMode::Packet, u32::MAX);
     let _queue = if style == CALLBACK {
         handle.create_queue_with(QUEUE, &config, |data| {
             common_getters(data.packet());
             data.set_verdict(Verdict::Accept, None);
         })?
     } else {
-        handle.bind_queue_with(QUEUE, &config)?
+        socket.bind_with(QUEUE, &config)?
     };
     let mut batch = RecvBatch::default();
-    let (mut verdicts, mut unsent) = (VerdictBatch::new(), VerdictBatch::new());
+    let (mut verdicts, mut unsent) = (SendBatch::new(), SendBatch::new());
     println!("ready");
     let mut input = std::io::stdin().lock();
     while input.read(&mut [0])? > 0 {
@@ -90,7 +94,7 @@ fn peer(style: &str) -> Result<()> {
                 handled += handle.run_once(&mut batch)?;
                 continue;
             }
-            for packet in handle.recv(&mut batch)?.packets() {
+            for packet in socket.recv(&mut batch)?.filter_map(Event::packet) {
                 common_getters(&packet);
                 verdicts.push(packet.key(), Verdict::Accept)?;
                 if style == TWICE {
@@ -101,7 +105,7 @@ fn peer(style: &str) -> Result<()> {
             }
             unsent.clear();
             handled += verdicts.len();
-            handle.send(&mut verdicts)?;
+            socket.send(&mut verdicts)?;
         }
     }
     Ok(())
@@ -138,7 +142,7 @@ fn count(profile: Option<&Path>) -> Result<()> {
     }
 }
 
-/// What callgrind counts while a process handles so many rounds of packets
+/// Returns callgrind's count for a process that handles some rounds of packets
 fn instructions(socket: &Udp, style: &str, rounds: usize, profile: Option<&Path>) -> Result<f64> {
     let program = std::env::current_exe()?;
     let directory: PathBuf = match profile {

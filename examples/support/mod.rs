@@ -1,11 +1,11 @@
-//! What several examples do: reading their command line, and looking into IP packets by etherparse
-#![allow(dead_code, reason = "no example uses all of it")]
+//! Shared by the examples: their command line, and IP packets read with etherparse
+#![allow(dead_code, reason = "each example uses a part of it")]
 
 use std::error::Error;
 
 use etherparse::{NetHeaders, NetSlice, PacketHeaders, SlicedPacket, TransportSlice};
 
-/// Protocol, source and destination of an IP packet, with ports if it has any
+/// Protocol, source and destination of an IP packet, with ports if present
 pub(crate) fn endpoints(packet: &[u8]) -> String {
     let Ok(packet) = SlicedPacket::from_ip(packet) else {
         return "not IP, or not all of it".to_owned();
@@ -37,7 +37,7 @@ pub(crate) fn endpoints(packet: &[u8]) -> String {
     }
 }
 
-/// The destination port of an IP packet, if it is UDP or TCP and has one
+/// The destination port of a UDP or TCP packet
 pub(crate) fn destination_port(packet: &[u8]) -> Option<u16> {
     match SlicedPacket::from_ip(packet).ok()?.transport? {
         TransportSlice::Udp(udp) => Some(udp.destination_port()),
@@ -46,7 +46,7 @@ pub(crate) fn destination_port(packet: &[u8]) -> Option<u16> {
     }
 }
 
-/// The numbers on the command line, each behind its name; those that are not there are as given here
+/// Reads a number after each name on the command line; absent numbers have the given defaults
 pub(crate) fn numbers<const N: usize>(
     options: [(&str, usize); N],
 ) -> Result<[usize; N], Box<dyn Error + Send + Sync>> {
@@ -64,7 +64,7 @@ pub(crate) fn numbers<const N: usize>(
     Ok(numbers)
 }
 
-/// The same UDP packet with another payload, and with lengths and checksums that fit it; `None` if it is no UDP
+/// Copies a UDP packet with a new payload, lengths and checksums; `None` for other protocols
 pub(crate) fn with_udp_payload(packet: &[u8], payload: &[u8]) -> Option<Vec<u8>> {
     let PacketHeaders {
         net: Some(mut net),

@@ -1,7 +1,7 @@
-//! Any bytes as a datagram: everything that reads them says what a plain reading of the same bytes says
+//! Any bytes as a datagram: compares every parser with a plain reading of the same bytes
 //!
-//! The plain reading below knows nothing of the crate but its types: numbers and sizes are written out from the kernel's
-//! headers.
+//! The plain reading below uses only the types of the crate. Its numbers and sizes are copied from
+//! the kernel's headers.
 #![no_main]
 
 use std::fmt::{self, Write};
@@ -10,8 +10,7 @@ use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
 use nfqnl_proto::{
-    Attr, Attrs, DecodeError, Header, Message, Messages, Packet, PacketIndex, PacketKey, Reply,
-    Vlan,
+    Attr, Attrs, DecodeError, Header, Message, Messages, Packet, PacketKey, Reply, Vlan,
 };
 
 const PACKET: u16 = 0x0300;
@@ -21,20 +20,20 @@ const VLAN: u16 = 19;
 const LAST_KNOWN: u16 = 22;
 
 fuzz_target!(|datagram: &[u8]| {
-    // No room behind the bytes, so that reading further is seen.
+    // A copy of exactly this size, so that the sanitizer finds reads behind the end.
     let datagram = Box::<[u8]>::from(datagram);
     check_datagram(&datagram);
-    // The same bytes as one message of each kind that has an inside, whatever their header would say
+    // The same bytes as a message of each kind with a body, even if the header has another type.
     check_parse(&datagram);
     check_attrs(&datagram, 6);
     check_vlan(&datagram);
-    // Seldom, as it takes long
+    // Only for a few inputs, because it is slow.
     if let [attrs @ .., around, 0xa5] = &*datagram {
         check_long(attrs, *around);
     }
 });
 
-/// These attributes at the end of the longest message that can be indexed, or of one a little longer or shorter
+/// Checks these attributes at the end of a message of about the maximum length
 fn check_long(attrs: &[u8], around: u8) {
     const MAX: usize = 256 << 10;
     let header = [&PACKET.to_ne_bytes()[..], &[0; 10], &[2, 0, 0, 7]].concat();
@@ -58,7 +57,7 @@ fn check_long(attrs: &[u8], around: u8) {
     check_parse(&message);
 }
 
-/// Takes text, and keeps none
+/// Discards text
 struct Nowhere;
 
 impl Write for Nowhere {
@@ -87,7 +86,7 @@ fn padded(len: usize) -> usize {
     len.div_ceil(4) * 4
 }
 
-/// Whether a slice is this part of these bytes, and not just equal to it
+/// Checks that a slice is this part of the bytes, and not a copy
 #[track_caller]
 fn assert_is(slice: &[u8], whole: &[u8], part: Range<usize>) {
     let expected = &whole[part];
@@ -95,10 +94,11 @@ fn assert_is(slice: &[u8], whole: &[u8], part: Range<usize>) {
     assert!(slice.is_empty() || std::ptr::eq(slice, expected));
 }
 
-/// The attributes in some bytes (number, header's offset, value), and the break at the end if there is one (number, offset,
-/// `nla_len`, what was left)
+/// The attributes in some bytes
 struct Walk {
+    /// Number, offset of the header, and value
     attrs: Vec<(u16, usize, Range<usize>)>,
+    /// The broken attribute at the end: number, offset, `nla_len`, and the number of bytes left
     broken: Option<(u16, usize, usize, usize)>,
 }
 
@@ -128,7 +128,7 @@ impl Walk {
     }
 }
 
-/// What [`Attrs`] yields, and in every value again as long as `depth` lasts
+/// Checks [`Attrs`], and in each value again down to `depth`
 fn check_attrs(bytes: &[u8], depth: u32) {
     let walked = walk(bytes);
     let mut attrs = Attrs::new(bytes);
@@ -166,7 +166,7 @@ fn check_attrs(bytes: &[u8], depth: u32) {
     }
 }
 
-/// `nfqa_vlan_policy`: both halves, each of 16 bits
+/// Decodes both halves of a VLAN tag, each of 16 bits (`nfqa_vlan_policy`)
 fn plain_vlan(nested: &[u8]) -> Result<Vlan, DecodeError> {
     const WITHIN: Option<u16> = Some(VLAN);
     let walked = walk(nested);
@@ -216,7 +216,7 @@ fn check_vlan(nested: &[u8]) {
     }
 }
 
-/// The least size of each attribute that has a getter
+/// The minimum size of each attribute with a getter
 fn least(kind: u16) -> usize {
     match kind {
         1 => 7,
@@ -227,7 +227,7 @@ fn least(kind: u16) -> usize {
     }
 }
 
-/// The same error with offsets that count from `base` bytes further back
+/// The same error with `base` added to its offset
 fn moved(mut error: DecodeError, base: usize) -> DecodeError {
     match &mut error {
         DecodeError::Short { offset, .. }
@@ -241,7 +241,7 @@ fn moved(mut error: DecodeError, base: usize) -> DecodeError {
     error
 }
 
-/// What is wrong with a packet message, if anything is
+/// Finds the error in a packet message
 fn plain_packet_error(message: &[u8]) -> Option<DecodeError> {
     let short = |what, offset, needed| {
         Some(DecodeError::Short {
@@ -304,7 +304,7 @@ fn plain_packet_error(message: &[u8]) -> Option<DecodeError> {
     None
 }
 
-/// What [`PacketKey::peek`] finds in a message, whole or not
+/// Finds the key in a message, even in a truncated one
 fn plain_key(message: &[u8]) -> Option<PacketKey> {
     if message.len() < 20 || u16_at(message, 4) != PACKET {
         return None;
@@ -313,42 +313,28 @@ fn plain_key(message: &[u8]) -> Option<PacketKey> {
     let walked = walk(attrs);
     let header = walked.attrs.iter().find(|attr| attr.0 == PACKET_HDR);
     let value = &attrs[header?.2.clone()];
-    (value.len() >= 4).then(|| PacketKey {
-        queue: be(&message[18..20]) as u16,
-        binding: 0,
-        id: be32(value),
-    })
+    (value.len() >= 4).then(|| PacketKey::new(be(&message[18..20]) as u16, be32(value)))
 }
 
-/// Every way to parse these bytes as one packet message
+/// Parses these bytes as one packet message
 fn check_parse(message: &[u8]) {
     let parsed = Packet::parse(message);
-    let mut index = PacketIndex::default();
-    index.set_binding(9);
-    assert_eq!(index.parse(message).err(), parsed.err());
     assert_eq!(parsed.err(), plain_packet_error(message));
     assert_eq!(PacketKey::peek(message), plain_key(message));
     match parsed {
         Ok(packet) => {
             check_packet(packet, message);
-            let binding = 0;
-            assert_eq!(index.binding(), binding);
-            assert_eq!(format!("{index:?}"), format!("{:?}", packet.index()));
-            check_packet(index.over(message), message);
-            // An index over other bytes may say anything, but must not fail.
+            check_packet(packet.over(message), message);
+            // Over other bytes the getters may return anything, but must not fail.
             let half = &message[..message.len() / 2];
-            visit(&packet.index().over(half), half);
-            visit(&index.over(&[]), &[]);
+            visit(&packet.over(half), half);
+            visit(&packet.over(&[]), &[]);
         }
-        Err(error) => {
-            write!(Nowhere, "{error}").expect("it has an end");
-            assert_eq!(format!("{index:?}"), "{}", "the index of no packet");
-            visit(&index.over(message), message);
-        }
+        Err(error) => write!(Nowhere, "{error}").expect("it has an end"),
     }
 }
 
-/// Calls every getter; all slices lie inside the message
+/// Calls every getter, and checks that all slices are in the message
 fn visit(packet: &Packet<'_>, message: &[u8]) {
     let _ = (
         packet.key(),
@@ -376,8 +362,8 @@ fn visit(packet: &Packet<'_>, message: &[u8]) {
     );
     let _ = (
         packet.cgroup_classid(),
-        packet.capture_len(),
-        packet.is_cut(),
+        packet.len(),
+        packet.is_truncated(),
         packet.skb_info(),
     );
     write!(Nowhere, "{packet:?}").expect("it has an end");
@@ -390,7 +376,7 @@ fn visit(packet: &Packet<'_>, message: &[u8]) {
     }
 }
 
-/// Every getter against the plain reading
+/// Compares every getter with the plain reading
 fn check_packet(packet: Packet<'_>, message: &[u8]) {
     visit(&packet, message);
     assert_is(packet.as_bytes(), message, 0..message.len());
@@ -414,14 +400,10 @@ fn check_packet(packet: Packet<'_>, message: &[u8]) {
     let last = |kind| walked.last(kind).map(|value| &attrs[value]);
     let number = |kind| last(kind).map(be32);
     let header = last(PACKET_HDR).expect("parse saw it");
-    let key = PacketKey {
-        queue: be(&message[18..20]) as u16,
-        binding: 0,
-        id: be32(header),
-    };
+    let key = PacketKey::new(be(&message[18..20]) as u16, be32(header));
     assert_eq!(packet.key(), key);
-    assert_eq!((packet.queue(), packet.id()), (key.queue, key.id));
-    assert_eq!(packet.with_binding(7).key().binding, 7);
+    assert_eq!((packet.queue(), packet.id()), (key.queue(), key.id()));
+    assert_eq!(packet.with_binding(7).key(), key.with_binding(7));
     assert_eq!(packet.family().0, message[16]);
     assert_eq!(u64::from(packet.hw_protocol()), be(&header[4..6]));
     assert_eq!(packet.hook().0, header[6]);
@@ -432,8 +414,10 @@ fn check_packet(packet: Packet<'_>, message: &[u8]) {
     assert_eq!(packet.physindev(), number(7));
     assert_eq!(packet.physoutdev(), number(8));
     assert_eq!(packet.conntrack_info(), number(12));
-    assert_eq!(packet.capture_len(), number(13));
-    assert_eq!(packet.is_cut(), number(13).is_some());
+    let payload_len = last(10).map(<[u8]>::len);
+    let len = number(13).map(|len| len as usize).or(payload_len);
+    assert_eq!(packet.len(), len);
+    assert_eq!(packet.is_truncated(), number(13).is_some());
     assert_eq!(packet.skb_info().bits(), number(14).unwrap_or(0));
     assert_eq!(packet.uid(), number(16));
     assert_eq!(packet.gid(), number(17));
@@ -468,7 +452,7 @@ fn check_packet(packet: Packet<'_>, message: &[u8]) {
     }
 }
 
-/// `nlmsgerr`: what is said of a request, and where
+/// Compares a reply with a plain reading of `struct nlmsgerr`
 fn check_reply(reply: &Reply<'_>, message: &[u8]) {
     write!(Nowhere, "{reply:?}").expect("it has an end");
     let (flags, body) = (u16_at(message, 6), &message[16..]);
@@ -506,7 +490,7 @@ fn check_reply(reply: &Reply<'_>, message: &[u8]) {
     }
 }
 
-/// What [`Messages`] yields, and what is in it
+/// Checks [`Messages`], and the contents of each message
 fn check_datagram(datagram: &[u8]) {
     let mut messages = Messages::new(datagram);
     let mut at = 0;
@@ -544,7 +528,7 @@ fn check_datagram(datagram: &[u8]) {
         }
         let len = u32_at(datagram, at) as usize;
         check_message(item, &datagram[at..at + len], at);
-        // Whatever is in it, the next one begins behind it.
+        // The next message follows, even if this one is broken.
         at += padded(len);
     }
     assert!(messages.next().is_none() && messages.next().is_none());

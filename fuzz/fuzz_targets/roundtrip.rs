@@ -1,4 +1,4 @@
-//! Any request: what is written says what was meant, and a buffer that is too short is told so exactly
+//! Any request: reads every encoded message again, and checks the errors for short buffers
 #![no_main]
 
 use std::borrow::Cow;
@@ -7,20 +7,20 @@ use std::fmt::{self, Write};
 use arbitrary::{Arbitrary, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use nfqnl_proto::{
-    Attrs, BatchVerdict, ConfigFlags, ConfigRequest, CopyMode, Decision, EncodeError, Family,
-    Message, Messages, QueueConfig, RequestHeader, UnknownVerdict, Verdict, Vlan, encode_noop,
+    Attrs, ConfigFlags, ConfigRequest, CopyMode, Decision, EncodeError, Family, Message, Messages,
+    PlainVerdict, QueueConfig, RequestHeader, UnknownVerdict, Verdict, Vlan, encode_noop,
 };
 
-/// Attribute: number, whether it nests others, value
+/// Attribute: number, flag for nested attributes, value
 type Attribute<'v> = (u16, bool, Cow<'v, [u8]>);
 
-/// The longest value that a 16-bit length with its header can say
-const MOST: usize = 65_531;
+/// The maximum length of a value, because the 16-bit length includes the header
+const MAX: usize = 65_531;
 
-/// Where nothing was written
+/// The initial bytes of a buffer
 const UNTOUCHED: u8 = 0xa5;
 
-/// More of that than any buffer has
+/// More of these bytes than in any buffer
 static ALL_UNTOUCHED: [u8; 1 << 19] = [UNTOUCHED; 1 << 19];
 
 fn is_untouched(bytes: &[u8]) -> bool {
@@ -31,11 +31,10 @@ fn is_untouched(bytes: &[u8]) -> bool {
 struct Input<'a> {
     queue: u16,
     ack: bool,
-    echo: bool,
     seq: u32,
     pid: u32,
     request: Request<'a>,
-    /// Length of a buffer that may be too short
+    /// The length of a buffer, perhaps too short
     room: u16,
 }
 
@@ -93,7 +92,7 @@ impl AnyVerdict {
         }
     }
 
-    /// `linux/netfilter.h`
+    /// The number in `linux/netfilter.h`
     fn number(self) -> u32 {
         match self {
             Self::Drop => 0,
@@ -106,7 +105,7 @@ impl AnyVerdict {
     }
 }
 
-/// Bytes, and seldom so many that they hardly fit
+/// Bytes, in a few cases of about the maximum length
 #[derive(Clone, Debug)]
 enum Value<'a> {
     Short(&'a [u8]),
@@ -116,7 +115,7 @@ enum Value<'a> {
 impl<'a> Arbitrary<'a> for Value<'a> {
     fn arbitrary(bytes: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
         if bytes.ratio(1, 32)? {
-            let len = bytes.int_in_range(MOST - 8..=MOST + 8)?;
+            let len = bytes.int_in_range(MAX - 8..=MAX + 8)?;
             return Ok(Self::Long(vec![bytes.arbitrary()?; len]));
         }
         Ok(Self::Short(bytes.arbitrary()?))
@@ -136,18 +135,12 @@ fuzz_target!(|input: Input<'_>| {
     let Input {
         queue,
         ack,
-        echo,
         seq,
         pid,
         ref request,
         room,
     } = input;
-    let header = RequestHeader {
-        ack,
-        echo,
-        seq,
-        pid,
-    };
+    let header = RequestHeader { ack, seq, pid };
     let check = |kind: u16, attrs: Option<Vec<Attribute<'_>>>, most, encode: &Encode<'_>| {
         let on = match kind {
             NOOP => None,
@@ -167,7 +160,7 @@ fuzz_target!(|input: Input<'_>| {
             ref expectation,
             ref payload,
         } => {
-            let mut common = BatchVerdict::new(verdict.verdict());
+            let mut plain = PlainVerdict::new(verdict.verdict());
             let mut decision = Decision::new(verdict.verdict());
             let mut attrs = vec![(
                 2,
@@ -175,19 +168,19 @@ fuzz_target!(|input: Input<'_>| {
                 [verdict.number(), id].map(u32::to_be_bytes).concat().into(),
             )];
             if let Some(mark) = mark {
-                common = common.with_mark(mark);
+                plain = plain.with_mark(mark);
                 decision = decision.with_mark(mark);
                 attrs.push((3, false, mark.to_be_bytes().to_vec().into()));
             }
             if let Some(priority) = priority {
-                common = common.with_priority(priority);
+                plain = plain.with_priority(priority);
                 decision = decision.with_priority(priority);
                 attrs.push((21, false, priority.to_be_bytes().to_vec().into()));
             }
-            assert_eq!(decision.as_batch(), Some(common));
-            let most = BatchVerdict::MAX_LEN;
-            let batch = |buf: &mut [u8]| common.encode(buf, queue, id, header);
-            let single = |buf: &mut [u8]| common.encode_single(buf, queue, id, header);
+            assert_eq!(decision.as_plain(), Some(plain));
+            let most = PlainVerdict::MAX_LEN;
+            let batch = |buf: &mut [u8]| plain.encode_batch(buf, queue, id, header);
+            let single = |buf: &mut [u8]| plain.encode(buf, queue, id, header);
             let small = |buf: &mut [u8]| decision.encode(buf, queue, id, header);
             check(VERDICT_BATCH, Some(attrs.clone()), most, &batch);
             check(VERDICT, Some(attrs.clone()), most, &single);
@@ -201,7 +194,7 @@ fuzz_target!(|input: Input<'_>| {
                 };
                 attrs.push((19, true, [half(1, proto), half(2, tci)].concat().into()));
             }
-            let is_long = |value: &Value<'_>| value.bytes().len() > MOST;
+            let is_long = |value: &Value<'_>| value.bytes().len() > MAX;
             let raw = [
                 (20, l2_header),
                 (11, conntrack),
@@ -223,11 +216,25 @@ fuzz_target!(|input: Input<'_>| {
                 };
                 attrs.push((kind, [11, 15].contains(&kind), bytes.into()));
             }
-            let is_common = vlan.is_none() && raw.iter().all(|(_, value)| value.is_none());
-            assert_eq!(decision.as_batch().is_some(), is_common);
-            assert_eq!(decision.payload(), payload.as_ref().map(Value::bytes));
+            let is_plain = vlan.is_none() && raw.iter().all(|(_, value)| value.is_none());
+            assert_eq!(decision.as_plain().is_some(), is_plain);
             assert_eq!(decision.verdict(), verdict.verdict());
-            write!(Nowhere, "{decision:?}").expect("it has an end");
+            assert_eq!((decision.mark(), decision.priority()), (mark, priority));
+            assert_eq!(
+                decision.vlan(),
+                vlan.map(|(proto, tci)| Vlan { proto, tci })
+            );
+            let getters = [
+                decision.l2_header(),
+                decision.conntrack(),
+                decision.expectation(),
+                decision.payload(),
+            ];
+            assert_eq!(
+                getters,
+                raw.map(|(_, value)| value.as_ref().map(Value::bytes))
+            );
+            write!(Nowhere, "{} {decision:?}", decision.verdict()).expect("it has an end");
             let any = |buf: &mut [u8]| decision.encode(buf, queue, id, header);
             let Some((kind, value)) = too_long else {
                 return check(VERDICT, Some(attrs), decision.max_len(), &any);
@@ -236,13 +243,13 @@ fuzz_target!(|input: Input<'_>| {
             let error = EncodeError::AttributeTooLong {
                 kind: *kind,
                 had: value.as_ref().map_or(0, |value| value.bytes().len()),
-                max: MOST,
+                max: MAX,
             };
             assert_eq!(any(&mut buf), Err(error));
             assert_eq!(
                 any(&mut []),
                 Err(error),
-                "said first, whatever room there is"
+                "reported first, for any length of the buffer"
             );
             assert!(is_untouched(&buf));
         }
@@ -254,8 +261,9 @@ fuzz_target!(|input: Input<'_>| {
         } => {
             let mut config = QueueConfig::new();
             let mut attrs = Vec::new();
+            let copy = copy.map(|(mode, range)| (mode % 3, range));
             if let Some((mode, range)) = copy {
-                config = config.copy_mode(CopyMode(mode), range);
+                config = config.copy_mode(copy_mode(mode), range);
                 attrs.push((
                     2,
                     false,
@@ -270,17 +278,18 @@ fuzz_target!(|input: Input<'_>| {
                 let flags_of = ConfigFlags::from_bits_retain;
                 config = config.flags(flags_of(mask), flags_of(flags));
                 attrs.push((4, false, mask.to_be_bytes().to_vec().into()));
-                attrs.push((5, false, flags.to_be_bytes().to_vec().into()));
+                attrs.push((5, false, (flags & mask).to_be_bytes().to_vec().into()));
             }
             assert_eq!(
                 config.get_copy_mode(),
-                copy.map(|(mode, range)| (CopyMode(mode), range))
+                copy.map(|(mode, range)| (copy_mode(mode), range))
             );
             assert_eq!(config.get_maxlen(), maxlen);
             let bits = config
                 .get_flags()
                 .map(|(mask, flags)| (mask.bits(), flags.bits()));
-            assert_eq!(bits, flags);
+            assert_eq!(bits, flags.map(|(mask, flags)| (mask, flags & mask)));
+            assert_eq!(config.get_optional_flags(), ConfigFlags::empty());
             let cmd = |number, family| (1, false, vec![number, 0, 0, family].into());
             let (request, cmd, on) = match command {
                 Command::Bind => (ConfigRequest::bind(queue, config), Some(cmd(1, 0)), queue),
@@ -331,7 +340,14 @@ fuzz_target!(|input: Input<'_>| {
     }
 });
 
-/// Takes text, and keeps none
+/// The mode with a number below 3
+fn copy_mode(raw: u8) -> CopyMode {
+    let mode = CopyMode::from_raw(raw).expect("a known number");
+    assert_eq!(mode.to_raw(), raw);
+    mode
+}
+
+/// Discards text
 struct Nowhere;
 
 impl Write for Nowhere {
@@ -349,7 +365,8 @@ const NOOP: u16 = 1;
 
 /// Encodes a message into buffers of several lengths, and reads it again
 ///
-/// `most` is what the crate promises to be room enough, `room` the length of a buffer that may be too short.
+/// `most` is the size that the crate documents as sufficient. A buffer of `room` bytes may be too
+/// short.
 fn check(
     kind: u16,
     header: RequestHeader,
@@ -360,11 +377,11 @@ fn check(
     encode: &Encode<'_>,
 ) {
     let mut buf = vec![UNTOUCHED; most];
-    let len = encode(&mut buf).expect("room enough");
+    let len = encode(&mut buf).expect("enough room");
     assert!(is_untouched(&buf[len..]));
     buf.truncate(len);
     let mut again = vec![UNTOUCHED; len];
-    assert_eq!(encode(&mut again), Ok(len), "exactly the room it takes");
+    assert_eq!(encode(&mut again), Ok(len), "a buffer of the exact length");
     assert_eq!(buf, again);
     for had in [0, 1, 15, 16, 20, room % len, len - 1] {
         if had < len {
@@ -375,7 +392,7 @@ fn check(
     read_again(&buf, kind, header, queue, attrs);
 }
 
-/// Reads a message by what this crate has for reading
+/// Reads a message with the crate's parsers
 fn read_again(
     message: &[u8],
     kind: u16,
@@ -386,7 +403,7 @@ fn read_again(
     let number = |at: usize| u32::from_ne_bytes(*message[at..].first_chunk().expect("a header"));
     assert_eq!(number(0) as usize, message.len());
     assert_eq!([number(8), number(12)], [header.seq, header.pid]);
-    let flags = 1 | if header.ack { 4 } else { 0 } | if header.echo { 8 } else { 0 };
+    let flags = 1 | if header.ack { 4 } else { 0 };
     let mut messages = Messages::new(message);
     let body = match messages.next() {
         Some(Ok(Message::Other(other))) => {

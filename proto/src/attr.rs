@@ -5,7 +5,7 @@ use byteorder::{ByteOrder, NativeEndian};
 use crate::consts::{ATTR_HEADER_LEN, NLA_TYPE_MASK, align};
 use crate::error::DecodeError;
 
-/// One attribute: its number, and its value as it stands in the buffer
+/// One attribute: its number, and its value in wire format
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Attr<'a> {
@@ -14,7 +14,7 @@ pub struct Attr<'a> {
     pub kind: u16,
     /// The value, without padding
     pub value: &'a [u8],
-    /// Where the attribute's header begins in the bytes given to [`Attrs::new`]
+    /// The offset of the attribute's header in the bytes given to [`Attrs::new`]
     pub offset: usize,
 }
 
@@ -28,10 +28,11 @@ impl core::fmt::Debug for Attr<'_> {
     }
 }
 
-/// The attributes of a message, or those nested in another, in the order of the wire
+/// The attributes of a message, or the ones nested in an attribute, in wire order
 ///
-/// The last one may be unpadded, and up to three stray bytes behind it are passed over, as in the kernel's own
-/// `nla_for_each_attr`. A broken length is one `Err` and the end: nothing behind it can be trusted.
+/// The last attribute may lack padding, and the iterator skips up to three stray bytes behind it,
+/// as the kernel's `nla_for_each_attr` does. An attribute with a broken length is one `Err` and
+/// the last item, because the next attribute cannot be found.
 #[derive(Clone, Debug)]
 pub struct Attrs<'a> {
     rest: &'a [u8],
@@ -39,7 +40,7 @@ pub struct Attrs<'a> {
 }
 
 impl<'a> Attrs<'a> {
-    /// Attributes from `bytes`, whose first byte is the first attribute's header
+    /// The attributes in `bytes`, which begin with the header of the first one
     #[must_use]
     pub const fn new(bytes: &'a [u8]) -> Self {
         Self {
@@ -48,7 +49,7 @@ impl<'a> Attrs<'a> {
         }
     }
 
-    /// The last attribute with this number, as the kernel's parser chooses
+    /// Finds the last attribute with this number, as the kernel's parser does
     #[must_use]
     pub fn last(self, kind: u16) -> Option<Attr<'a>> {
         self.map_while(Result::ok)

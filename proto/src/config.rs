@@ -1,4 +1,4 @@
-//! Configuring queues (`NFQNL_MSG_CONFIG`)
+//! Configuration of queues (`NFQNL_MSG_CONFIG`)
 
 use byteorder::{BigEndian, ByteOrder};
 
@@ -11,14 +11,15 @@ use crate::error::EncodeError;
 use crate::types::{ConfigFlags, CopyMode, Family};
 use crate::write::{MessageWriter, RequestHeader};
 
-/// Settings of a queue; what is not named is left as it is
+/// Settings of a queue; the kernel keeps its setting for each one not named here
 ///
-/// A queue is born with [`CopyMode::NONE`], a length of 1024 packets and no flags.
+/// A new queue has [`CopyMode::None`], a maximum length of 1024 packets and no flags.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct QueueConfig {
     copy: Option<(CopyMode, u32)>,
     maxlen: Option<u32>,
     flags: Option<(ConfigFlags, ConfigFlags)>,
+    optional_flags: ConfigFlags,
 }
 
 impl QueueConfig {
@@ -29,14 +30,16 @@ impl QueueConfig {
             copy: None,
             maxlen: None,
             flags: None,
+            optional_flags: ConfigFlags::empty(),
         }
     }
 
-    /// How much of each packet the kernel sends: the mode, and for [`CopyMode::PACKET`] the number of payload bytes
+    /// Sets how much of each packet the kernel sends
     ///
-    /// The range counts from the network header. 0 and everything above 65531
-    /// ([`MAX_PAYLOAD`](crate::consts::MAX_PAYLOAD)) mean 65531, so a longer packet is always cut. The other modes
-    /// have no range. The kernel acknowledges an unknown mode and ignores it.
+    /// `range` is the maximum number of payload bytes, counted from the network header; only
+    /// [`CopyMode::Packet`] uses it. 0 and any range above 65531
+    /// ([`MAX_PAYLOAD`](crate::consts::MAX_PAYLOAD)) mean 65531, so the kernel always truncates a
+    /// longer packet.
     #[must_use]
     #[doc(alias = "NFQA_CFG_PARAMS")]
     #[doc(alias = "nfq_set_mode")]
@@ -45,7 +48,14 @@ impl QueueConfig {
         self
     }
 
-    /// How many packets may wait at once; 0 makes the kernel drop everything. Linux 2.6.20
+    /// Sets the maximum number of packets in the queue
+    ///
+    /// The default is 1024. When the queue is full, the kernel drops further packets, or accepts
+    /// them with [`ConfigFlags::FAIL_OPEN`]. A queue with a maximum of 0 is always full, so the
+    /// kernel drops or accepts every packet.
+    ///
+    /// Linux 6.12.83, 6.18.24, 7.0 and later kernels keep at most 65,536 waiting packets in a
+    /// queue, even if the maximum is higher. Since Linux 2.6.20.
     #[must_use]
     #[doc(alias = "NFQA_CFG_QUEUE_MAXLEN")]
     #[doc(alias = "nfq_set_queue_maxlen")]
@@ -54,39 +64,77 @@ impl QueueConfig {
         self
     }
 
-    /// Sets the switches named in `mask` as they stand in `flags`. Linux 3.6, and see each of [`ConfigFlags`]
+    /// Switches each flag in `mask` on if it is in `flags`, and off otherwise
+    ///
+    /// Repeated calls add up, and the latest call wins for each flag. Since Linux 3.6; each of
+    /// [`ConfigFlags`] has its own minimum version, and a kernel without the flag refuses the
+    /// request.
     #[must_use]
     #[doc(alias = "NFQA_CFG_FLAGS")]
     #[doc(alias = "NFQA_CFG_MASK")]
     #[doc(alias = "nfq_set_queue_flags")]
     pub const fn flags(mut self, mask: ConfigFlags, flags: ConfigFlags) -> Self {
-        self.flags = Some((mask, flags));
+        let (old_mask, old_flags) = match self.flags {
+            Some(named) => named,
+            None => (ConfigFlags::empty(), ConfigFlags::empty()),
+        };
+        let kept = old_flags.difference(mask);
+        self.flags = Some((old_mask.union(mask), kept.union(flags.intersection(mask))));
+        self.optional_flags = self.optional_flags.difference(mask);
         self
     }
 
-    /// The mode and range, if named
+    /// Switches flags on: short for [`flags(flags, flags)`](Self::flags)
+    #[must_use]
+    pub const fn enable(self, flags: ConfigFlags) -> Self {
+        self.flags(flags, flags)
+    }
+
+    /// Switches flags on if the kernel supports them
+    ///
+    /// [`ConfigRequest::encode`] leaves these flags out. The sender requests them with
+    /// [`enable`](Self::enable), and repeats the request without them if the kernel refuses. The
+    /// crate `nfqnl` does both.
+    #[must_use]
+    pub const fn enable_if_supported(mut self, flags: ConfigFlags) -> Self {
+        if let Some((mask, on)) = self.flags {
+            self.flags = Some((mask.difference(flags), on.difference(flags)));
+        }
+        self.optional_flags = self.optional_flags.union(flags);
+        self
+    }
+
+    /// The copy mode and range, if named
     #[must_use]
     pub const fn get_copy_mode(&self) -> Option<(CopyMode, u32)> {
         self.copy
     }
 
-    /// The length limit, if named
+    /// The maximum length, if named
     #[must_use]
     pub const fn get_maxlen(&self) -> Option<u32> {
         self.maxlen
     }
 
-    /// Mask and flags, if named
+    /// The mask and the flags, if named; without the flags of
+    /// [`enable_if_supported`](Self::enable_if_supported)
     #[must_use]
     pub const fn get_flags(&self) -> Option<(ConfigFlags, ConfigFlags)> {
         self.flags
     }
+
+    /// The flags of [`enable_if_supported`](Self::enable_if_supported)
+    #[must_use]
+    pub const fn get_optional_flags(&self) -> ConfigFlags {
+        self.optional_flags
+    }
 }
 
-/// One CONFIG message: a command, settings, or both at once
+/// One CONFIG message: a command, settings, or both
 ///
-/// The kernel refuses the whole of [`bind`](Self::bind) with settings if it does not know a flag; otherwise the queue
-/// begins to exist with its settings in force, and no packet falls into the gap between two messages.
+/// A [`bind`](Self::bind) with settings creates the queue with the settings in force, so that no
+/// packet meets the queue without them. If the kernel lacks one of the flags, it refuses the whole
+/// message and does not create the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ConfigRequest {
     queue: u16,
@@ -95,7 +143,7 @@ pub struct ConfigRequest {
 }
 
 impl ConfigRequest {
-    /// Binds a queue to the sending socket, with settings
+    /// Binds a queue to the sending socket, and applies settings
     #[must_use]
     pub const fn bind(queue: u16, config: QueueConfig) -> Self {
         Self {
@@ -105,7 +153,7 @@ impl ConfigRequest {
         }
     }
 
-    /// Gives a queue up: the kernel drops the packets that wait in it
+    /// Unbinds a queue; the kernel drops its waiting packets
     #[must_use]
     pub const fn unbind(queue: u16) -> Self {
         let command = Some((NFQNL_CFG_CMD_UNBIND, Family::UNSPEC));
@@ -116,7 +164,7 @@ impl ConfigRequest {
         }
     }
 
-    /// Binds a protocol family; Linux acknowledges and does nothing since 3.8
+    /// Binds a protocol family; since Linux 3.8 the kernel only acknowledges it
     #[must_use]
     pub const fn bind_pf(family: Family) -> Self {
         Self {
@@ -126,7 +174,7 @@ impl ConfigRequest {
         }
     }
 
-    /// Unbinds a protocol family; Linux acknowledges and does nothing since 3.8
+    /// Unbinds a protocol family; since Linux 3.8 the kernel only acknowledges it
     #[must_use]
     pub const fn unbind_pf(family: Family) -> Self {
         let command = Some((NFQNL_CFG_CMD_PF_UNBIND, family));
@@ -137,7 +185,7 @@ impl ConfigRequest {
         }
     }
 
-    /// Changes settings of a queue that is bound
+    /// Changes the settings of a bound queue
     #[must_use]
     pub const fn update(queue: u16, config: QueueConfig) -> Self {
         Self {
@@ -147,10 +195,10 @@ impl ConfigRequest {
         }
     }
 
-    /// Room enough for any request
+    /// A buffer of this size has room for any request
     pub const MAX_LEN: usize = 64;
 
-    /// Writes the message to the front of `buf`, and says how long it is
+    /// Writes the message to the front of `buf`, and returns its length
     ///
     /// # Errors
     /// [`EncodeError::NoSpace`] if `buf` is too small.
@@ -165,7 +213,7 @@ impl ConfigRequest {
         if let Some((mode, range)) = self.config.copy {
             let mut params = [0; CONFIG_PARAMS_LEN];
             BigEndian::write_u32(&mut params[..4], range);
-            params[4] = mode.0;
+            params[4] = mode.to_raw();
             message.attr(NFQA_CFG_PARAMS, &params);
         }
         if let Some(maxlen) = self.config.maxlen {

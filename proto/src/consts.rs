@@ -1,10 +1,10 @@
-//! Raw numbers of the protocol, under the names of the kernel's headers
+//! Raw numbers of the protocol, with their names in the kernel's headers
 //!
-//! The types of this crate cover them; they are here for code that is being ported and for attributes that have no
-//! getter yet. Each names the header it comes from, as of Linux 6.18; `be32` and `be16` say how a value stands on the
-//! wire.
+//! The types of this crate cover most of them. Use the raw numbers in ported code, and for
+//! attributes without a getter. Each constant names its header, as of Linux 6.18. `be32` and
+//! `be16` are big-endian integers of 32 and 16 bits.
 
-/// Constants of one place in the kernel's headers, which the documentation of each one names
+/// Defines constants from one place in the kernel's headers, which their documentation names
 macro_rules! from_header {
     ($place:literal: $($(#[$doc:meta])* pub const $name:ident: $type:ty = $value:expr;)*) => {
         $(
@@ -21,7 +21,7 @@ from_header! {"`linux/netlink.h`":
 }
 
 from_header! {"`linux/netfilter/nfnetlink.h`":
-    /// The queue's subsystem of netfilter: the high byte of every message type here
+    /// The queue subsystem of netfilter: the high byte of every message type here
     pub const NFNL_SUBSYS_QUEUE: u8 = 3;
 }
 
@@ -39,13 +39,13 @@ from_header! {"`linux/netlink.h`":
 }
 
 from_header! {"`linux/netlink.h`":
-    /// A request to the kernel; without it a message is not carried out
+    /// A request to the kernel, which ignores messages without this flag
     pub const NLM_F_REQUEST: u16 = 0x01;
-    /// Asks for an acknowledgement; errors come without it too
+    /// Asks for an acknowledgement; the kernel reports errors even without it
     pub const NLM_F_ACK: u16 = 0x04;
-    /// Asks for one's own notification; the queue subsystem has none, and does not look at it
+    /// Asks for a notification about one's own request; the queue subsystem ignores it
     pub const NLM_F_ECHO: u16 = 0x08;
-    /// On an error: the request is echoed by its header alone
+    /// On an error: the message repeats only the header of the request
     pub const NLM_F_CAPPED: u16 = 0x100;
     /// On an error: extended-ack attributes follow
     pub const NLM_F_ACK_TLVS: u16 = 0x200;
@@ -56,7 +56,7 @@ from_header! {"`linux/netlink.h`":
     pub const NLA_F_NESTED: u16 = 1 << 15;
     /// Flag on an attribute's type: its value is big-endian
     pub const NLA_F_NET_BYTEORDER: u16 = 1 << 14;
-    /// What remains of a type without its flags
+    /// Masks the flags of an attribute's type
     pub const NLA_TYPE_MASK: u16 = !(NLA_F_NESTED | NLA_F_NET_BYTEORDER);
     /// Extended ack: the kernel's error text, NUL-terminated
     pub const NLMSGERR_ATTR_MSG: u16 = 1;
@@ -71,12 +71,13 @@ from_header! {"`enum nfqnl_msg_types` in `linux/netfilter/nfnetlink_queue.h`":
     pub const NFQNL_MSG_VERDICT: u8 = 1;
     /// User to kernel: configuration of a queue
     pub const NFQNL_MSG_CONFIG: u8 = 2;
-    /// User to kernel: one verdict on all packets up to an id. Linux 3.1
+    /// User to kernel: one verdict on all packets up to an id. Since Linux 3.1.
     pub const NFQNL_MSG_VERDICT_BATCH: u8 = 3;
 }
 
-/// The netlink message type of one of the queue subsystem's messages, as `NFNL_SUBSYS_ID` and `NFNL_MSG_TYPE` of
-/// `linux/netfilter/nfnetlink.h` take it apart
+/// The netlink message type of a message of the queue subsystem
+///
+/// The reverse of `NFNL_SUBSYS_ID` and `NFNL_MSG_TYPE` in `linux/netfilter/nfnetlink.h`.
 #[must_use]
 pub const fn message_type(message: u8) -> u16 {
     u16::from_be_bytes([NFNL_SUBSYS_QUEUE, message])
@@ -95,9 +96,9 @@ from_header! {"`enum nfqnl_attr_type` in `linux/netfilter/nfnetlink_queue.h`":
     pub const NFQA_IFINDEX_INDEV: u16 = 5;
     /// Output device, be32
     pub const NFQA_IFINDEX_OUTDEV: u16 = 6;
-    /// Bridge port the packet came in by, be32
+    /// Input bridge port, be32
     pub const NFQA_IFINDEX_PHYSINDEV: u16 = 7;
-    /// Bridge port the packet leaves by, be32
+    /// Output bridge port, be32
     pub const NFQA_IFINDEX_PHYSOUTDEV: u16 = 8;
     /// `struct nfqnl_msg_packet_hw`
     pub const NFQA_HWADDR: u16 = 9;
@@ -107,15 +108,15 @@ from_header! {"`enum nfqnl_attr_type` in `linux/netfilter/nfnetlink_queue.h`":
     pub const NFQA_CT: u16 = 11;
     /// `enum ip_conntrack_info`, be32
     pub const NFQA_CT_INFO: u16 = 12;
-    /// Length of the whole packet, be32, only when cut
+    /// Length of the whole packet, be32, only if the payload is truncated
     pub const NFQA_CAP_LEN: u16 = 13;
     /// `NFQA_SKB_*` bits, be32
     pub const NFQA_SKB_INFO: u16 = 14;
     /// Conntrack expectation, nested `CTA_EXPECT_*`
     pub const NFQA_EXP: u16 = 15;
-    /// User id of the sending socket, be32
+    /// User id of the packet's socket, be32
     pub const NFQA_UID: u16 = 16;
-    /// Group id of the sending socket, be32
+    /// Group id of the packet's socket, be32
     pub const NFQA_GID: u16 = 17;
     /// Security context, bytes
     pub const NFQA_SECCTX: u16 = 18;
@@ -129,15 +130,17 @@ from_header! {"`enum nfqnl_attr_type` in `linux/netfilter/nfnetlink_queue.h`":
     pub const NFQA_CGROUP_CLASSID: u16 = 22;
 }
 
-/// The highest attribute that this crate has a getter for; `linux/netfilter/nfnetlink_queue.h` has its own `NFQA_MAX`
+/// The highest number of an attribute with a getter in this crate
+///
+/// The `NFQA_MAX` in `linux/netfilter/nfnetlink_queue.h` is the highest number in the kernel.
 pub const NFQA_MAX: u16 = NFQA_CGROUP_CLASSID;
 
 from_header! {"`linux/netfilter/nfnetlink_queue.h`, bits of `NFQA_SKB_INFO`":
-    /// The checksums in the payload are unfinished
+    /// The checksums in the payload are incomplete
     pub const NFQA_SKB_CSUMNOTREADY: u32 = 1 << 0;
-    /// A large packet that will be segmented later
+    /// A large packet, to be segmented later
     pub const NFQA_SKB_GSO: u32 = 1 << 1;
-    /// Nobody has verified the checksums yet
+    /// The checksums have not been verified yet
     pub const NFQA_SKB_CSUM_NOTVERIFIED: u32 = 1 << 2;
 }
 
@@ -151,7 +154,7 @@ from_header! {"`enum nfqnl_vlan_attr` in `linux/netfilter/nfnetlink_queue.h`":
 from_header! {"`enum nfqnl_msg_config_cmds` in `linux/netfilter/nfnetlink_queue.h`":
     /// Bind a queue to this socket
     pub const NFQNL_CFG_CMD_BIND: u8 = 1;
-    /// Give a queue up; what waits in it is dropped
+    /// Unbind a queue; the kernel drops its waiting packets
     pub const NFQNL_CFG_CMD_UNBIND: u8 = 2;
     /// Bind a protocol family; does nothing since Linux 3.8
     pub const NFQNL_CFG_CMD_PF_BIND: u8 = 3;
@@ -160,7 +163,7 @@ from_header! {"`enum nfqnl_msg_config_cmds` in `linux/netfilter/nfnetlink_queue.
 }
 
 from_header! {"`enum nfqnl_config_mode` in `linux/netfilter/nfnetlink_queue.h`":
-    /// Send nothing: every packet is dropped
+    /// Send nothing, and drop every packet
     pub const NFQNL_COPY_NONE: u8 = 0;
     /// Send attributes without the payload
     pub const NFQNL_COPY_META: u8 = 1;
@@ -173,9 +176,9 @@ from_header! {"`enum nfqnl_attr_config` in `linux/netfilter/nfnetlink_queue.h`":
     pub const NFQA_CFG_CMD: u16 = 1;
     /// `struct nfqnl_msg_config_params`
     pub const NFQA_CFG_PARAMS: u16 = 2;
-    /// Length limit of the queue, be32
+    /// Maximum length of the queue, be32
     pub const NFQA_CFG_QUEUE_MAXLEN: u16 = 3;
-    /// Which flags [`NFQA_CFG_FLAGS`] changes, be32
+    /// Mask of the flags to change by [`NFQA_CFG_FLAGS`], be32
     pub const NFQA_CFG_MASK: u16 = 4;
     /// `NFQA_CFG_F_*` bits, be32
     pub const NFQA_CFG_FLAGS: u16 = 5;
@@ -188,7 +191,7 @@ from_header! {"`linux/netfilter/nfnetlink_queue.h`, bits of `NFQA_CFG_FLAGS`":
     pub const NFQA_CFG_F_CONNTRACK: u32 = 1 << 1;
     /// Send large packets unsegmented
     pub const NFQA_CFG_F_GSO: u32 = 1 << 2;
-    /// Send user and group of the sending socket
+    /// Send user and group of the packet's socket
     pub const NFQA_CFG_F_UID_GID: u32 = 1 << 3;
     /// Send the security context
     pub const NFQA_CFG_F_SECCTX: u32 = 1 << 4;
@@ -199,30 +202,30 @@ from_header! {"`linux/netfilter.h`":
     pub const NF_DROP: u32 = 0;
     /// Accept
     pub const NF_ACCEPT: u32 = 1;
-    /// Forget the packet; refused from user space
+    /// Forget the packet; the kernel refuses this from user space
     pub const NF_STOLEN: u32 = 2;
     /// Queue it again
     pub const NF_QUEUE: u32 = 3;
-    /// Run the same chain again
+    /// Run the same base chain again
     pub const NF_REPEAT: u32 = 4;
-    /// Accept and skip the later chains of this hook
+    /// Accept, and skip the later base chains of this hook
     pub const NF_STOP: u32 = 5;
-    /// The verdict proper
+    /// Masks everything but the verdict itself
     pub const NF_VERDICT_MASK: u32 = 0x0000_00ff;
-    /// With [`NF_QUEUE`]: go on if nobody listens to that queue
+    /// With [`NF_QUEUE`]: let the packet go on if the queue is not bound
     pub const NF_VERDICT_FLAG_QUEUE_BYPASS: u32 = 0x0000_8000;
-    /// With [`NF_QUEUE`]: the queue number's place
+    /// With [`NF_QUEUE`]: the position of the queue number
     pub const NF_VERDICT_QBITS: u32 = 16;
 }
 
 from_header! {"`enum nf_inet_hooks` in `linux/netfilter.h`":
-    /// Came in, not yet routed
+    /// Received, not yet routed
     pub const NF_INET_PRE_ROUTING: u8 = 0;
-    /// For this host
+    /// Addressed to this host
     pub const NF_INET_LOCAL_IN: u8 = 1;
-    /// Through this host
+    /// Forwarded by this host
     pub const NF_INET_FORWARD: u8 = 2;
-    /// Made here
+    /// Sent by this host
     pub const NF_INET_LOCAL_OUT: u8 = 3;
     /// About to leave
     pub const NF_INET_POST_ROUTING: u8 = 4;
@@ -241,16 +244,16 @@ from_header! {"`linux/netfilter.h`":
     pub const NFPROTO_IPV6: u8 = 10;
 }
 
-/// The most payload that fits in one message: an attribute's length is 16 bits and counts its own 4-byte header
+/// The maximum payload of one message: an attribute's length has 16 bits and includes its header
 ///
-/// The kernel cuts what it sends at the same length, whatever copy range was asked for
+/// The kernel truncates payloads to this length, even if the copy range is longer
 /// (`nfqnl_set_mode` in `net/netfilter/nfnetlink_queue.c`).
 pub const MAX_PAYLOAD: usize = u16::MAX as usize - ATTR_HEADER_LEN;
 
 from_header! {"`linux/netlink.h`":
     /// `sizeof(struct nlmsghdr)`
     pub const MESSAGE_HEADER_LEN: usize = 4 + 2 + 2 + 4 + 4;
-    /// `sizeof(struct nlmsgerr)`: the error, and the header of the request it answers
+    /// `sizeof(struct nlmsgerr)`: the error number, and the header of the request
     pub const ERROR_LEN: usize = 4 + MESSAGE_HEADER_LEN;
     /// `sizeof(struct nlattr)`
     pub const ATTR_HEADER_LEN: usize = 2 + 2;
@@ -261,7 +264,7 @@ from_header! {"`linux/netfilter/nfnetlink.h`":
     pub const FAMILY_HEADER_LEN: usize = 1 + 1 + 2;
 }
 
-/// Where the attributes of a message begin: behind its two headers
+/// The offset of a message's attributes, behind its two headers
 pub const ATTRS_OFFSET: usize = MESSAGE_HEADER_LEN + FAMILY_HEADER_LEN;
 
 from_header! {"`linux/netfilter/nfnetlink_queue.h`":
@@ -279,7 +282,7 @@ from_header! {"`linux/netfilter/nfnetlink_queue.h`":
     pub const CONFIG_PARAMS_LEN: usize = 4 + 1;
 }
 
-/// The next multiple of 4: `NLMSG_ALIGN` of `linux/netlink.h`, and `NLA_ALIGN`
+/// Rounds up to a multiple of 4: `NLMSG_ALIGN` and `NLA_ALIGN` in `linux/netlink.h`
 #[must_use]
 pub const fn align(len: usize) -> usize {
     len.saturating_add(3) & !3

@@ -1,54 +1,55 @@
-//! What can be wrong with bytes: offsets and lengths, never a `String`
+//! Errors of decoding and encoding, with offsets and lengths
 
 use core::fmt;
 
 use thiserror::Error;
 
-/// Why a datagram or a message could not be decoded
+/// An error from decoding a datagram or a message
 ///
-/// Offsets count from the start of the datagram when the error comes from [`Messages`](crate::Messages), and from the
-/// start of the message when it comes from [`Packet::parse`](crate::Packet::parse). [`Vlan::parse`](crate::Vlan::parse)
-/// and [`Attrs`](crate::Attrs) see no more than the bytes they are given, and count from the first of those.
+/// Offsets count from the first byte of the input: the datagram for errors from
+/// [`Messages`](crate::Messages), the message for errors from
+/// [`Packet::parse`](crate::Packet::parse), and the given bytes for errors from
+/// [`Vlan::parse`](crate::Vlan::parse) and [`Attrs`](crate::Attrs).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum DecodeError {
-    /// Fewer bytes than a header takes
+    /// The bytes end within a header
     #[error("{what} at byte {offset} needs {needed} bytes, {had} left")]
     Short {
-        /// Which header
+        /// The header
         what: Header,
-        /// Where it begins
+        /// Its offset
         offset: usize,
         /// Its length
         needed: usize,
-        /// What was left of the datagram or message
+        /// The number of bytes left in the datagram or message
         had: usize,
     },
-    /// `nlmsg_len` is shorter than the message's own header, so the next message can't be found
+    /// `nlmsg_len` is shorter than the message's header, so the next message cannot be found
     #[error(
         "netlink message at byte {offset} says it is {len} bytes long, its header alone takes {needed}"
     )]
     MessageLength {
-        /// Where the message begins
+        /// The offset of the message
         offset: usize,
-        /// What `nlmsg_len` says
+        /// The value of `nlmsg_len`
         len: usize,
-        /// The least it can be
+        /// The length of the header
         needed: usize,
     },
-    /// The message goes on beyond the end of the bytes: the receive buffer was too small
+    /// The message is longer than the datagram: the receive buffer was too small
     #[error(
         "netlink message at byte {offset} is {needed} bytes long, the buffer holds {had} of them"
     )]
     Truncated {
-        /// Where the message begins
+        /// The offset of the message
         offset: usize,
-        /// What `nlmsg_len` says: the receive buffer this message needs
+        /// The value of `nlmsg_len`: the buffer size for this message
         needed: usize,
-        /// What was received of it
+        /// The number of bytes received
         had: usize,
     },
-    /// An attribute's `nla_len` is below 4 or beyond the end of what holds it
+    /// An attribute's `nla_len` is below 4, or longer than the rest of the message or attribute
     #[error(
         "attribute {kind}{} at byte {offset} says it is {len} bytes long, {had} are left",
         Within(.within)
@@ -56,17 +57,17 @@ pub enum DecodeError {
     AttributeLength {
         /// Attribute number, without flags
         kind: u16,
-        /// The number of the attribute that nests it; `None` in the message itself, and from [`Attrs`](crate::Attrs),
-        /// which don't know what they stand in
+        /// The number of the outer attribute; `None` if the attribute is not nested, and in errors
+        /// from [`Attrs`](crate::Attrs)
         within: Option<u16>,
-        /// Where the attribute begins
+        /// The offset of the attribute's header
         offset: usize,
-        /// What `nla_len` says, header included
+        /// The value of `nla_len`, which includes the header
         len: usize,
-        /// What was left, header included
+        /// The number of bytes left, including the header
         had: usize,
     },
-    /// An attribute of fixed size is too short
+    /// An attribute is shorter than its type
     #[error(
         "attribute {kind}{} at byte {offset} needs {needed} bytes of value, has {had}",
         Within(.within)
@@ -74,35 +75,35 @@ pub enum DecodeError {
     AttributeShort {
         /// Attribute number, without flags
         kind: u16,
-        /// The number of the attribute that nests it; `None` in the message itself
+        /// The number of the outer attribute; `None` if the attribute is not nested
         within: Option<u16>,
-        /// Where the attribute begins
+        /// The offset of the attribute's header
         offset: usize,
-        /// The size of its value
+        /// The minimum size of its value
         needed: usize,
-        /// The size that it has
+        /// The actual size of its value
         had: usize,
     },
-    /// An attribute that is always there is missing
+    /// A mandatory attribute is missing
     #[error("attribute {kind} is missing from {} at byte {offset}", Holder(.within))]
     MissingAttribute {
         /// Attribute number
         kind: u16,
-        /// The number of the attribute that should nest it; `None` for the message itself
+        /// The number of the outer attribute; `None` if the attribute is not nested
         within: Option<u16>,
-        /// Where that attribute's value begins, or the message
+        /// The offset of the outer attribute's value, or of the message
         offset: usize,
     },
     /// Not a packet message of the queue subsystem
     #[error("message type {message_type:#06x} is not NFQNL_MSG_PACKET")]
     NotAPacket {
-        /// What `nlmsg_type` says
+        /// The value of `nlmsg_type`
         message_type: u16,
     },
-    /// The message is longer than any that the kernel can make (256 KiB)
+    /// The message is longer than 256 KiB, the limit of [`Packet`](crate::Packet)
     #[error("message of {had} bytes, at most {max} can be indexed")]
     TooLong {
-        /// Its length
+        /// The length of the message
         had: usize,
         /// The limit
         max: usize,
@@ -110,7 +111,7 @@ pub enum DecodeError {
 }
 
 impl DecodeError {
-    /// The same error with offsets that count from `base` bytes further back
+    /// The same error with `base` added to its offset
     #[must_use]
     pub(crate) const fn at(mut self, base: usize) -> Self {
         match &mut self {
@@ -125,7 +126,7 @@ impl DecodeError {
         self
     }
 
-    /// The same error about an attribute that attribute `kind` nests
+    /// The same error, for an attribute nested in attribute `kind`
     #[must_use]
     pub(crate) const fn within(mut self, kind: u16) -> Self {
         if let Self::AttributeLength { within, .. }
@@ -140,7 +141,7 @@ impl DecodeError {
 
 const _: () = assert!(size_of::<DecodeError>() <= 32, "four words");
 
-/// What an attribute's number is followed by where another nests it
+/// Displays the outer attribute of a nested one
 struct Within<'a>(&'a Option<u16>);
 
 impl fmt::Display for Within<'_> {
@@ -152,7 +153,7 @@ impl fmt::Display for Within<'_> {
     }
 }
 
-/// What an attribute is missing from
+/// Displays the place from which an attribute is missing
 struct Holder<'a>(&'a Option<u16>);
 
 impl fmt::Display for Holder<'_> {
@@ -179,11 +180,13 @@ pub enum Header {
     Error,
 }
 
-/// Why a request could not be encoded; nothing useful is in the buffer then
+/// An error from encoding a request
+///
+/// The contents of the buffer are unspecified after an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum EncodeError {
-    /// The caller's buffer is too small
+    /// The buffer is too small
     #[error("the message needs {needed} bytes, the buffer has {had}")]
     NoSpace {
         /// The length of the whole message
@@ -191,12 +194,12 @@ pub enum EncodeError {
         /// The length of the buffer
         had: usize,
     },
-    /// An attribute's value is longer than its 16-bit length can say
+    /// An attribute's value is too long for its 16-bit length field
     #[error("attribute {kind} has {had} bytes of value, at most {max} fit")]
     AttributeTooLong {
         /// Attribute number
         kind: u16,
-        /// Its length
+        /// The length of the value
         had: usize,
         /// The limit, 65531
         max: usize,

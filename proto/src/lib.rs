@@ -1,21 +1,24 @@
-//! The NFQUEUE netlink protocol (`NFNL_SUBSYS_QUEUE`) as bytes: no I/O, no allocation, no unsafe code
+//! The NFQUEUE netlink protocol (`NFNL_SUBSYS_QUEUE`): no I/O, no allocation, no unsafe code
 //!
-//! Linux hands packets to a program over a netlink socket and waits for its verdict. This crate reads and writes the
-//! messages; the crate `nfqnl` has the socket.
+//! Linux sends packets to a program over a netlink socket, and waits for its verdicts. This crate
+//! reads and writes the messages; the crate `nfqnl` has the socket.
 //!
 //! # Receiving
-//! [`Messages`] splits a datagram into [`Message`]s: a [`Packet`], a [`Reply`] to a request, or something rarer.
+//! [`Messages`] splits a datagram into [`Message`]s: a [`Packet`], a [`Reply`] to a request, or
+//! something rarer.
 //!
-//! **The guarantee**: a constructor checks, and may fail; a getter of what it returned never does. No bytes
-//! whatsoever make this crate panic or loop. Slices that a view hands out borrow the *buffer*, not the view.
-//! Values that this crate does not know are data, not errors.
+//! **Errors**: constructors check their input and may fail; getters never fail. No input makes
+//! this crate panic or loop forever. Unknown values are data, not errors.
 //!
-//! **Byte order**: every number that this crate hands out or takes is in host byte order; bytes (payloads, link-layer
-//! headers, nested attributes) stay as they are on the wire.
+//! **Lifetimes**: the slices returned by a view borrow the *buffer*, not the view.
+//!
+//! **Byte order**: all numbers are in host byte order. Bytes (payloads, link-layer headers, nested
+//! attributes) keep their wire format.
 //!
 //! # Sending
-//! [`Decision`] and [`BatchVerdict`] carry verdicts, [`ConfigRequest`] configures queues. Each encodes into a buffer
-//! of the caller's, and an [`EncodeError`] says how much room it wanted.
+//! [`Decision`] and [`PlainVerdict`] are verdicts, and [`ConfigRequest`] configures queues. Each
+//! writes its message into the caller's buffer. [`EncodeError`] reports the size needed if the
+//! buffer is too small.
 //!
 //! ```
 //! use nfqnl_proto::{Message, Messages, RequestHeader, Verdict};
@@ -24,7 +27,8 @@
 //! for message in Messages::new(datagram) {
 //!     if let Message::Packet(packet) = message? {
 //!         let mut buf = [0; 80];
-//!         let verdict = if packet.payload().len() > 1000 { Verdict::Drop } else { Verdict::Accept };
+//!         let is_long = packet.payload().len() > 1000;
+//!         let verdict = if is_long { Verdict::Drop } else { Verdict::Accept };
 //!         let header = RequestHeader { seq: packet.id(), ..Default::default() };
 //!         let len = verdict.with_mark(7).encode(&mut buf, packet.queue(), packet.id(), header)?;
 //!         // send(&buf[..len]) on the socket that bound the queue
@@ -41,15 +45,16 @@
 //! ```
 //!
 //! # Kernels
-//! What names no version is there since Linux 2.6.14, the first with NFQUEUE. A kernel leaves out attributes that it
-//! does not know, and ignores them in requests. Message types that it does not know it refuses, and flags from Linux
-//! 3.6 on.
+//! Items without a version exist since Linux 2.6.14, the first with NFQUEUE. Older kernels omit
+//! unknown attributes, ignore them in requests, and refuse unknown message types and (since 3.6)
+//! unknown flags.
 //!
 //! # Features
-//! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `interop`. Needs std; off by default.
+//! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `interop`. Needs std;
+//!   off by default.
 #![no_std]
 #![forbid(unsafe_code)]
-// Nothing from outside makes it panic.
+// No input may cause a panic.
 #![cfg_attr(
     not(test),
     warn(
@@ -70,6 +75,7 @@ mod config;
 pub mod consts;
 mod error;
 #[cfg(feature = "netlink-packet-core")]
+#[path = "netlink_packet_core.rs"]
 pub mod interop;
 mod message;
 mod packet;
@@ -82,8 +88,8 @@ pub use attr::{Attr, Attrs};
 pub use config::{ConfigRequest, QueueConfig};
 pub use error::{DecodeError, EncodeError, Header};
 pub use message::{Message, Messages, Other, Reply};
-pub use packet::{HwAddr, Packet, PacketIndex, PacketKey, SkbInfo};
+pub use packet::{HwAddr, Packet, PacketKey, SkbInfo};
 pub use types::{ConfigFlags, CopyMode, Family, Hook};
-pub use verdict::{BatchVerdict, Decision, UnknownVerdict, Verdict};
+pub use verdict::{Decision, PlainVerdict, UnknownVerdict, Verdict};
 pub use vlan::Vlan;
 pub use write::{RequestHeader, encode_noop};

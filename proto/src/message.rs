@@ -17,19 +17,19 @@ use crate::packet::Packet;
 pub enum Message<'a> {
     /// A packet waits for a verdict
     Packet(Packet<'a>),
-    /// The kernel's answer to a request: an acknowledgement or an error
+    /// The kernel's reply to a request: an acknowledgement or an error
     Reply(Reply<'a>),
-    /// The kernel says that messages were lost (`NLMSG_OVERRUN`)
+    /// Messages were lost (`NLMSG_OVERRUN`)
     Overrun,
-    /// The end of a dump (`NLMSG_DONE`); the queue subsystem has none
+    /// The end of a dump (`NLMSG_DONE`); the queue subsystem has no dumps
     Done,
-    /// Nothing (`NLMSG_NOOP`)
+    /// An empty message (`NLMSG_NOOP`)
     Noop,
     /// Any other message
     Other(Other<'a>),
 }
 
-/// A message that this crate has no meaning for
+/// A message of a type unknown to this crate
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Other<'a> {
@@ -37,16 +37,17 @@ pub struct Other<'a> {
     pub message_type: u16,
     /// `nlmsg_flags`
     pub flags: u16,
-    /// What follows the netlink header
+    /// The bytes behind the netlink header
     pub body: &'a [u8],
 }
 
-/// `NLMSG_ERROR`: what became of a request, and which one it was
+/// The outcome of a request (`NLMSG_ERROR`), and the header of the request
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Reply<'a> {
-    /// The kernel's error number, positive as in C's `errno`; 0 acknowledges. 524 (`ENOTSUPP`) and other numbers that
-    /// user space has no name for do occur.
+    /// The kernel's error number, positive as in C's `errno`; 0 is an acknowledgement
+    ///
+    /// The kernel also sends numbers without a name in user space, such as 524 (`ENOTSUPP`).
     pub errno: i32,
     /// `nlmsg_type` of the request
     pub request_type: u16,
@@ -54,23 +55,27 @@ pub struct Reply<'a> {
     pub request_flags: u16,
     /// `nlmsg_seq` of the request
     pub seq: u32,
-    /// `nlmsg_pid` that the sender wrote into the request
+    /// `nlmsg_pid` of the request, as its sender wrote it
     pub pid: u32,
-    /// The kernel's words for the error, without the NUL, if the socket has `NETLINK_EXT_ACK` and the kernel has any.
-    /// Linux 4.12
+    /// The kernel's error text, without the NUL
+    ///
+    /// `None` if the socket lacks `NETLINK_EXT_ACK`, or if the kernel has no text for the error.
+    /// Since Linux 4.12.
     pub text: Option<&'a [u8]>,
-    /// Where in the request the kernel found the fault, in bytes from its netlink header, if it says so. Linux 4.12
+    /// The offset of the fault in the request, in bytes from its netlink header
+    ///
+    /// `None` if the kernel does not report it. Since Linux 4.12.
     pub offset: Option<u32>,
 }
 
 impl<'a> Reply<'a> {
-    /// Whether the request was carried out
+    /// Returns true if the kernel carried out the request
     #[must_use]
     pub const fn is_ack(&self) -> bool {
         self.errno == 0
     }
 
-    /// Decodes what follows the netlink header of a `NLMSG_ERROR` that has these flags
+    /// Decodes the body of a `NLMSG_ERROR` with these flags
     fn parse(body: &'a [u8], flags: u16) -> Result<Self, DecodeError> {
         let Some((fixed, rest)) = body.split_first_chunk::<ERROR_LEN>() else {
             return Err(DecodeError::Short {
@@ -92,7 +97,7 @@ impl<'a> Reply<'a> {
         if flags & NLM_F_ACK_TLVS != 0 {
             let request_len =
                 usize::try_from(NativeEndian::read_u32(&fixed[4..])).unwrap_or(usize::MAX);
-            // An uncapped error repeats the whole request first.
+            // An error that is not capped repeats the whole request first.
             let echoed = if flags & NLM_F_CAPPED != 0 {
                 0
             } else {
@@ -139,8 +144,8 @@ impl core::fmt::Debug for Reply<'_> {
 
 /// The messages of a datagram, in order
 ///
-/// A message whose inside is broken is one `Err`, and the ones behind it still come: its length says where they
-/// begin. Where the length itself is broken, that is the last item.
+/// A message with a broken body is one `Err`, and the iterator goes on with the next message. A
+/// message with a broken length is the last item, because the next message cannot be found.
 #[derive(Clone, Debug)]
 pub struct Messages<'a> {
     rest: &'a [u8],
@@ -148,7 +153,7 @@ pub struct Messages<'a> {
 }
 
 impl<'a> Messages<'a> {
-    /// The messages in what one receive returned
+    /// The messages in `datagram`, the bytes from one receive call
     #[must_use]
     pub const fn new(datagram: &'a [u8]) -> Self {
         Self {
@@ -157,7 +162,7 @@ impl<'a> Messages<'a> {
         }
     }
 
-    /// What has not been read yet
+    /// The bytes that have not been read yet
     #[must_use]
     pub const fn rest(&self) -> &'a [u8] {
         self.rest
@@ -204,24 +209,32 @@ impl<'a> Iterator for Messages<'a> {
         };
         self.rest = rest.get(align(len)..).unwrap_or_default();
         self.offset = offset.saturating_add(align(len));
-        Some(decode(message, header).map_err(|error| error.at(offset)))
+        let kind = NativeEndian::read_u16(&header[4..]);
+        if kind == PACKET {
+            // In place, for the reason given in `Packet::parse`
+            let mut item = Some(Ok(Message::Packet(Packet::unindexed(message))));
+            if let Some(Ok(Message::Packet(packet))) = &mut item {
+                if packet.index() {
+                    return item;
+                }
+            }
+        }
+        let flags = NativeEndian::read_u16(&header[6..]);
+        Some(decode(message, kind, flags).map_err(|error| error.at(offset)))
     }
 }
 
 impl core::iter::FusedIterator for Messages<'_> {}
 
+const PACKET: u16 = message_type(NFQNL_MSG_PACKET);
+const _: () = assert!(PACKET.to_be_bytes()[0] == NFNL_SUBSYS_QUEUE);
+
+/// Decodes any message, except packets that [`Packet::index`] can read
 #[inline]
-fn decode<'a>(
-    message: &'a [u8],
-    header: &[u8; MESSAGE_HEADER_LEN],
-) -> Result<Message<'a>, DecodeError> {
-    const PACKET: u16 = message_type(NFQNL_MSG_PACKET);
-    const _: () = assert!(PACKET.to_be_bytes()[0] == NFNL_SUBSYS_QUEUE);
-    let kind = NativeEndian::read_u16(&header[4..]);
-    let flags = NativeEndian::read_u16(&header[6..]);
+fn decode(message: &[u8], kind: u16, flags: u16) -> Result<Message<'_>, DecodeError> {
     let body = message.get(MESSAGE_HEADER_LEN..).unwrap_or_default();
     Ok(match kind {
-        PACKET => Message::Packet(Packet::parse(message)?),
+        PACKET => Message::Packet(Packet::parse_carefully(message)?),
         NLMSG_ERROR => Message::Reply(Reply::parse(body, flags)?),
         NLMSG_OVERRUN => Message::Overrun,
         NLMSG_DONE => Message::Done,

@@ -1,11 +1,15 @@
-//! The packet that waits for a verdict: a view over the message's bytes
+//! A view over the message of a packet that waits for a verdict
 //!
-//! [`Packet::parse`] checks the message once and remembers where each attribute stands; after that no getter can fail.
+//! [`Packet::parse`] checks the message once and records the offset of each attribute. After that
+//! no getter can fail.
 //!
-//! # A new attribute
-//! Give it a number in [`consts`](crate::consts) (and raise [`NFQA_MAX`] to it), its least size in [`min_len`], a getter
-//! below, and the size of [`Packet`] that is asserted there; the tests have it in `proto/tests/common/mod.rs`. Until then
-//! [`Packet::attr`] finds it by number.
+//! # Adding an attribute
+//! 1. Add its number to [`consts`](crate::consts), and raise [`NFQA_MAX`] to it.
+//! 2. Add its minimum size to [`min_len`].
+//! 3. Add a getter to [`Packet`], and raise the size that is asserted there.
+//! 4. Add it to the tests, in `proto/tests/common/mod.rs`.
+//!
+//! Until then [`Packet::attr`] finds it by number.
 
 use core::time::Duration;
 
@@ -26,33 +30,83 @@ use crate::error::{DecodeError, Header};
 use crate::types::{Family, Hook};
 use crate::vlan::Vlan;
 
-/// Offsets are kept in 4-byte words, so that 16 bits reach this far
+/// The longest message in which 16 bits can hold every offset, counted in 4-byte words
 const MAX_MESSAGE_LEN: usize = (u16::MAX as usize + 1) * 4;
 
-/// Where an index has the attribute that is always there
+/// The place of the only mandatory attribute in [`Packet::at`]
 const PACKET_HDR: usize = NFQA_PACKET_HDR as usize;
 
-/// Names a waiting packet: what a verdict is addressed to, at any later time and from any thread
+/// The address of a verdict: names a waiting packet, at any later time and from any thread
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[expect(
-    clippy::exhaustive_structs,
-    reason = "eight bytes, made and read by both crates"
-)]
 pub struct PacketKey {
-    /// The queue
-    pub queue: u16,
-    /// Which binding of the queue the id belongs to: ids restart at 1 when a queue is unbound and bound again.
-    /// Not on the wire; 0 until a receiver that counts bindings sets it ([`Packet::with_binding`]).
-    pub binding: u16,
-    /// The packet's id: the kernel counts from 1 for each binding and wraps at 32 bits
-    pub id: u32,
+    queue: u16,
+    // Not on the wire. Packet ids restart at 1 when a queue is bound again, so a receiver that
+    // counts bindings stores the number of the binding here.
+    binding: u16,
+    id: u32,
 }
 
+const _: () = assert!(size_of::<PacketKey>() == 8, "passed in one register");
+
 impl PacketKey {
-    /// Finds the key in the first bytes of a packet message, even one that was cut short
+    /// The key of packet `id` in `queue`
+    #[must_use]
+    #[inline]
+    pub const fn new(queue: u16, id: u32) -> Self {
+        Self {
+            queue,
+            binding: 0,
+            id,
+        }
+    }
+
+    /// The number of the queue
+    #[must_use]
+    #[inline]
+    pub const fn queue(self) -> u16 {
+        self.queue
+    }
+
+    /// The packet's id
     ///
-    /// `None` if `message` is no packet message or ends before its packet header. A packet whose message did not fit
-    /// the receive buffer still waits in the kernel: this is how to answer it.
+    /// The kernel counts from 1 for each binding of a queue, and wraps at 32 bits.
+    #[must_use]
+    #[inline]
+    pub const fn id(self) -> u32 {
+        self.id
+    }
+
+    /// The number of the queue's binding, or 0
+    #[doc(hidden)]
+    #[must_use]
+    #[inline]
+    pub const fn binding(self) -> u16 {
+        self.binding
+    }
+
+    /// The same key for another binding of the queue
+    #[doc(hidden)]
+    #[must_use]
+    #[inline]
+    pub const fn with_binding(mut self, binding: u16) -> Self {
+        self.binding = binding;
+        self
+    }
+
+    /// The key of another packet of the same binding
+    #[doc(hidden)]
+    #[must_use]
+    #[inline]
+    pub const fn with_id(mut self, id: u32) -> Self {
+        self.id = id;
+        self
+    }
+
+    /// Finds the key in the first bytes of a packet message, even of a truncated one
+    ///
+    /// If a message did not fit the receive buffer, the packet still waits in the kernel; use this
+    /// key to answer it. `None` if `message` is not a packet message, or if it ends before its
+    /// packet header.
     #[must_use]
     #[inline]
     pub fn peek(message: &[u8]) -> Option<Self> {
@@ -60,18 +114,17 @@ impl PacketKey {
         if NativeEndian::read_u16(&header[4..]) != message_type(NFQNL_MSG_PACKET) {
             return None;
         }
-        Some(Self {
-            queue: BigEndian::read_u16(&header[18..]),
-            binding: 0,
-            id: peek_id(attrs)?,
-        })
+        Some(Self::new(
+            BigEndian::read_u16(&header[18..]),
+            peek_id(attrs)?,
+        ))
     }
 }
 
-/// The packet's id, from the beginning of the attributes
+/// Finds the packet's id in its attributes
 #[inline]
 fn peek_id(attrs: &[u8]) -> Option<u32> {
-    // The kernel puts the packet header first.
+    // The kernel writes the packet header first.
     let first = attrs.first_chunk::<8>()?;
     let (len, kind) = (
         NativeEndian::read_u16(first),
@@ -89,110 +142,99 @@ fn peek_id(attrs: &[u8]) -> Option<u32> {
         .map(|id| BigEndian::read_u32(id))
 }
 
-/// A packet that the kernel holds until it gets a verdict (`NFQNL_MSG_PACKET`)
+/// A packet that the kernel holds until it receives a verdict (`NFQNL_MSG_PACKET`)
 ///
-/// Small and `Copy`; slices that it hands out live as long as the buffer, not as the view.
+/// The view is small and `Copy`. Its slices borrow the buffer, not the view.
 #[derive(Clone, Copy)]
 pub struct Packet<'a> {
-    /// The whole message, from its netlink header on
+    /// The whole message, netlink header included
     message: &'a [u8],
-    index: PacketIndex,
+    /// The offset of each attribute's header in the message, in 4-byte words; 0 if absent
+    at: [u16; NFQA_MAX as usize + 1],
+    /// The number of the queue's binding, or 0
+    binding: u16,
 }
 
 const _: () = assert!(
     size_of::<Packet<'static>>() <= 64,
-    "one cache line, which is full: a new attribute makes it 72 bytes, so raise this with it"
+    "one cache line, which is full: a new attribute makes it 72 bytes"
 );
-
-/// Where the attributes of a packet stand in its message: a [`Packet`] without its bytes, for whoever keeps those elsewhere
-#[derive(Clone, Copy)]
-pub struct PacketIndex {
-    /// In words from the start of the message; 0 if it is absent
-    at: [u16; NFQA_MAX as usize + 1],
-    binding: u16,
-}
-
-impl PacketIndex {
-    /// The packet over these bytes: those that the index was made of, or a copy
-    ///
-    /// Over any other bytes the getters return whatever stands there; they don't fail.
-    #[must_use]
-    #[inline]
-    pub const fn over(self, message: &[u8]) -> Packet<'_> {
-        Packet {
-            message,
-            index: self,
-        }
-    }
-
-    /// Makes this the index of another packet, as [`Packet::parse`] makes a view: in place, for whoever keeps many
-    ///
-    /// The number of the binding is 0 then; if there is an error, the index is of no packet.
-    ///
-    /// # Errors
-    /// Those of [`Packet::parse`].
-    #[inline]
-    pub fn parse(&mut self, message: &[u8]) -> Result<(), DecodeError> {
-        self.binding = 0;
-        if index(message, &mut self.at) {
-            return Ok(());
-        }
-        *self = Self::default();
-        *self = Packet::parse_carefully(message)?.index;
-        Ok(())
-    }
-
-    /// The number of the queue's binding that the packet is stamped with, or 0
-    #[must_use]
-    #[inline]
-    pub const fn binding(&self) -> u16 {
-        self.binding
-    }
-
-    /// Stamps the packet with the number of the queue's binding, as [`Packet::with_binding`] does
-    #[inline]
-    pub const fn set_binding(&mut self, binding: u16) {
-        self.binding = binding;
-    }
-}
-
-impl Default for PacketIndex {
-    /// Of a packet without attributes, which there is none of
-    #[inline]
-    fn default() -> Self {
-        Self {
-            at: [0; NFQA_MAX as usize + 1],
-            binding: 0,
-        }
-    }
-}
-
-impl core::fmt::Debug for PacketIndex {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        let kinds = (0_u16..).zip(self.at).filter(|&(_, word)| word != 0);
-        let offsets = kinds.map(|(kind, word)| (kind, usize::from(word) * 4));
-        f.debug_map().entries(offsets).finish()
-    }
-}
 
 impl<'a> Packet<'a> {
     /// Checks a whole message, netlink header included
     ///
-    /// Where an attribute comes twice, the last one counts, as in the kernel. Attributes of unknown number are kept
-    /// for [`attr`](Self::attr).
+    /// If an attribute comes twice, the last one counts, as in the kernel. [`attr`](Self::attr)
+    /// finds attributes of unknown number.
     ///
     /// # Errors
-    /// Not a packet message, broken lengths, an attribute shorter than its type, or no packet header.
+    /// The message is not a packet message, a length is broken, an attribute is shorter than its
+    /// type, or the packet header is missing.
     #[inline]
     pub fn parse(message: &'a [u8]) -> Result<Self, DecodeError> {
-        let mut index = PacketIndex::default();
-        index.parse(message)?;
-        Ok(index.over(message))
+        // `index` writes into the returned value. A copy of the index, right after these 16-bit
+        // stores, would have to wait for them (a store forwarding stall).
+        let mut parsed = Ok(Self::unindexed(message));
+        if let Ok(packet) = &mut parsed {
+            if packet.index() {
+                return parsed;
+            }
+        }
+        Self::parse_carefully(message)
     }
 
-    /// Does all that [`parse`](Self::parse) says, and knows what is wrong
+    /// A view without attributes, which [`index`](Self::index) completes
+    #[inline]
+    pub(crate) const fn unindexed(message: &'a [u8]) -> Self {
+        Self {
+            message,
+            at: [0; NFQA_MAX as usize + 1],
+            binding: 0,
+        }
+    }
+
+    /// Records the offsets of the attributes; returns false if the message is broken or has a VLAN
+    /// tag
+    ///
+    /// The caller must then call [`parse_carefully`](Self::parse_carefully) instead.
+    #[inline]
+    pub(crate) fn index(&mut self) -> bool {
+        let Some(header) = self.message.first_chunk::<ATTRS_OFFSET>() else {
+            return false;
+        };
+        let is_packet = NativeEndian::read_u16(&header[4..]) == message_type(NFQNL_MSG_PACKET);
+        if !is_packet || self.message.len() > MAX_MESSAGE_LEN {
+            return false;
+        }
+        let mut offset = ATTRS_OFFSET;
+        while let Some(rest) = self.message.get(offset..) {
+            let Some(header) = rest.first_chunk::<ATTR_HEADER_LEN>() else {
+                break;
+            };
+            let len = usize::from(NativeEndian::read_u16(header));
+            let kind = usize::from(NativeEndian::read_u16(&header[2..]) & NLA_TYPE_MASK);
+            let too_short = match (
+                self.at.get_mut(kind),
+                TOO_SHORT.get(kind),
+                u16::try_from(offset / 4),
+            ) {
+                (Some(place), Some(too_short), Ok(word)) => {
+                    *place = word;
+                    *too_short
+                }
+                (None, None, _) => UNKNOWN_TOO_SHORT,
+                _ => return false,
+            };
+            if len <= too_short || len > rest.len() {
+                return false;
+            }
+            offset += align(len);
+        }
+        self.at[PACKET_HDR] != 0
+    }
+
+    /// Does the same as [`parse`](Self::parse) for any message, and finds the error
     #[cold]
-    fn parse_carefully(message: &'a [u8]) -> Result<Self, DecodeError> {
+    pub(crate) fn parse_carefully(message: &'a [u8]) -> Result<Self, DecodeError> {
         let short = |what, offset, needed| DecodeError::Short {
             what,
             offset,
@@ -220,55 +262,63 @@ impl<'a> Packet<'a> {
             });
         }
 
-        let mut at = [0; NFQA_MAX as usize + 1];
+        let mut packet = Self::unindexed(message);
         for attr in Attrs::new(attrs) {
             let attr = match attr {
                 Ok(attr) => attr,
                 Err(error) => return Err(error.at(ATTRS_OFFSET)),
             };
             let kind = usize::from(attr.kind);
-            if let (Some(slot), Some(&needed)) = (at.get_mut(kind), MIN_LEN.get(kind)) {
-                check(attr, needed)?;
-                *slot = u16::try_from((attr.offset + ATTRS_OFFSET) / 4).unwrap_or_default();
+            if let Some(place) = packet.at.get_mut(kind) {
+                check(attr)?;
+                *place = u16::try_from((attr.offset + ATTRS_OFFSET) / 4).unwrap_or_default();
             }
         }
-        if at[PACKET_HDR] == 0 {
+        if packet.at[PACKET_HDR] == 0 {
             return Err(DecodeError::MissingAttribute {
                 kind: NFQA_PACKET_HDR,
                 within: None,
                 offset: 0,
             });
         }
-        Ok(PacketIndex { at, binding: 0 }.over(message))
+        Ok(packet)
     }
 
-    /// The same packet, its key stamped with the number of the queue's binding
+    /// The same packet with the number of the queue's binding in its key
+    #[doc(hidden)]
     #[must_use]
     #[inline]
     pub const fn with_binding(mut self, binding: u16) -> Self {
-        self.index.binding = binding;
+        self.binding = binding;
         self
     }
 
-    /// Where its attributes stand, to be kept beside a copy of its bytes ([`as_bytes`](Self::as_bytes))
-    #[must_use]
-    #[inline]
-    pub const fn index(&self) -> PacketIndex {
-        self.index
-    }
-
-    /// What a verdict on this packet is addressed to
+    /// The address of a verdict on this packet
     #[must_use]
     #[inline]
     pub fn key(&self) -> PacketKey {
         PacketKey {
             queue: self.queue(),
-            binding: self.index.binding,
+            binding: self.binding,
             id: self.id(),
         }
     }
 
-    /// The whole message as it was received, netlink header included
+    /// The same packet over a copy of its bytes ([`as_bytes`](Self::as_bytes))
+    ///
+    /// Over other bytes the getters return what they find there; they do not fail.
+    #[doc(hidden)]
+    #[must_use]
+    #[inline]
+    pub const fn over(self, message: &[u8]) -> Packet<'_> {
+        Packet {
+            message,
+            at: self.at,
+            binding: self.binding,
+        }
+    }
+
+    /// The whole message as received, netlink header included
     #[must_use]
     pub const fn as_bytes(&self) -> &'a [u8] {
         self.message
@@ -276,7 +326,7 @@ impl<'a> Packet<'a> {
 
     /// The protocol family of the hook that queued the packet: IPv4, IPv6, bridge, or any number
     ///
-    /// Always there (`nfgen_family` of `struct nfgenmsg`).
+    /// Always present (`nfgen_family` of `struct nfgenmsg`).
     #[must_use]
     #[doc(alias = "nfgen_family")]
     #[inline]
@@ -291,7 +341,7 @@ impl<'a> Packet<'a> {
 
     /// The number of the queue
     ///
-    /// Always there (`res_id` of `struct nfgenmsg`).
+    /// Always present (`res_id` of `struct nfgenmsg`).
     #[must_use]
     #[doc(alias = "res_id")]
     #[inline]
@@ -302,9 +352,10 @@ impl<'a> Packet<'a> {
             .map_or(0, |b| BigEndian::read_u16(b))
     }
 
-    /// The packet's id: the kernel counts from 1 for each binding of a queue, and wraps at 32 bits
+    /// The packet's id
     ///
-    /// Always there (`packet_id` of `struct nfqnl_msg_packet_hdr`).
+    /// The kernel counts from 1 for each binding of a queue, and wraps at 32 bits. Always present
+    /// (`packet_id` of `struct nfqnl_msg_packet_hdr`).
     #[must_use]
     #[doc(alias = "NFQA_PACKET_HDR")]
     #[doc(alias = "packet_id")]
@@ -314,9 +365,10 @@ impl<'a> Packet<'a> {
         BigEndian::read_u32(&self.header()[..4])
     }
 
-    /// The EtherType of the packet in host byte order: `0x0800` IPv4, `0x86dd` IPv6, `0x0806` ARP on a bridge
+    /// The EtherType of the packet: `0x0800` IPv4, `0x86dd` IPv6, `0x0806` ARP on a bridge
     ///
-    /// Always there (`hw_protocol` of `struct nfqnl_msg_packet_hdr`, which C programs have to convert).
+    /// In host byte order, while a C program must convert the field (`hw_protocol` of
+    /// `struct nfqnl_msg_packet_hdr`). Always present.
     #[must_use]
     #[doc(alias = "NFQA_PACKET_HDR")]
     #[doc(alias = "nfq_get_msg_packet_hdr")]
@@ -327,7 +379,7 @@ impl<'a> Packet<'a> {
 
     /// The netfilter hook that queued the packet
     ///
-    /// Always there (`hook` of `struct nfqnl_msg_packet_hdr`).
+    /// Always present (`hook` of `struct nfqnl_msg_packet_hdr`).
     #[must_use]
     #[doc(alias = "NFQA_PACKET_HDR")]
     #[doc(alias = "nfq_get_msg_packet_hdr")]
@@ -336,14 +388,14 @@ impl<'a> Packet<'a> {
         Hook(self.header()[6])
     }
 
-    /// `struct nfqnl_msg_packet_hdr`; `parse` saw that it is there
+    /// `struct nfqnl_msg_packet_hdr`, which `parse` has checked
     #[inline]
     fn header(&self) -> [u8; PACKET_HDR_LEN] {
-        let word = self.index.at[PACKET_HDR];
+        let word = self.at[PACKET_HDR];
         self.value_at(word).unwrap_or_default()
     }
 
-    /// The packet mark (`skb->mark`); 0 if none, which the kernel does not tell from a mark of 0
+    /// The packet mark (`skb->mark`); 0 if the packet has none
     #[must_use]
     #[doc(alias = "NFQA_MARK")]
     #[doc(alias = "nfmark")]
@@ -353,18 +405,19 @@ impl<'a> Packet<'a> {
         self.be32(NFQA_MARK).unwrap_or(0)
     }
 
-    /// The packet's priority (`skb->priority`); 0 if none, which the kernel does not tell from a priority of 0.
-    /// Linux 5.18
+    /// The packet's priority (`skb->priority`); 0 if the packet has none
+    ///
+    /// Since Linux 5.18.
     #[must_use]
     #[doc(alias = "NFQA_PRIORITY")]
     pub fn priority(&self) -> u32 {
         self.be32(NFQA_PRIORITY).unwrap_or(0)
     }
 
-    /// When the packet was received, since the Unix epoch, in steps of a microsecond
+    /// The time of reception since the Unix epoch, in microseconds
     ///
-    /// Only for packets that came in (up to the FORWARD hook) while some socket on the machine asked for timestamps
-    /// (`SO_TIMESTAMP`, a running capture); `None` otherwise.
+    /// `None` unless a socket on the machine had asked for timestamps when the packet was received
+    /// (`SO_TIMESTAMP`, a running capture). `None` at OUTPUT and POSTROUTING.
     #[must_use]
     #[doc(alias = "NFQA_TIMESTAMP")]
     #[doc(alias = "nfq_get_timestamp")]
@@ -374,8 +427,9 @@ impl<'a> Packet<'a> {
         Some(seconds.saturating_add(Duration::from_micros(BigEndian::read_u64(&value[8..]))))
     }
 
-    /// Index of the device that the packet came in by; absent for packets made here, and at POSTROUTING before
-    /// Linux 5.7. For bridged packets, the bridge
+    /// The index of the input device; for a bridged packet, of the bridge
+    ///
+    /// `None` for packets of local origin, and at POSTROUTING before Linux 5.7.
     #[must_use]
     #[doc(alias = "NFQA_IFINDEX_INDEV")]
     #[doc(alias = "nfq_get_indev")]
@@ -384,8 +438,9 @@ impl<'a> Packet<'a> {
         self.be32(NFQA_IFINDEX_INDEV)
     }
 
-    /// Index of the device that the packet will leave by; absent at PREROUTING and INPUT. For bridged packets, the
-    /// bridge
+    /// The index of the output device; for a bridged packet, of the bridge
+    ///
+    /// `None` at PREROUTING and INPUT.
     #[must_use]
     #[doc(alias = "NFQA_IFINDEX_OUTDEV")]
     #[doc(alias = "nfq_get_outdev")]
@@ -394,8 +449,10 @@ impl<'a> Packet<'a> {
         self.be32(NFQA_IFINDEX_OUTDEV)
     }
 
-    /// Index of the bridge port that the packet came in by; absent for packets that came by no bridge, and from kernels
-    /// without `CONFIG_BRIDGE_NETFILTER`
+    /// The index of the bridge port on which the packet arrived
+    ///
+    /// `None` if the packet did not arrive over a bridge, or if the kernel lacks
+    /// `CONFIG_BRIDGE_NETFILTER`.
     #[must_use]
     #[doc(alias = "NFQA_IFINDEX_PHYSINDEV")]
     #[doc(alias = "nfq_get_physindev")]
@@ -403,8 +460,9 @@ impl<'a> Packet<'a> {
         self.be32(NFQA_IFINDEX_PHYSINDEV)
     }
 
-    /// Index of the bridge port that the packet will leave by; absent as [`physindev`](Self::physindev) is, and until
-    /// the port is known
+    /// The index of the bridge port on which the packet will leave
+    ///
+    /// `None` until the port is known, and where [`physindev`](Self::physindev) is `None`.
     #[must_use]
     #[doc(alias = "NFQA_IFINDEX_PHYSOUTDEV")]
     #[doc(alias = "nfq_get_physoutdev")]
@@ -412,8 +470,9 @@ impl<'a> Packet<'a> {
         self.be32(NFQA_IFINDEX_PHYSOUTDEV)
     }
 
-    /// The link-layer address of the packet's *source*; absent for packets made here, and where the link layer has no
-    /// addresses
+    /// The link-layer address of the packet's *source*
+    ///
+    /// `None` for packets of local origin, and if the link layer has no addresses.
     #[must_use]
     #[doc(alias = "NFQA_HWADDR")]
     #[doc(alias = "nfq_get_packet_hw")]
@@ -429,10 +488,15 @@ impl<'a> Packet<'a> {
         Some(addr)
     }
 
-    /// User id of the socket that sent the packet, as the initial user namespace numbers it
+    /// The user id of the owner of the packet's socket, as the initial user namespace numbers it
     ///
-    /// Only with [`ConfigFlags::UID_GID`](crate::ConfigFlags::UID_GID), and only for packets of a local socket; `None`
-    /// otherwise. Linux 3.14
+    /// The packet's socket is the socket with which the kernel associates the packet: at OUTPUT
+    /// the sender's. With early demux, a packet at INPUT may have the owner of the receiving
+    /// socket (not seen on Linux 6.18 over loopback). The owner is the process that opened the
+    /// socket, even if another process uses it now.
+    ///
+    /// `None` for packets without a socket, for packets made by the kernel itself, and without
+    /// [`ConfigFlags::UID_GID`](crate::ConfigFlags::UID_GID). Since Linux 3.14.
     #[must_use]
     #[doc(alias = "NFQA_UID")]
     #[doc(alias = "nfq_get_uid")]
@@ -440,7 +504,9 @@ impl<'a> Packet<'a> {
         self.be32(NFQA_UID)
     }
 
-    /// Group id of the socket that sent the packet, numbered and absent as [`uid`](Self::uid) is. Linux 3.14
+    /// The group id of the owner of the packet's socket
+    ///
+    /// The documentation of [`uid`](Self::uid) applies. Since Linux 3.14.
     #[must_use]
     #[doc(alias = "NFQA_GID")]
     #[doc(alias = "nfq_get_gid")]
@@ -448,10 +514,10 @@ impl<'a> Packet<'a> {
         self.be32(NFQA_GID)
     }
 
-    /// Security context of the packet, as bytes: nothing promises a NUL at its end, and often there is one
+    /// The security context of the packet, as bytes; a NUL at the end is common but not guaranteed
     ///
-    /// Only with [`ConfigFlags::SECCTX`](crate::ConfigFlags::SECCTX), and only for packets with a security mark
-    /// (`skb->secmark`); `None` otherwise. Linux 4.3
+    /// `None` for packets without a security mark (`skb->secmark`), and without
+    /// [`ConfigFlags::SECCTX`](crate::ConfigFlags::SECCTX). Since Linux 4.3.
     #[must_use]
     #[doc(alias = "NFQA_SECCTX")]
     #[doc(alias = "nfq_get_secctx")]
@@ -459,7 +525,9 @@ impl<'a> Packet<'a> {
         self.attr(NFQA_SECCTX)
     }
 
-    /// The VLAN tag, its halves in host byte order; only in the bridge family, and only for tagged frames. Linux 4.7
+    /// The VLAN tag, with both halves in host byte order
+    ///
+    /// `None` outside the bridge family, and for untagged frames. Since Linux 4.7.
     #[must_use]
     #[doc(alias = "NFQA_VLAN")]
     pub fn vlan(&self) -> Option<Vlan> {
@@ -467,7 +535,9 @@ impl<'a> Packet<'a> {
             .and_then(|nested| Vlan::parse(nested).ok())
     }
 
-    /// The link-layer header as it is on the wire, without a VLAN tag; only in the bridge family. Linux 4.7
+    /// The link-layer header in wire format, without a VLAN tag
+    ///
+    /// `None` outside the bridge family. Since Linux 4.7.
     #[must_use]
     #[doc(alias = "NFQA_L2HDR")]
     pub fn l2_header(&self) -> Option<&'a [u8]> {
@@ -476,16 +546,18 @@ impl<'a> Packet<'a> {
 
     /// The conntrack entry: nested `CTA_*` attributes, for [`Attrs`]
     ///
-    /// Only with [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK), and only for tracked packets; `None`
-    /// otherwise. Numbers in it are big-endian. Linux 3.6
+    /// The values in it are big-endian. `None` for untracked packets, and without
+    /// [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK). Since Linux 3.6.
     #[must_use]
     #[doc(alias = "NFQA_CT")]
     pub fn conntrack(&self) -> Option<&'a [u8]> {
         self.attr(NFQA_CT)
     }
 
-    /// How the packet relates to its conntrack entry: a number of `enum ip_conntrack_info` in
-    /// `linux/netfilter/nf_conntrack_common.h`; absent where [`conntrack`](Self::conntrack) is. Linux 3.6
+    /// The packet's relation to its conntrack entry, a number of `enum ip_conntrack_info`
+    ///
+    /// The enum is in `linux/netfilter/nf_conntrack_common.h`. `None` where
+    /// [`conntrack`](Self::conntrack) is `None`. Since Linux 3.6.
     #[must_use]
     #[doc(alias = "NFQA_CT_INFO")]
     #[doc(alias = "ip_conntrack_info")]
@@ -495,40 +567,53 @@ impl<'a> Packet<'a> {
 
     /// A conntrack expectation: nested `CTA_EXPECT_*` attributes
     ///
-    /// The number exists since Linux 3.12 for verdicts; no kernel sends one as of Linux 6.18, so this is `None`.
+    /// Verdicts may have this attribute since Linux 3.12. Linux 6.18 does not send it with
+    /// packets, so this is `None`.
     #[must_use]
     #[doc(alias = "NFQA_EXP")]
     pub fn expectation(&self) -> Option<&'a [u8]> {
         self.attr(NFQA_EXP)
     }
 
-    /// net_cls class id of the sending socket's cgroup (version 1); absent if 0. Linux 6.4
+    /// The net_cls class id of the cgroup (version 1) of the packet's socket
+    ///
+    /// `None` if it is 0. Since Linux 6.4.
     #[must_use]
     #[doc(alias = "NFQA_CGROUP_CLASSID")]
     pub fn cgroup_classid(&self) -> Option<u32> {
         self.be32(NFQA_CGROUP_CLASSID)
     }
 
-    /// Length of the whole packet in bytes, from its network header on, if the kernel sent only its beginning; `None`
-    /// if it sent all of it, or no payload at all. Linux 3.7; older kernels cut without saying so
+    /// The packet's original length in bytes, counted from its network header
+    ///
+    /// `None` if the kernel copied only attributes. Kernels before Linux 3.7 do not report
+    /// truncation, so there this is the length of the payload.
     #[must_use]
     #[doc(alias = "NFQA_CAP_LEN")]
     #[doc(alias = "cap_len")]
     #[inline]
-    pub fn capture_len(&self) -> Option<u32> {
-        self.be32(NFQA_CAP_LEN)
+    #[expect(clippy::len_without_is_empty, reason = "a packet is never empty")]
+    pub fn len(&self) -> Option<usize> {
+        match self.be32(NFQA_CAP_LEN) {
+            Some(len) => Some(usize::try_from(len).unwrap_or(usize::MAX)),
+            None => self.attr(NFQA_PAYLOAD).map(<[u8]>::len),
+        }
     }
 
-    /// Whether the payload is only the packet's beginning, as far as the kernel says it:
-    /// [`capture_len`](Self::capture_len). Replacing it would shorten the packet.
+    /// Returns true if the payload is only the beginning of the packet
+    ///
+    /// To send such a payload back would shorten the packet. Kernels before Linux 3.7 do not
+    /// report truncation.
     #[must_use]
     #[doc(alias = "NFQA_CAP_LEN")]
     #[inline]
-    pub fn is_cut(&self) -> bool {
-        self.capture_len().is_some()
+    pub fn is_truncated(&self) -> bool {
+        self.be32(NFQA_CAP_LEN).is_some()
     }
 
-    /// State of checksums and segmentation; empty if the kernel sent none. Linux 3.10
+    /// The state of checksums and segmentation; empty if the kernel sent none
+    ///
+    /// Since Linux 3.10.
     #[must_use]
     #[doc(alias = "NFQA_SKB_INFO")]
     #[doc(alias = "nfq_get_skbinfo")]
@@ -538,10 +623,11 @@ impl<'a> Packet<'a> {
         SkbInfo::from_bits_retain(self.be32(NFQA_SKB_INFO).unwrap_or(0))
     }
 
-    /// The packet from its network header on; empty in copy modes other than
-    /// [`CopyMode::PACKET`](crate::CopyMode::PACKET)
+    /// The bytes of the packet, from its network header on
     ///
-    /// At most [`MAX_PAYLOAD`](crate::consts::MAX_PAYLOAD) bytes, and no more than the queue's copy range.
+    /// Its length is at most the queue's copy range, and at most
+    /// [`MAX_PAYLOAD`](crate::consts::MAX_PAYLOAD). Empty if the copy mode is not
+    /// [`CopyMode::Packet`](crate::CopyMode::Packet).
     #[must_use]
     #[doc(alias = "NFQA_PAYLOAD")]
     #[doc(alias = "nfq_get_payload")]
@@ -550,11 +636,13 @@ impl<'a> Packet<'a> {
         self.attr(NFQA_PAYLOAD).unwrap_or_default()
     }
 
-    /// The value of any attribute by number, without padding; `None` if the kernel did not send it
+    /// The value of any attribute by number, without padding
+    ///
+    /// `None` if the kernel did not send the attribute.
     #[must_use]
     #[inline]
     pub fn attr(&self, kind: u16) -> Option<&'a [u8]> {
-        let Some(&word) = self.index.at.get(usize::from(kind)) else {
+        let Some(&word) = self.at.get(usize::from(kind)) else {
             return self.attrs().last(kind).map(|attr| attr.value);
         };
         if word == 0 {
@@ -565,7 +653,7 @@ impl<'a> Packet<'a> {
         attr.get(ATTR_HEADER_LEN..usize::from(len))
     }
 
-    /// All attributes in the order of the wire, unknown ones included; no item is an `Err`
+    /// All attributes in wire order, including unknown ones; every item is `Ok`
     #[must_use]
     pub fn attrs(&self) -> Attrs<'a> {
         Attrs::new(self.message.get(ATTRS_OFFSET..).unwrap_or_default())
@@ -573,17 +661,13 @@ impl<'a> Packet<'a> {
 
     #[inline]
     fn fixed<const N: usize>(&self, kind: u16) -> Option<[u8; N]> {
-        let word = *self
-            .index
-            .at
-            .get(usize::from(kind))
-            .filter(|&&word| word != 0)?;
+        let word = *self.at.get(usize::from(kind)).filter(|&&word| word != 0)?;
         self.value_at(word)
     }
 
     #[inline]
     fn value_at<const N: usize>(&self, word: u16) -> Option<[u8; N]> {
-        // As long as it has to be: `parse` has seen it.
+        // `parse` has checked the length.
         let value = self
             .message
             .get(usize::from(word) * 4 + ATTR_HEADER_LEN..)?;
@@ -609,48 +693,9 @@ impl core::fmt::Debug for Packet<'_> {
     }
 }
 
-/// Finds the attributes of a packet message that is as nearly all are: whole, with a packet header and without a VLAN tag
+/// The largest `nla_len` that is still too short, for each attribute that has a getter
 ///
-/// Says whether it is; if not, what it has found is worth nothing.
-#[inline]
-fn index(message: &[u8], at: &mut [u16; NFQA_MAX as usize + 1]) -> bool {
-    *at = [0; NFQA_MAX as usize + 1];
-    let Some(header) = message.first_chunk::<ATTRS_OFFSET>() else {
-        return false;
-    };
-    let is_packet = NativeEndian::read_u16(&header[4..]) == message_type(NFQNL_MSG_PACKET);
-    if !is_packet || message.len() > MAX_MESSAGE_LEN {
-        return false;
-    }
-    let mut offset = ATTRS_OFFSET;
-    while let Some(rest) = message.get(offset..) {
-        let Some(header) = rest.first_chunk::<ATTR_HEADER_LEN>() else {
-            break;
-        };
-        let len = usize::from(NativeEndian::read_u16(header));
-        let kind = usize::from(NativeEndian::read_u16(&header[2..]) & NLA_TYPE_MASK);
-        let too_short = match (
-            at.get_mut(kind),
-            TOO_SHORT.get(kind),
-            u16::try_from(offset / 4),
-        ) {
-            (Some(place), Some(too_short), Ok(word)) => {
-                *place = word;
-                *too_short
-            }
-            (None, None, _) => UNKNOWN_TOO_SHORT,
-            _ => return false,
-        };
-        if len <= too_short || len > rest.len() {
-            return false;
-        }
-        offset += align(len);
-    }
-    at[PACKET_HDR] != 0
-}
-
-/// The greatest `nla_len` that is too short for each attribute that has a getter; what has to be looked into is never long
-/// enough
+/// A VLAN tag is nested, so `usize::MAX` leaves it to [`Packet::parse_carefully`].
 #[expect(clippy::indexing_slicing, reason = "by the compiler")]
 const TOO_SHORT: [usize; NFQA_MAX as usize + 1] = {
     let mut table = [0; NFQA_MAX as usize + 1];
@@ -664,11 +709,13 @@ const TOO_SHORT: [usize; NFQA_MAX as usize + 1] = {
     }
     table
 };
+
+/// The same for an attribute of unknown number
 const UNKNOWN_TOO_SHORT: usize = ATTR_HEADER_LEN - 1;
 
 /// Checks the value of an attribute that has a getter
-fn check(attr: Attr<'_>, needed: usize) -> Result<(), DecodeError> {
-    let had = attr.value.len();
+fn check(attr: Attr<'_>) -> Result<(), DecodeError> {
+    let (had, needed) = (attr.value.len(), min_len(attr.kind));
     let offset = attr.offset + ATTRS_OFFSET;
     if had < needed {
         return Err(DecodeError::AttributeShort {
@@ -685,19 +732,7 @@ fn check(attr: Attr<'_>, needed: usize) -> Result<(), DecodeError> {
     Ok(())
 }
 
-/// [`min_len`] of every attribute that has a getter
-#[expect(clippy::indexing_slicing, reason = "by the compiler")]
-const MIN_LEN: [usize; NFQA_MAX as usize + 1] = {
-    let mut table = [0; NFQA_MAX as usize + 1];
-    let mut kind = 0;
-    while kind <= NFQA_MAX {
-        table[kind as usize] = min_len(kind);
-        kind += 1;
-    }
-    table
-};
-
-/// The least size of an attribute's value; more is allowed, as later kernels may add to it
+/// The minimum size of an attribute's value; a later kernel may send a longer one
 const fn min_len(kind: u16) -> usize {
     match kind {
         NFQA_PACKET_HDR => PACKET_HDR_LEN,
@@ -727,10 +762,10 @@ pub struct HwAddr {
 }
 
 impl HwAddr {
-    /// The room that the kernel has for an address
+    /// The size of the kernel's field
     pub const MAX_LEN: usize = 8;
 
-    /// The address, as long as the kernel says it is, and never more than [`MAX_LEN`](Self::MAX_LEN)
+    /// The address: as many bytes as the kernel reports, at most [`MAX_LEN`](Self::MAX_LEN)
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         self.bytes
@@ -756,18 +791,20 @@ impl core::fmt::Debug for HwAddr {
 }
 
 bitflags! {
-    /// What the kernel says of a packet's checksums and segmentation; unknown bits are kept
+    /// The state of a packet's checksums and segmentation; unknown bits are kept
     ///
-    /// The bits of `NFQA_SKB_INFO`, `NFQA_SKB_*` in `linux/netfilter/nfnetlink_queue.h`. Linux 3.10.
+    /// The bits of `NFQA_SKB_INFO`: `NFQA_SKB_*` in `linux/netfilter/nfnetlink_queue.h`. Since
+    /// Linux 3.10.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct SkbInfo: u32 {
-        /// The checksums in the payload are unfinished: complete them before sending the payload back
+        /// The checksums in the payload are incomplete: complete them before you send it back
         #[doc(alias = "NFQA_SKB_CSUMNOTREADY")]
         const CSUM_NOT_READY = NFQA_SKB_CSUMNOTREADY;
-        /// A large packet that will be segmented later; only with [`ConfigFlags::GSO`](crate::ConfigFlags::GSO)
+        /// A large packet, to be segmented later; only with
+        /// [`ConfigFlags::GSO`](crate::ConfigFlags::GSO)
         #[doc(alias = "NFQA_SKB_GSO")]
         const GSO = NFQA_SKB_GSO;
-        /// Nobody has verified the checksums yet. Linux 3.11
+        /// The checksums have not been verified yet. Since Linux 3.11.
         #[doc(alias = "NFQA_SKB_CSUM_NOTVERIFIED")]
         const CSUM_NOT_VERIFIED = NFQA_SKB_CSUM_NOTVERIFIED;
         const _ = !0;

@@ -1,4 +1,4 @@
-//! Small wire values: families, hooks, copy modes, flags. Any number is a value; unknown ones are kept
+//! Families, hooks, copy modes and flags
 
 use core::fmt;
 
@@ -11,7 +11,9 @@ use crate::consts::{
     NFQA_CFG_F_UID_GID, NFQNL_COPY_META, NFQNL_COPY_NONE, NFQNL_COPY_PACKET,
 };
 
-/// A protocol family: `NFPROTO_*` in `linux/netfilter.h`, the same numbers as `AF_*` in `sys/socket.h`
+/// A protocol family; any number is valid
+///
+/// `NFPROTO_*` in `linux/netfilter.h`, the same numbers as `AF_*` in `sys/socket.h`.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
 pub struct Family(pub u8);
@@ -25,7 +27,7 @@ impl Family {
     #[doc(alias = "AF_INET")]
     #[doc(alias = "NFPROTO_IPV4")]
     pub const INET: Self = Self(NFPROTO_IPV4);
-    /// ARP (among `AF_*` this number means AX.25)
+    /// ARP (the `AF_*` constant with this number is AX.25)
     #[doc(alias = "NFPROTO_ARP")]
     pub const ARP: Self = Self(NFPROTO_ARP);
     /// Bridged frames
@@ -57,26 +59,28 @@ impl fmt::Debug for Family {
     }
 }
 
-/// The netfilter hook that a packet was queued at: `enum nf_inet_hooks` in `linux/netfilter.h`, the same numbers as
-/// `NF_BR_*` in `linux/netfilter_bridge.h`
+/// A netfilter hook; any number is valid
+///
+/// `enum nf_inet_hooks` in `linux/netfilter.h`, the same numbers as `NF_BR_*` in
+/// `linux/netfilter_bridge.h`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
 pub struct Hook(pub u8);
 
 impl Hook {
-    /// Came in, not yet routed
+    /// Received, not yet routed
     #[doc(alias = "NF_INET_PRE_ROUTING")]
     #[doc(alias = "NF_BR_PRE_ROUTING")]
     pub const PREROUTING: Self = Self(NF_INET_PRE_ROUTING);
-    /// For this host
+    /// Addressed to this host
     #[doc(alias = "NF_INET_LOCAL_IN")]
     #[doc(alias = "NF_BR_LOCAL_IN")]
     pub const INPUT: Self = Self(NF_INET_LOCAL_IN);
-    /// Through this host
+    /// Forwarded by this host
     #[doc(alias = "NF_INET_FORWARD")]
     #[doc(alias = "NF_BR_FORWARD")]
     pub const FORWARD: Self = Self(NF_INET_FORWARD);
-    /// Made here
+    /// Sent by this host
     #[doc(alias = "NF_INET_LOCAL_OUT")]
     #[doc(alias = "NF_BR_LOCAL_OUT")]
     pub const OUTPUT: Self = Self(NF_INET_LOCAL_OUT);
@@ -105,59 +109,84 @@ impl fmt::Debug for Hook {
     }
 }
 
-/// How much of each packet the kernel sends: `enum nfqnl_config_mode` in `linux/netfilter/nfnetlink_queue.h`
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-#[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
-pub struct CopyMode(pub u8);
-
-impl CopyMode {
-    /// Nothing: the kernel **drops** every packet of the queue, bypass and fail-open or not. A queue is born so
+/// The part of each packet to send to user space
+///
+/// `enum nfqnl_config_mode` in `linux/netfilter/nfnetlink_queue.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "the kernel has had these three since Linux 2.6.14"
+)]
+pub enum CopyMode {
+    /// Nothing: the kernel **drops** every packet of the queue, even with bypass or fail-open
+    ///
+    /// The mode of a new queue.
     #[doc(alias = "NFQNL_COPY_NONE")]
-    pub const NONE: Self = Self(NFQNL_COPY_NONE);
-    /// Every attribute but the payload
+    None,
+    /// All attributes except the payload
     #[doc(alias = "NFQNL_COPY_META")]
-    pub const META: Self = Self(NFQNL_COPY_META);
-    /// Everything, and as much of the packet as the range says
+    Meta,
+    /// All attributes, with a payload of at most the copy range
     #[doc(alias = "NFQNL_COPY_PACKET")]
-    pub const PACKET: Self = Self(NFQNL_COPY_PACKET);
+    Packet,
 }
 
-impl fmt::Display for CopyMode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Self::NONE => f.write_str("none"),
-            Self::META => f.write_str("meta"),
-            Self::PACKET => f.write_str("packet"),
-            Self(number) => write!(f, "mode {number}"),
+impl CopyMode {
+    /// The number on the wire
+    #[must_use]
+    pub const fn to_raw(self) -> u8 {
+        match self {
+            Self::None => NFQNL_COPY_NONE,
+            Self::Meta => NFQNL_COPY_META,
+            Self::Packet => NFQNL_COPY_PACKET,
+        }
+    }
+
+    /// The mode with this number on the wire; `None` if the number is unknown
+    #[must_use]
+    pub const fn from_raw(raw: u8) -> Option<Self> {
+        match raw {
+            NFQNL_COPY_NONE => Some(Self::None),
+            NFQNL_COPY_META => Some(Self::Meta),
+            NFQNL_COPY_PACKET => Some(Self::Packet),
+            _ => None,
         }
     }
 }
 
-impl fmt::Debug for CopyMode {
+impl fmt::Display for CopyMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "CopyMode({}: {self})", self.0)
+        f.pad(match self {
+            Self::None => "none",
+            Self::Meta => "meta",
+            Self::Packet => "packet",
+        })
     }
 }
 
 bitflags! {
-    /// Switches of a queue: `NFQA_CFG_F_*` in `linux/netfilter/nfnetlink_queue.h`; unknown bits are kept
+    /// Flags of a queue; unknown bits are kept
     ///
-    /// A kernel that does not know a bit refuses it: `EOPNOTSUPP`, or `EINVAL` from Linux 7.2 on.
+    /// `NFQA_CFG_F_*` in `linux/netfilter/nfnetlink_queue.h`. The kernel refuses a flag unknown to
+    /// it with `EOPNOTSUPP`, or with `EINVAL` since Linux 7.2.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct ConfigFlags: u32 {
-        /// Accept instead of drop when the queue or the socket's buffer is full. Linux 3.6
+        /// Accept packets instead of dropping them while the queue or the socket's receive buffer
+        /// is full. Since Linux 3.6; for the receive buffer since Linux 4.6.
         #[doc(alias = "NFQA_CFG_F_FAIL_OPEN")]
         const FAIL_OPEN = NFQA_CFG_F_FAIL_OPEN;
-        /// Send the conntrack entry; needs the kernel's nf_conntrack_netlink glue. Linux 3.6
+        /// Send the conntrack entry. Needs a kernel with `CONFIG_NETFILTER_NETLINK_GLUE_CT`. Since
+        /// Linux 3.6.
         #[doc(alias = "NFQA_CFG_F_CONNTRACK")]
         const CONNTRACK = NFQA_CFG_F_CONNTRACK;
-        /// Send large packets unsegmented, with unfinished checksums: the big gain for TCP. Linux 3.10
+        /// Send large packets unsegmented, with incomplete checksums: much faster for TCP. Since
+        /// Linux 3.10.
         #[doc(alias = "NFQA_CFG_F_GSO")]
         const GSO = NFQA_CFG_F_GSO;
-        /// Send user and group of the sending socket. Linux 3.14
+        /// Send the user and the group of the packet's socket. Since Linux 3.14.
         #[doc(alias = "NFQA_CFG_F_UID_GID")]
         const UID_GID = NFQA_CFG_F_UID_GID;
-        /// Send the security context. Linux 4.3
+        /// Send the security context. Since Linux 4.3.
         #[doc(alias = "NFQA_CFG_F_SECCTX")]
         const SECCTX = NFQA_CFG_F_SECCTX;
         const _ = !0;

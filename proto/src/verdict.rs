@@ -13,33 +13,41 @@ use crate::types::Family;
 use crate::vlan::Vlan;
 use crate::write::{MessageWriter, RequestHeader};
 
-/// What becomes of a packet
+/// A verdict on a packet
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Verdict {
-    /// Drop it
+    /// Drop the packet
     #[doc(alias = "NF_DROP")]
     Drop,
-    /// Let it go on at the next rule chain
+    /// Accept the packet
+    ///
+    /// The rest of this base chain is skipped; the packet goes on with the next base chain.
     #[doc(alias = "NF_ACCEPT")]
     Accept,
-    /// Forget it. **The kernel refuses this from user space** (`EINVAL`), and the packet goes on waiting; it is here
-    /// because libnetfilter_queue has it.
+    /// Forget the packet
+    ///
+    /// **The kernel refuses this from user space** (`EINVAL`), and the packet keeps waiting. It is
+    /// here because libnetfilter_queue has it.
     #[doc(alias = "NF_STOLEN")]
     Stolen,
-    /// Hand it to another queue, or again to this one; it gets a new id there
+    /// Put the packet into another queue, or into the same one again, with a new id
     #[doc(alias = "NF_QUEUE")]
     Queue {
         /// The queue's number
         num: u16,
-        /// If nobody listens to that queue, let the packet go on; without this it is silently dropped. Linux 2.6.39
+        /// Let the packet go on if the queue is not bound, instead of dropping it silently. Since
+        /// Linux 2.6.39.
         #[doc(alias = "NF_VERDICT_FLAG_QUEUE_BYPASS")]
         bypass: bool,
     },
-    /// Run it through the same chain again; unless a mark tells the rule to pass it by, it comes back with a new id
+    /// Run the packet through the same base chain again
+    ///
+    /// The same rule queues the packet again, with a new id, unless something excludes the packet
+    /// there, for example a mark.
     #[doc(alias = "NF_REPEAT")]
     Repeat,
-    /// Accept it, and skip the later chains of this hook
+    /// Accept the packet, and skip the later base chains of this hook
     #[doc(alias = "NF_STOP")]
     Stop,
 }
@@ -59,7 +67,7 @@ impl Verdict {
                 } else {
                     0
                 };
-                // `num as u32` widens; `u32::from` is not const
+                // `num as u32` widens; `u32::from` is not const.
                 (num as u32) << NF_VERDICT_QBITS | flag | NF_QUEUE
             }
             Self::Repeat => NF_REPEAT,
@@ -67,14 +75,38 @@ impl Verdict {
         }
     }
 
-    /// The same verdict, and a new packet mark
+    /// The same verdict, with a new packet mark: see [`Decision::with_mark`]
     pub const fn with_mark(self, mark: u32) -> Decision<'static> {
         Decision::new(self).with_mark(mark)
     }
 
-    /// The same verdict, and a new packet in place of the old
+    /// The same verdict, with a new priority: see [`Decision::with_priority`]
+    pub const fn with_priority(self, priority: u32) -> Decision<'static> {
+        Decision::new(self).with_priority(priority)
+    }
+
+    /// The same verdict, with a change to the conntrack entry: see [`Decision::with_conntrack`]
+    pub const fn with_conntrack(self, nested: &[u8]) -> Decision<'_> {
+        Decision::new(self).with_conntrack(nested)
+    }
+
+    /// The same verdict, with a new packet: see [`Decision::with_payload`]
     pub const fn with_payload(self, payload: &[u8]) -> Decision<'_> {
         Decision::new(self).with_payload(payload)
+    }
+}
+
+impl core::fmt::Display for Verdict {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Drop => f.pad("drop"),
+            Self::Accept => f.pad("accept"),
+            Self::Stolen => f.pad("stolen"),
+            Self::Queue { num, bypass: false } => write!(f, "queue {num}"),
+            Self::Queue { num, bypass: true } => write!(f, "queue {num} or bypass"),
+            Self::Repeat => f.pad("repeat"),
+            Self::Stop => f.pad("stop"),
+        }
     }
 }
 
@@ -84,11 +116,12 @@ impl From<Verdict> for u32 {
     }
 }
 
-/// A number that is no verdict, or has bits that the kernel would take for something else
+/// A number without a [`Verdict`], or with stray bits
 ///
-/// `NF_ACCEPT` with any bit above the low eight acts as `NF_STOP`.
+/// The kernel interprets stray bits: `NF_ACCEPT` with any bit above the low eight acts as
+/// `NF_STOP`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
-#[error("{0:#010x} is no verdict")]
+#[error("{0:#010x} is not a verdict")]
 #[expect(clippy::exhaustive_structs, reason = "the number is all there is")]
 pub struct UnknownVerdict(pub u32);
 
@@ -117,14 +150,14 @@ impl TryFrom<u32> for Verdict {
     }
 }
 
-/// A verdict and what is to change about the packet (`NFQNL_MSG_VERDICT`)
+/// A verdict on one packet, with changes to the packet (`NFQNL_MSG_VERDICT`)
 #[doc(alias = "NFQNL_MSG_VERDICT")]
 #[doc(alias = "nfq_set_verdict")]
 #[doc(alias = "nfq_set_verdict2")]
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 #[must_use]
 pub struct Decision<'p> {
-    common: BatchVerdict,
+    plain: PlainVerdict,
     vlan: Option<Vlan>,
     l2_header: Option<&'p [u8]>,
     conntrack: Option<&'p [u8]>,
@@ -133,11 +166,11 @@ pub struct Decision<'p> {
 }
 
 impl<'p> Decision<'p> {
-    /// A verdict that changes nothing
+    /// A verdict without changes to the packet
     #[doc(alias = "NFQA_VERDICT_HDR")]
     pub const fn new(verdict: Verdict) -> Self {
         Self {
-            common: BatchVerdict::new(verdict),
+            plain: PlainVerdict::new(verdict),
             vlan: None,
             l2_header: None,
             conntrack: None,
@@ -146,56 +179,69 @@ impl<'p> Decision<'p> {
         }
     }
 
-    /// Sets the packet mark (`skb->mark`), which later rules, routing and sockets see
+    /// Sets the packet mark (`skb->mark`), for later rules, routing and sockets
     #[doc(alias = "NFQA_MARK")]
     pub const fn with_mark(mut self, mark: u32) -> Self {
-        self.common = self.common.with_mark(mark);
+        self.plain = self.plain.with_mark(mark);
         self
     }
 
-    /// Sets `skb->priority`. Linux 5.18; older kernels ignore it
+    /// Sets `skb->priority`
+    ///
+    /// Since Linux 5.18; older kernels ignore it.
     #[doc(alias = "NFQA_PRIORITY")]
     pub const fn with_priority(mut self, priority: u32) -> Self {
-        self.common = self.common.with_priority(priority);
+        self.plain = self.plain.with_priority(priority);
         self
     }
 
-    /// Replaces the packet, from its network header on, by one that may be longer or shorter
+    /// Replaces the packet, from its network header on; the new packet may be longer or shorter
     ///
-    /// The lengths and **all checksums** in it are the caller's, IP and transport alike. The kernel drops the packet
-    /// without a word if it can't make the change: it is out of memory, or the new packet is shorter than its headers.
-    /// From Linux 7.2 on it also drops it if IP version, options, extension headers or fragment bits are changed, if the
-    /// length in the IP header is wrong, if the packet is a bridge's, and in a network namespace whose user namespace is
-    /// not the initial one; from 7.3 on if the transport header is not whole.
+    /// The caller must set the lengths and **all checksums** in it, both IP and transport.
+    ///
+    /// If the kernel cannot make the change, it silently drops the packet:
+    /// * if it is out of memory, or the new packet is shorter than its headers;
+    /// * since Linux 7.2 also if the IP version, options, extension headers or fragment bits
+    ///   change, if the length in the IP header is wrong, if the packet is bridged, and in a
+    ///   network namespace of a user namespace other than the initial one;
+    /// * since Linux 7.3 also if the transport header is incomplete.
     #[doc(alias = "NFQA_PAYLOAD")]
     pub const fn with_payload(mut self, payload: &'p [u8]) -> Self {
         self.payload = Some(payload);
         self
     }
 
-    /// Sets or changes the VLAN tag, given in host byte order; only in the bridge family. Linux 4.7
+    /// Sets or changes the VLAN tag, given in host byte order; only in the bridge family
+    ///
+    /// Since Linux 4.7.
     #[doc(alias = "NFQA_VLAN")]
     pub const fn with_vlan(mut self, vlan: Vlan) -> Self {
         self.vlan = Some(vlan);
         self
     }
 
-    /// Replaces the link-layer header by one of the same length; only in the bridge family. Linux 4.7
+    /// Replaces the link-layer header by one of the same length; only in the bridge family
+    ///
+    /// Since Linux 4.7.
     #[doc(alias = "NFQA_L2HDR")]
     pub const fn with_l2_header(mut self, header: &'p [u8]) -> Self {
         self.l2_header = Some(header);
         self
     }
 
-    /// Changes the conntrack entry by nested `CTA_*` attributes (mark, labels, timeout, …). Linux 3.6
+    /// Changes the conntrack entry by nested `CTA_*` attributes (mark, labels, timeout, …)
+    ///
+    /// The values in them are big-endian. A kernel without `CONFIG_NETFILTER_NETLINK_GLUE_CT`
+    /// ignores the change and acknowledges the verdict. Since Linux 3.6.
     #[doc(alias = "NFQA_CT")]
     pub const fn with_conntrack(mut self, nested: &'p [u8]) -> Self {
         self.conntrack = Some(nested);
         self
     }
 
-    /// Adds an expectation by nested `CTA_EXPECT_*` attributes; the kernel looks at it only together with
-    /// [`with_conntrack`](Self::with_conntrack). Linux 3.12
+    /// Adds an expectation by nested `CTA_EXPECT_*` attributes
+    ///
+    /// The kernel ignores it without [`with_conntrack`](Self::with_conntrack). Since Linux 3.12.
     #[doc(alias = "NFQA_EXP")]
     pub const fn with_expectation(mut self, nested: &'p [u8]) -> Self {
         self.expectation = Some(nested);
@@ -205,36 +251,73 @@ impl<'p> Decision<'p> {
     /// The verdict
     #[must_use]
     pub const fn verdict(&self) -> Verdict {
-        self.common.verdict
+        self.plain.verdict
     }
 
-    /// The decision as one that many packets can share: verdict, mark and priority, if that is all there is to it
+    /// The new packet mark, if set
+    #[must_use]
+    pub const fn mark(&self) -> Option<u32> {
+        self.plain.mark
+    }
+
+    /// The new priority, if set
+    #[must_use]
+    pub const fn priority(&self) -> Option<u32> {
+        self.plain.priority
+    }
+
+    /// The new VLAN tag, if set
+    #[must_use]
+    pub const fn vlan(&self) -> Option<Vlan> {
+        self.vlan
+    }
+
+    /// The new link-layer header, if set
+    #[must_use]
+    pub const fn l2_header(&self) -> Option<&'p [u8]> {
+        self.l2_header
+    }
+
+    /// The nested attributes for the conntrack entry, if set
+    #[must_use]
+    pub const fn conntrack(&self) -> Option<&'p [u8]> {
+        self.conntrack
+    }
+
+    /// The nested attributes of the new expectation, if set
+    #[must_use]
+    pub const fn expectation(&self) -> Option<&'p [u8]> {
+        self.expectation
+    }
+
+    /// The decision as a [`PlainVerdict`], if it has only a verdict, a mark and a priority
     #[must_use]
     #[inline]
-    pub const fn as_batch(&self) -> Option<BatchVerdict> {
+    pub const fn as_plain(&self) -> Option<PlainVerdict> {
         match self {
             Self {
-                common,
+                plain,
                 vlan: None,
                 l2_header: None,
                 conntrack: None,
                 expectation: None,
                 payload: None,
-            } => Some(*common),
+            } => Some(*plain),
             _ => None,
         }
     }
 
-    /// The new packet, if there is one
+    /// The new packet, if set
     #[must_use]
     pub const fn payload(&self) -> Option<&'p [u8]> {
         self.payload
     }
 
-    /// Room enough for any decision without payload, header or nested attributes
+    /// A buffer of this size has room for any decision with only a verdict, a mark, a priority and
+    /// a VLAN tag
     pub const SMALL_LEN: usize = 80;
 
-    /// How many bytes [`encode`](Self::encode) needs at most
+    /// Returns a buffer size with room for this decision
     #[must_use]
     pub fn max_len(&self) -> usize {
         let raw = [
@@ -249,13 +332,14 @@ impl<'p> Decision<'p> {
         })
     }
 
-    /// Writes the verdict on packet `id` of `queue` to the front of `buf`, and says how long it is
+    /// Writes the verdict on packet `id` of `queue` to the front of `buf`, and returns its length
     ///
-    /// Messages that share a send begin at multiples of 4: see [`align`](crate::consts::align).
+    /// If one send has several messages, each must begin at a multiple of 4: see
+    /// [`align`](crate::consts::align).
     ///
     /// # Errors
-    /// [`EncodeError::NoSpace`] if `buf` is too small; [`EncodeError::AttributeTooLong`] before anything is written if
-    /// the payload or a raw attribute is longer than 65531 bytes.
+    /// [`EncodeError::NoSpace`] if `buf` is too small. [`EncodeError::AttributeTooLong`], with
+    /// nothing written, if the payload or a raw attribute is longer than 65531 bytes.
     #[inline]
     pub fn encode(
         &self,
@@ -264,8 +348,8 @@ impl<'p> Decision<'p> {
         id: u32,
         header: RequestHeader,
     ) -> Result<usize, EncodeError> {
-        if let Some(common) = self.as_batch() {
-            return common.encode_single(buf, queue, id, header);
+        if let Some(plain) = self.as_plain() {
+            return plain.encode(buf, queue, id, header);
         }
         self.encode_long(buf, queue, id, header)
     }
@@ -295,7 +379,7 @@ impl<'p> Decision<'p> {
                 _ => {}
             }
         }
-        let mut message = self.common.begin(NFQNL_MSG_VERDICT, buf, queue, id, header);
+        let mut message = self.plain.begin(NFQNL_MSG_VERDICT, buf, queue, id, header);
         if let Some(Vlan { proto, tci }) = self.vlan {
             message.nested_be16(NFQA_VLAN, [(NFQA_VLAN_PROTO, proto), (NFQA_VLAN_TCI, tci)]);
         }
@@ -322,38 +406,33 @@ impl From<Verdict> for Decision<'_> {
 impl core::fmt::Debug for Decision<'_> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("Decision")
-            .field("verdict", &self.common.verdict)
-            .field("mark", &self.common.mark)
-            .field("priority", &self.common.priority)
+            .field("verdict", &self.plain.verdict)
+            .field("mark", &self.plain.mark)
+            .field("priority", &self.plain.priority)
             .field("vlan", &self.vlan)
             .field("payload_len", &self.payload.map(<[u8]>::len))
             .finish_non_exhaustive()
     }
 }
 
-/// One verdict on **every** waiting packet of a queue whose id is not after `last` (`NFQNL_MSG_VERDICT_BATCH`)
+/// A verdict with at most a mark and a priority: everything in a batch message
 ///
-/// That includes packets which another thread still looks at. Ids compare as a wrapping sequence.
-///
-/// As a message of its own ([`encode`](Self::encode)) it needs Linux 3.1, on one packet
-/// ([`encode_single`](Self::encode_single)) any.
-#[doc(alias = "NFQNL_MSG_VERDICT_BATCH")]
-#[doc(alias = "nfq_set_verdict_batch")]
-#[doc(alias = "nfq_set_verdict_batch2")]
+/// [`encode`](Self::encode) writes a verdict on one packet, and
+/// [`encode_batch`](Self::encode_batch) a verdict on many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[must_use]
-pub struct BatchVerdict {
+pub struct PlainVerdict {
     verdict: Verdict,
     mark: Option<u32>,
     priority: Option<u32>,
 }
 
-impl BatchVerdict {
-    /// Room enough for any of these, single or batch
+impl PlainVerdict {
+    /// A buffer of this size has room for any message of this type
     pub const MAX_LEN: usize =
         ATTRS_OFFSET + ATTR_HEADER_LEN + VERDICT_HDR_LEN + 2 * (ATTR_HEADER_LEN + 4);
 
-    /// A verdict that changes nothing
+    /// A verdict without changes to the packet
     pub const fn new(verdict: Verdict) -> Self {
         Self {
             verdict,
@@ -362,14 +441,16 @@ impl BatchVerdict {
         }
     }
 
-    /// Sets the mark of every packet
+    /// Sets the packet mark (`skb->mark`)
     #[doc(alias = "NFQA_MARK")]
     pub const fn with_mark(mut self, mark: u32) -> Self {
         self.mark = Some(mark);
         self
     }
 
-    /// Sets the priority of every packet. Linux 5.18; older kernels ignore it
+    /// Sets `skb->priority`
+    ///
+    /// Since Linux 5.18; older kernels ignore it.
     #[doc(alias = "NFQA_PRIORITY")]
     pub const fn with_priority(mut self, priority: u32) -> Self {
         self.priority = Some(priority);
@@ -382,28 +463,17 @@ impl BatchVerdict {
         self.verdict
     }
 
-    /// Writes the message for all packets up to `last` to the front of `buf`, and says how long it is. Linux 3.1
+    /// Writes the verdict on packet `id` of `queue` to the front of `buf`, and returns its length
+    ///
+    /// The message is `NFQNL_MSG_VERDICT`.
     ///
     /// # Errors
     /// [`EncodeError::NoSpace`] if `buf` is too small.
+    #[doc(alias = "NFQNL_MSG_VERDICT")]
+    #[doc(alias = "nfq_set_verdict")]
+    #[doc(alias = "nfq_set_verdict2")]
     #[inline]
     pub fn encode(
-        &self,
-        buf: &mut [u8],
-        queue: u16,
-        last: u32,
-        header: RequestHeader,
-    ) -> Result<usize, EncodeError> {
-        self.begin(NFQNL_MSG_VERDICT_BATCH, buf, queue, last, header)
-            .finish()
-    }
-
-    /// Writes the same verdict on packet `id` alone (`NFQNL_MSG_VERDICT`), and says how long it is
-    ///
-    /// # Errors
-    /// [`EncodeError::NoSpace`] if `buf` is too small.
-    #[inline]
-    pub fn encode_single(
         &self,
         buf: &mut [u8],
         queue: u16,
@@ -414,7 +484,31 @@ impl BatchVerdict {
             .finish()
     }
 
-    /// What single and batch verdicts have in common, which is all of a batch verdict
+    /// Writes one verdict on **every** waiting packet of `queue` up to id `last`, and returns its
+    /// length
+    ///
+    /// The message is `NFQNL_MSG_VERDICT_BATCH`. The kernel applies it to all packets with ids up
+    /// to `last`, even to packets held by other threads. It compares ids as a wrapping sequence of
+    /// 32 bits. Since Linux 3.1.
+    ///
+    /// # Errors
+    /// [`EncodeError::NoSpace`] if `buf` is too small.
+    #[doc(alias = "NFQNL_MSG_VERDICT_BATCH")]
+    #[doc(alias = "nfq_set_verdict_batch")]
+    #[doc(alias = "nfq_set_verdict_batch2")]
+    #[inline]
+    pub fn encode_batch(
+        &self,
+        buf: &mut [u8],
+        queue: u16,
+        last: u32,
+        header: RequestHeader,
+    ) -> Result<usize, EncodeError> {
+        self.begin(NFQNL_MSG_VERDICT_BATCH, buf, queue, last, header)
+            .finish()
+    }
+
+    /// Writes the common part of both messages, which is the whole batch message
     #[inline]
     fn begin<'b>(
         &self,
@@ -433,5 +527,11 @@ impl BatchVerdict {
             message.be32(NFQA_PRIORITY, priority);
         }
         message
+    }
+}
+
+impl From<Verdict> for PlainVerdict {
+    fn from(verdict: Verdict) -> Self {
+        Self::new(verdict)
     }
 }

@@ -6,9 +6,10 @@ use crate::attr::Attrs;
 use crate::consts::{NFQA_VLAN, NFQA_VLAN_PROTO, NFQA_VLAN_TCI};
 use crate::error::DecodeError;
 
-/// A VLAN tag that was taken off the link-layer header (`NFQA_VLAN`)
+/// A VLAN tag, which the kernel has removed from the link-layer header (`NFQA_VLAN`)
 ///
-/// Both halves are always there: the kernel sends both, and refuses a verdict that has only one (and drops its packet).
+/// Always both halves: the kernel sends both. It refuses a verdict with one half, and drops the
+/// packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(clippy::exhaustive_structs, reason = "a tag is these 32 bits")]
 pub struct Vlan {
@@ -19,16 +20,16 @@ pub struct Vlan {
 }
 
 impl Vlan {
-    /// The VLAN's number, the low 12 bits of the tag control information
+    /// The VLAN id: the low 12 bits of the tag control information
     #[must_use]
     pub const fn id(self) -> u16 {
         self.tci & 0x0fff
     }
 
-    /// Decodes the nested attribute, in either order, as the kernel sends TCI first
+    /// Decodes the value of the attribute, with its members in any order
     ///
     /// # Errors
-    /// A broken, short or missing member. Offsets count from the start of `nested`.
+    /// A member is broken, too short or missing. Offsets count from the start of `nested`.
     pub fn parse(nested: &[u8]) -> Result<Self, DecodeError> {
         let (mut proto, mut tci) = (None, None);
         for attr in Attrs::new(nested) {

@@ -1,46 +1,45 @@
-//! Writing a request into the caller's buffer
+//! Encoding of requests into the caller's buffer
 
 use byteorder::{BigEndian, ByteOrder, NativeEndian};
 
 use crate::consts::{
     ATTR_HEADER_LEN, MAX_PAYLOAD, MESSAGE_HEADER_LEN, NFQA_VERDICT_HDR, NLA_F_NESTED, NLM_F_ACK,
-    NLM_F_ECHO, NLM_F_REQUEST, NLMSG_NOOP, VERDICT_HDR_LEN, align, message_type,
+    NLM_F_REQUEST, NLMSG_NOOP, VERDICT_HDR_LEN, align, message_type,
 };
 use crate::error::EncodeError;
 
-/// What the netlink header of a request carries beside type and length
+/// The caller's part of a request's netlink header
 ///
-/// The kernel looks at none of these but `ack`. It returns all in the header that an acknowledgement or an error echoes
-/// ([`Reply`](crate::Reply)), so they can say what a reply belongs to.
+/// The kernel uses only `ack`. It repeats the header in the acknowledgement or error
+/// ([`Reply`](crate::Reply)), so `seq` and `pid` can identify the request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[expect(clippy::exhaustive_structs, reason = "struct nlmsghdr does not change")]
 pub struct RequestHeader {
-    /// Whether success is acknowledged too (`NLM_F_ACK`); errors are always reported
+    /// Asks for an acknowledgement of success (`NLM_F_ACK`); the kernel always reports errors
     pub ack: bool,
-    /// A mark of the sender's own (`NLM_F_ECHO`), which the queue subsystem returns as it does the numbers
-    pub echo: bool,
-    /// `nlmsg_seq`
+    /// The sequence number, `nlmsg_seq`
     pub seq: u32,
-    /// `nlmsg_pid`
+    /// The port id, `nlmsg_pid`
     pub pid: u32,
 }
 
-/// Encodes a `NLMSG_NOOP`, and says how long it is
+/// Encodes a `NLMSG_NOOP`, and returns its length
 ///
-/// With `ack` the kernel answers at once, behind everything it has to say to earlier requests: a barrier, and a way to
-/// make one's own socket readable. It needs `CAP_NET_ADMIN`, like every message to netfilter.
+/// With `ack` the kernel replies at once, after its replies to earlier requests. This makes the
+/// message a barrier, and a way to make one's own socket readable. Like every message to netfilter
+/// it needs `CAP_NET_ADMIN`.
 ///
-/// Linux 2.6.22: from there on netlink takes care of control messages itself (`netlink_rcv_skb` in
-/// `net/netlink/af_netlink.c`). Tried on Linux 6.18.
+/// Since Linux 2.6.22, when netlink began to handle control messages itself (`netlink_rcv_skb` in
+/// `net/netlink/af_netlink.c`). Tested on Linux 6.18.
 ///
 /// # Errors
-/// [`EncodeError::NoSpace`] below 16 bytes of buffer.
+/// [`EncodeError::NoSpace`] if `buf` is shorter than 16 bytes.
 #[doc(alias = "NLMSG_NOOP")]
 pub fn encode_noop(buf: &mut [u8], header: RequestHeader) -> Result<usize, EncodeError> {
     MessageWriter::control(buf, NLMSG_NOOP, header).finish()
 }
 
-/// Appends to a buffer and goes on counting when it is full, so that the error can say how much was needed
+/// Appends to a buffer; counts on when the buffer is full, so that the error has the size needed
 #[derive(Debug)]
 pub(crate) struct MessageWriter<'b> {
     buf: &'b mut [u8],
@@ -66,11 +65,10 @@ impl<'b> MessageWriter<'b> {
 
     #[inline]
     fn control(buf: &'b mut [u8], message_type: u16, header: RequestHeader) -> Self {
-        let mut bytes = [0; MESSAGE_HEADER_LEN]; // its length is written by `finish`
+        let mut bytes = [0; MESSAGE_HEADER_LEN]; // `finish` writes the length
         NativeEndian::write_u16(&mut bytes[4..6], message_type);
         let ack = if header.ack { NLM_F_ACK } else { 0 };
-        let echo = if header.echo { NLM_F_ECHO } else { 0 };
-        NativeEndian::write_u16(&mut bytes[6..8], NLM_F_REQUEST | ack | echo);
+        NativeEndian::write_u16(&mut bytes[6..8], NLM_F_REQUEST | ack);
         NativeEndian::write_u32(&mut bytes[8..12], header.seq);
         NativeEndian::write_u32(&mut bytes[12..16], header.pid);
         let mut writer = Self {
@@ -82,7 +80,7 @@ impl<'b> MessageWriter<'b> {
         writer
     }
 
-    /// Appends an attribute. Its padding is left to the next one: the last of a message has none.
+    /// Appends an attribute. The next one adds the padding: the last one of a message has none.
     pub(crate) fn attr(&mut self, kind: u16, value: &[u8]) {
         self.attr_header(kind, value.len());
         self.bytes(value);
@@ -113,7 +111,7 @@ impl<'b> MessageWriter<'b> {
         self.array(attr);
     }
 
-    /// Appends an attribute that nests two of 16 bits
+    /// Appends an attribute with two nested ones of 16 bits
     pub(crate) fn nested_be16(&mut self, kind: u16, members: [(u16, u16); 2]) {
         self.attr_header(
             kind | NLA_F_NESTED,
@@ -121,7 +119,7 @@ impl<'b> MessageWriter<'b> {
         );
         for (member, value) in members {
             self.attr(member, &value.to_be_bytes());
-            self.pad(); // counts as value here
+            self.pad(); // part of the outer value
         }
     }
 

@@ -1,5 +1,7 @@
-//! The crate against others: netlink-packet-core, which reads and writes the same headers and attributes ("the
-//! oracle" below), and libc, which has the same numbers
+//! Comparison with other crates
+//!
+//! netlink-packet-core ("the oracle" below) reads and writes the same headers and attributes, and
+//! libc has the same numbers.
 
 mod common;
 
@@ -10,8 +12,8 @@ use netlink_packet_core::{
 };
 use nfqnl_proto::consts::*;
 use nfqnl_proto::{
-    Attrs, BatchVerdict, ConfigRequest, CopyMode, DecodeError, EncodeError, Message, Messages,
-    Packet, QueueConfig, RequestHeader, Verdict, Vlan, encode_noop,
+    Attrs, ConfigRequest, CopyMode, DecodeError, EncodeError, Message, Messages, Packet,
+    PlainVerdict, QueueConfig, RequestHeader, Verdict, Vlan, encode_noop,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -20,7 +22,7 @@ use proptest::sample::Index;
 use std::convert::Infallible;
 use std::num::NonZeroI32;
 
-/// An inner message for the oracle: nothing but bytes
+/// An inner message for the oracle: any bytes
 #[derive(Clone, Debug, PartialEq)]
 struct Raw {
     kind: u16,
@@ -52,7 +54,7 @@ impl NetlinkDeserializable for Raw {
     }
 }
 
-/// A message as the oracle writes it
+/// Encodes a message with the oracle
 fn emit<M: NetlinkSerializable>(
     payload: NetlinkPayload<M>,
     flags: u16,
@@ -70,7 +72,7 @@ fn emit<M: NetlinkSerializable>(
     bytes
 }
 
-/// Attributes as the oracle writes them, all of them padded
+/// Encodes attributes with the oracle, which pads every one
 fn emit_attrs(attrs: &[(u16, Vec<u8>)]) -> Vec<u8> {
     let attrs = attrs
         .iter()
@@ -81,7 +83,7 @@ fn emit_attrs(attrs: &[(u16, Vec<u8>)]) -> Vec<u8> {
     bytes
 }
 
-/// Number and value of each attribute; `None` is a broken one
+/// The number and value of each attribute; `None` for a broken one
 type Walked = Vec<Option<(u16, Vec<u8>)>>;
 
 fn ours(bytes: &[u8]) -> Walked {
@@ -94,7 +96,7 @@ fn theirs(bytes: &[u8]) -> Walked {
     let mut end = 0;
     let mut walked = Walked::new();
     for nla in NlasIterator::new(bytes) {
-        // Up to three bytes at the end are an error to the oracle, and nothing to the kernel and us.
+        // The oracle reports up to three stray bytes at the end; the kernel and this crate do not.
         if bytes.len() - end < ATTR_HEADER_LEN {
             assert!(nla.is_err());
             break;
@@ -115,7 +117,7 @@ fn attrs() -> impl Strategy<Value = Vec<(u16, Vec<u8>)>> {
     vec((any::<u16>(), bytes()), 0..8)
 }
 
-/// Attributes, most of them in order; then lengths are damaged, and the end is cut
+/// Attributes, some with a damaged length, some truncated
 fn attr_bytes() -> impl Strategy<Value = Vec<u8>> {
     let damage = option::weighted(0.3, (0..64u16, any::<Index>()));
     (attrs(), damage, option::weighted(0.3, any::<Index>())).prop_map(|(attrs, damage, cut)| {
@@ -134,7 +136,7 @@ fn attr_bytes() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// Types that the crate tells apart, and any other
+/// The types known to the crate, and any other type
 fn message_types() -> impl Strategy<Value = u16> {
     let known = [
         NLMSG_NOOP,
@@ -147,7 +149,7 @@ fn message_types() -> impl Strategy<Value = u16> {
     prop_oneof![3 => prop::sample::select(known.to_vec()), 1 => any::<u16>()]
 }
 
-/// Messages with any body, some with a damaged length, the last one perhaps cut
+/// Messages with any body, some with a damaged length, some truncated
 fn datagrams() -> impl Strategy<Value = Vec<u8>> {
     let body = prop_oneof![bytes(), attr_bytes().prop_map(|attrs| wire![[0; 4], attrs])];
     let message = (message_types(), any::<(u16, u32, u32)>(), body).prop_map(
@@ -170,7 +172,7 @@ fn datagrams() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// Whether an error is one of finding the message, not one of what is inside
+/// Returns true if the error is about the bounds of the message at `offset`, not about its body
 fn is_framing(error: &DecodeError, offset: usize) -> bool {
     match *error {
         DecodeError::Short {
@@ -182,7 +184,7 @@ fn is_framing(error: &DecodeError, offset: usize) -> bool {
     }
 }
 
-/// Checks one message against the oracle's reading of it
+/// Compares one message with the oracle's result
 fn assert_same(message: Result<Message<'_>, DecodeError>, oracle: &NetlinkBuffer<&[u8]>) {
     let kind = oracle.message_type();
     match message {
@@ -201,7 +203,7 @@ fn assert_same(message: Result<Message<'_>, DecodeError>, oracle: &NetlinkBuffer
             assert_eq!(kind, NLMSG_ERROR);
             let parsed = NetlinkMessage::<Raw>::deserialize(oracle.clone().into_inner());
             let NetlinkPayload::Error(error) = parsed.expect("ours parses").payload else {
-                panic!("no error to the oracle");
+                panic!("the oracle found no error");
             };
             assert_eq!(reply.errno, error.raw_code().saturating_neg());
             let request = NetlinkBuffer::new(&error.header[..]);
@@ -225,7 +227,7 @@ fn assert_same(message: Result<Message<'_>, DecodeError>, oracle: &NetlinkBuffer
     }
 }
 
-/// What the oracle sees of a request: type, flags, sequence number, port, and the attributes
+/// Decodes a request with the oracle, and checks its header and its attributes
 fn assert_request(
     encode: impl Fn(&mut [u8]) -> Result<usize, EncodeError>,
     kind: u16,
@@ -237,12 +239,8 @@ fn assert_request(
     let oracle = NetlinkBuffer::new_checked(&bytes[..len]).expect("ours is whole");
     assert_eq!(oracle.length() as usize, len);
     assert_eq!(oracle.message_type(), kind);
-    assert_eq!(
-        oracle.flags(),
-        NLM_F_REQUEST
-            | if header.ack { NLM_F_ACK } else { 0 }
-            | if header.echo { NLM_F_ECHO } else { 0 }
-    );
+    let ack = if header.ack { NLM_F_ACK } else { 0 };
+    assert_eq!(oracle.flags(), NLM_F_REQUEST | ack);
     assert_eq!(
         (oracle.sequence_number(), oracle.port_number()),
         (header.seq, header.pid)
@@ -254,19 +252,14 @@ fn assert_request(
 }
 
 fn request_headers() -> impl Strategy<Value = RequestHeader> {
-    any::<(bool, bool, u32, u32)>().prop_map(|(ack, echo, seq, pid)| RequestHeader {
-        ack,
-        echo,
-        seq,
-        pid,
-    })
+    any::<(bool, u32, u32)>().prop_map(|(ack, seq, pid)| RequestHeader { ack, seq, pid })
 }
 
 proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn datagrams_fall_into_the_same_messages(bytes in datagrams()) {
+    fn datagrams_split_into_the_same_messages(bytes in datagrams()) {
         let mut messages = Messages::new(&bytes);
         let mut offset = 0;
         while offset < bytes.len() {
@@ -296,7 +289,8 @@ proptest! {
     #[test]
     fn attributes_of_the_oracle_are_read(attrs in attrs()) {
         let bytes = emit_attrs(&attrs);
-        let expected: Walked = attrs.into_iter().map(|a| Some((a.0 & NLA_TYPE_MASK, a.1))).collect();
+        let without_flags = |(kind, value)| Some((kind & NLA_TYPE_MASK, value));
+        let expected: Walked = attrs.into_iter().map(without_flags).collect();
         prop_assert_eq!(ours(&bytes), expected);
     }
 
@@ -316,7 +310,7 @@ proptest! {
         prop_assert_eq!(packet.payload(), payload);
     }
 
-    /// Acknowledgements (code 0) and errors, with extended-ack attributes where the flag says so
+    /// Acknowledgements (code 0) and errors, some with extended-ack attributes
     #[test]
     fn replies_of_the_oracle_are_read(
         code in prop_oneof![Just(0), any::<i32>()],
@@ -380,15 +374,22 @@ proptest! {
             ]),
         );
 
-        let batch = BatchVerdict::new(Verdict::Accept).with_mark(mark);
+        let plain = PlainVerdict::new(Verdict::Accept).with_mark(mark);
+        let attrs = vec![Some(verdict_hdr), be32(NFQA_MARK, mark)];
         assert_request(
-            |buf| batch.encode(buf, 1, id, header),
+            |buf| plain.encode(buf, 1, id, header),
+            message_type(NFQNL_MSG_VERDICT),
+            header,
+            Some(attrs.clone()),
+        );
+        assert_request(
+            |buf| plain.encode_batch(buf, 1, id, header),
             message_type(NFQNL_MSG_VERDICT_BATCH),
             header,
-            Some(vec![Some(verdict_hdr), be32(NFQA_MARK, mark)]),
+            Some(attrs),
         );
 
-        let settings = QueueConfig::new().copy_mode(CopyMode::PACKET, id).maxlen(mark);
+        let settings = QueueConfig::new().copy_mode(CopyMode::Packet, id).maxlen(mark);
         assert_request(
             |buf| ConfigRequest::bind(1, settings).encode(buf, header),
             message_type(NFQNL_MSG_CONFIG),
@@ -402,8 +403,8 @@ proptest! {
     }
 }
 
-/// Numbers and sizes of the kernel's headers, as libc has them. It lacks `NFQA_CGROUP_CLASSID`, `NLMSGERR_ATTR_*`, and
-/// the structs of netfilter.
+/// Comparison with the numbers and sizes in libc, which lacks `NFQA_CGROUP_CLASSID`,
+/// `NLMSGERR_ATTR_*` and the structs of netfilter
 #[cfg(target_os = "linux")]
 mod numbers {
     use nfqnl_proto::consts::*;
@@ -488,7 +489,7 @@ mod numbers {
     }
 }
 
-/// Owned messages that travel through the oracle
+/// Owned messages, encoded and decoded by the oracle
 #[cfg(feature = "netlink-packet-core")]
 mod interop {
     use super::*;
@@ -496,19 +497,14 @@ mod interop {
     use nfqnl_proto::interop::QueueMessage;
     use nfqnl_proto::{Decision, Family, PacketKey};
 
-    const KEY: PacketKey = PacketKey {
-        queue: 0x1122,
-        binding: 0,
-        id: 0x3344_5566,
-    };
+    const KEY: PacketKey = PacketKey::new(0x1122, 0x3344_5566);
     const HEADER: RequestHeader = RequestHeader {
         ack: true,
-        echo: false,
         seq: 5,
         pid: 6,
     };
 
-    /// Checks that the oracle writes what our encoder writes, and reads it back as the same message
+    /// Checks that the oracle writes the same bytes as our encoder, and decodes the same message
     #[track_caller]
     fn assert_travels(
         message: QueueMessage,
@@ -531,25 +527,25 @@ mod interop {
         let decision = Verdict::Accept.with_mark(7).with_payload(&payload);
         assert_travels(
             QueueMessage::verdict(KEY, &decision).unwrap(),
-            |buf, header| decision.encode(buf, KEY.queue, KEY.id, header),
+            |buf, header| decision.encode(buf, KEY.queue(), KEY.id(), header),
         );
     }
 
     #[test]
     fn batch_verdict() {
-        let verdict = BatchVerdict::new(Verdict::Drop)
+        let verdict = PlainVerdict::new(Verdict::Drop)
             .with_mark(7)
             .with_priority(8);
         assert_travels(
             QueueMessage::batch_verdict(KEY, &verdict).unwrap(),
-            |buf, header| verdict.encode(buf, KEY.queue, KEY.id, header),
+            |buf, header| verdict.encode_batch(buf, KEY.queue(), KEY.id(), header),
         );
     }
 
     #[test]
     fn config_request() {
-        let settings = QueueConfig::new().copy_mode(CopyMode::PACKET, 0).maxlen(1);
-        let request = ConfigRequest::bind(KEY.queue, settings);
+        let settings = QueueConfig::new().copy_mode(CopyMode::Packet, 0).maxlen(1);
+        let request = ConfigRequest::bind(KEY.queue(), settings);
         assert_travels(QueueMessage::config(&request).unwrap(), |buf, header| {
             request.encode(buf, header)
         });
@@ -589,7 +585,7 @@ mod interop {
     }
 
     #[test]
-    fn too_long_a_payload_is_refused() {
+    fn payload_over_the_limit_is_refused() {
         let payload = vec![0; MAX_PAYLOAD + 1];
         let error =
             QueueMessage::verdict(KEY, &Verdict::Accept.with_payload(&payload)).unwrap_err();
@@ -597,11 +593,10 @@ mod interop {
         assert_eq!(error, EncodeError::AttributeTooLong { kind, had, max });
     }
 
-    /// Where the message was and what it answered is the header's business, which the oracle holds
+    /// Sequence number and port id belong to the header, which the oracle keeps
     #[test]
-    fn equality_is_of_the_message_alone() {
-        let verdict =
-            |id| QueueMessage::verdict(PacketKey { id, ..KEY }, &Decision::new(Verdict::Drop));
+    fn equality_ignores_the_header() {
+        let verdict = |id| QueueMessage::verdict(KEY.with_id(id), &Decision::new(Verdict::Drop));
         let (one, other) = (verdict(1).unwrap(), verdict(2).unwrap());
         let arrived = |seq| {
             let bytes = emit(
@@ -617,9 +612,9 @@ mod interop {
         assert_eq!(arrived(1), arrived(2));
         assert_ne!(arrived(1), NetlinkPayload::InnerMessage(other));
 
-        // A batch verdict has the body of a verdict: only the type tells them apart.
-        let key = PacketKey { id: 1, ..KEY };
-        let batch = QueueMessage::batch_verdict(key, &BatchVerdict::new(Verdict::Drop)).unwrap();
+        // A batch verdict has the body of a verdict, and differs only in the type.
+        let key = KEY.with_id(1);
+        let batch = QueueMessage::batch_verdict(key, &PlainVerdict::new(Verdict::Drop)).unwrap();
         assert_eq!(batch.body(), one.body());
         assert_ne!(batch, one);
     }

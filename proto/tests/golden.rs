@@ -1,4 +1,4 @@
-//! Datagrams that a kernel sent, and what is in them; `data/README.md` says how they were made
+//! Datagrams from a real kernel, and their contents; `data/README.md` describes their origin
 #![cfg(target_endian = "little")]
 
 use std::time::Duration;
@@ -23,7 +23,7 @@ macro_rules! golden {
     };
 }
 
-/// The one message of a datagram
+/// Decodes the only message of a datagram
 fn only(datagram: &[u8]) -> Message<'_> {
     let mut messages = Messages::new(datagram);
     let message = messages.next().expect("a message").expect("a whole one");
@@ -34,18 +34,18 @@ fn only(datagram: &[u8]) -> Message<'_> {
 fn packet(datagram: &[u8]) -> Packet<'_> {
     match only(datagram) {
         Message::Packet(packet) => packet,
-        other => panic!("no packet, but {other:?}"),
+        other => panic!("not a packet: {other:?}"),
     }
 }
 
 fn reply(datagram: &[u8]) -> Reply<'_> {
     match only(datagram) {
         Message::Reply(reply) => reply,
-        other => panic!("no reply, but {other:?}"),
+        other => panic!("not a reply: {other:?}"),
     }
 }
 
-/// What no packet here has
+/// Checks the attributes that are the same in every packet here
 fn assert_plain(packet: &Packet<'_>) {
     assert_eq!(packet.queue(), QUEUE);
     assert_eq!(packet.security_context(), None);
@@ -78,12 +78,13 @@ fn ipv4_at_input() {
     assert_eq!(
         (packet.uid(), packet.gid()),
         (None, None),
-        "its socket is no longer known"
+        "not associated with a socket"
     );
     assert_eq!(packet.timestamp(), None);
-    assert_eq!((packet.capture_len(), packet.is_cut()), (None, false));
+    let len = IPV4_AND_UDP + b"golden!".len();
+    assert_eq!((packet.len(), packet.is_truncated()), (Some(len), false));
     assert_eq!(packet.skb_info(), SkbInfo::empty());
-    assert_eq!(packet.payload().len(), IPV4_AND_UDP + b"golden!".len());
+    assert_eq!(packet.payload().len(), len);
     assert!(packet.payload().ends_with(b"golden!"));
 }
 
@@ -109,26 +110,26 @@ fn ipv6_at_output() {
 }
 
 #[test]
-fn a_packet_of_which_50_bytes_were_copied() {
+fn packet_truncated_to_50_bytes() {
     let packet = packet(golden!("cut"));
     assert_plain(&packet);
     assert_eq!(packet.payload().len(), 50);
     assert!(packet.payload().ends_with(b"xx"));
-    assert_eq!((packet.capture_len(), packet.is_cut()), (Some(148), true));
+    assert_eq!((packet.len(), packet.is_truncated()), (Some(148), true));
 }
 
 #[test]
-fn metadata_alone() {
+fn packet_without_payload() {
     let packet = packet(golden!("meta"));
     assert_plain(&packet);
     assert_eq!((packet.id(), packet.mark()), (4, MARK));
     assert_eq!(packet.payload(), []);
-    assert_eq!((packet.capture_len(), packet.is_cut()), (None, false));
+    assert_eq!((packet.len(), packet.is_truncated()), (None, false));
     assert_eq!(packet.skb_info(), SkbInfo::CSUM_NOT_READY);
 }
 
 #[test]
-fn a_forwarded_packet_with_its_time() {
+fn forwarded_packet_with_timestamp() {
     let packet = packet(golden!("forward"));
     assert_plain(&packet);
     assert_eq!(
@@ -143,7 +144,7 @@ fn a_forwarded_packet_with_its_time() {
 }
 
 #[test]
-fn a_bridged_packet() {
+fn bridged_packet() {
     let packet = packet(golden!("bridge"));
     assert_plain(&packet);
     assert_eq!(
@@ -196,7 +197,7 @@ fn refusals() {
 }
 
 #[test]
-fn a_refusal_in_the_kernels_own_words() {
+fn refusal_with_text() {
     const ERANGE: i32 = 34;
     let reply = reply(golden!("short_attribute"));
     assert_eq!((reply.errno, reply.seq), (ERANGE, 5));

@@ -1,4 +1,4 @@
-//! The proof that the crate needs no std: the package in `no-std` builds
+//! Proves that the crate does not need std: the package in `no-std` builds
 
 use std::path::Path;
 use std::process::Command;
@@ -7,7 +7,8 @@ use std::process::Command;
 fn builds_without_std() {
     let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/no-std");
     let lock = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.lock");
-    // The workspace's versions are those that building this test has downloaded already, so no network is needed.
+    // Cargo has downloaded the versions in the workspace's lock file to build this test, so the
+    // build works offline.
     std::fs::copy(lock, package.join("Cargo.lock")).unwrap();
     let output = Command::new(env!("CARGO"))
         .args(["build", "--offline", "--manifest-path"])

@@ -1,4 +1,4 @@
-//! What holds for any bytes: what is written can be read, and nothing that is read panics, loops or gets lost
+//! Properties for any input: all messages can be read back, and no bytes cause a panic or a loop
 
 mod common;
 
@@ -8,8 +8,8 @@ use common::{
 };
 use nfqnl_proto::consts::*;
 use nfqnl_proto::{
-    Attrs, BatchVerdict, ConfigFlags, ConfigRequest, CopyMode, Decision, DecodeError, EncodeError,
-    Family, Header, HwAddr, Message, Messages, Packet, PacketKey, QueueConfig, RequestHeader,
+    Attrs, ConfigFlags, ConfigRequest, CopyMode, Decision, DecodeError, EncodeError, Family,
+    Header, HwAddr, Message, Messages, Packet, PacketKey, PlainVerdict, QueueConfig, RequestHeader,
     UnknownVerdict, Verdict, Vlan,
 };
 use proptest::collection::vec;
@@ -34,7 +34,7 @@ fn type_flags() -> impl Strategy<Value = u16> {
     ])
 }
 
-/// A value that an attribute of this number may have
+/// A valid value for an attribute with this number
 fn value(kind: u16) -> BoxedStrategy<Vec<u8>> {
     if kind == NFQA_VLAN {
         let member = |kind| bytes().prop_map(move |more| attr(kind, &wire![[0x81, 0x23], more]));
@@ -55,7 +55,7 @@ fn value(kind: u16) -> BoxedStrategy<Vec<u8>> {
     vec(any::<u8>(), least..least + 24).boxed()
 }
 
-/// Any attributes in any order: repeated, unknown, with flags, some longer than needed
+/// Valid attributes in any order: repeated, unknown, with flags, longer than needed
 fn attrs() -> impl Strategy<Value = AttrList> {
     let kind = prop_oneof![4 => 0..=NFQA_MAX + 2, 1 => 0..=NLA_TYPE_MASK];
     let attr = kind.prop_flat_map(|kind| (Just(kind), type_flags(), value(kind)));
@@ -65,7 +65,7 @@ fn attrs() -> impl Strategy<Value = AttrList> {
     )
 }
 
-/// A packet message that parses, and the attributes in it
+/// A valid packet message, and its attributes
 fn packets() -> impl Strategy<Value = (Vec<u8>, AttrList)> {
     let header = (
         any::<u8>(),
@@ -80,7 +80,7 @@ fn packets() -> impl Strategy<Value = (Vec<u8>, AttrList)> {
     })
 }
 
-/// Any message, whole
+/// A message with a valid length
 fn messages() -> impl Strategy<Value = Vec<u8>> {
     let error = (
         any::<u16>(),
@@ -100,7 +100,7 @@ fn messages() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-/// Checks every getter against a reading of the packet's bytes that is independent of it
+/// Compares every getter with an independent reading of the packet's bytes
 #[track_caller]
 fn assert_getters_agree(packet: &Packet<'_>) {
     let message = packet.as_bytes();
@@ -136,22 +136,19 @@ fn assert_getters_agree(packet: &Packet<'_>) {
     assert_eq!(packet.id().to_be_bytes(), header[..4]);
     assert_eq!(packet.hw_protocol().to_be_bytes(), header[4..6]);
     assert_eq!(packet.hook().0, header[6]);
-    let key = PacketKey {
-        queue: packet.queue(),
-        binding: 0,
-        id: packet.id(),
-    };
+    let key = PacketKey::new(packet.queue(), packet.id());
     assert_eq!(packet.key(), key);
-    assert_eq!(
-        packet.with_binding(3).key(),
-        PacketKey { binding: 3, ..key }
-    );
+    assert_eq!(packet.with_binding(3).key(), key.with_binding(3));
 
     for Be32 { kind, get, absent } in BE32 {
         let value = last(kind).map(|value| u32::from_be_bytes(*value.first_chunk().expect("4")));
         assert_eq!(get(packet), value.or(absent), "attribute {kind}");
     }
-    assert_eq!(packet.is_cut(), last(NFQA_CAP_LEN).is_some());
+    let payload_len = last(NFQA_PAYLOAD).map(<[u8]>::len);
+    let original_len = last(NFQA_CAP_LEN)
+        .map(|value| u32::from_be_bytes(*value.first_chunk().expect("4")) as usize);
+    assert_eq!(packet.len(), original_len.or(payload_len));
+    assert_eq!(packet.is_truncated(), original_len.is_some());
     let timestamp = last(NFQA_TIMESTAMP).map(|value| {
         let [seconds, micros] = [0, 8].map(|at| *value[at..].first_chunk().expect("8"));
         let seconds = Duration::from_secs(u64::from_be_bytes(seconds));
@@ -191,7 +188,7 @@ fn assert_getters_agree(packet: &Packet<'_>) {
     );
 }
 
-/// Reads all there is in any bytes, by every door of the crate
+/// Reads any bytes with every parser of the crate
 #[track_caller]
 fn assert_reads(bytes: &[u8]) {
     let most = bytes.len() / MESSAGE_HEADER_LEN + 1;
@@ -234,7 +231,7 @@ fn assert_reads(bytes: &[u8]) {
         }
     } else if let Some(key) = PacketKey::peek(bytes) {
         assert_eq!(
-            key.queue.to_be_bytes(),
+            key.queue().to_be_bytes(),
             bytes[MESSAGE_HEADER_LEN + 2..][..2]
         );
     }
@@ -249,7 +246,7 @@ fn assert_reads(bytes: &[u8]) {
     }
 }
 
-/// Cuts a packet message that parses at every length and says what must come of it
+/// Truncates a valid packet message to every length, and checks the result
 #[track_caller]
 fn assert_every_truncation(message: &[u8]) {
     let whole = walk(&message[ATTRS_OFFSET..]);
@@ -283,7 +280,7 @@ fn assert_every_truncation(message: &[u8]) {
             (parsed, expected) => panic!("{had} bytes: {parsed:?}, expected {expected:?}"),
         }
 
-        // The same, but a message that claims to end there
+        // The same bytes with a matching `nlmsg_len`
         let len = u32::try_from(had).expect("short");
         if had >= MESSAGE_HEADER_LEN {
             let relabelled = wire![len, cut[size_of_val(&len)..]];
@@ -294,7 +291,7 @@ fn assert_every_truncation(message: &[u8]) {
     }
 }
 
-/// How many attributes the first `had` bytes of a message have, or what is wrong with them
+/// The number of attributes in the first `had` bytes of a message, or the error
 fn expected_of_cut(whole: &[(u16, &[u8])], had: usize) -> Result<usize, DecodeError> {
     if had < ATTRS_OFFSET {
         let (what, offset, needed) = if had < MESSAGE_HEADER_LEN {
@@ -347,7 +344,7 @@ fn every_truncation_of_a_full_packet() {
     assert_every_truncation(&full_packet());
 }
 
-/// An error with text cut anywhere is an error with less text, or too short to be one
+/// A truncated error message has fewer attributes, or is too short
 #[test]
 fn every_truncation_of_an_error() {
     let request = packet().build();
@@ -376,7 +373,7 @@ fn every_truncation_of_an_error() {
     }
 }
 
-/// What a verdict may carry, owned
+/// The parts of a decision, owned
 #[derive(Clone, Debug)]
 struct Parts {
     verdict: Verdict,
@@ -399,13 +396,29 @@ fn verdicts() -> impl Strategy<Value = Verdict> {
     ]
 }
 
+fn copy_modes() -> impl Strategy<Value = CopyMode> {
+    prop::sample::select(vec![CopyMode::None, CopyMode::Meta, CopyMode::Packet])
+}
+
+/// A call that names flags
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum FlagCall {
+    Flags,
+    Enable,
+    EnableIfSupported,
+}
+
+fn flag_calls() -> impl Strategy<Value = FlagCall> {
+    let calls = [
+        FlagCall::Flags,
+        FlagCall::Enable,
+        FlagCall::EnableIfSupported,
+    ];
+    prop::sample::select(calls.to_vec())
+}
+
 fn request_headers() -> impl Strategy<Value = RequestHeader> {
-    any::<(bool, bool, u32, u32)>().prop_map(|(ack, echo, seq, pid)| RequestHeader {
-        ack,
-        echo,
-        seq,
-        pid,
-    })
+    any::<(bool, u32, u32)>().prop_map(|(ack, seq, pid)| RequestHeader { ack, seq, pid })
 }
 
 prop_compose! {
@@ -447,8 +460,8 @@ impl Parts {
         decision
     }
 
-    fn batch_verdict(&self) -> BatchVerdict {
-        let mut verdict = BatchVerdict::new(self.verdict);
+    fn plain_verdict(&self) -> PlainVerdict {
+        let mut verdict = PlainVerdict::new(self.verdict);
         if let Some(mark) = self.mark {
             verdict = verdict.with_mark(mark);
         }
@@ -458,7 +471,7 @@ impl Parts {
         verdict
     }
 
-    /// Numbers and values of the attributes that a batch verdict can have, too
+    /// The attributes of the plain verdict
     fn plain_attrs(&self, id: u32) -> AttrList {
         let header = [self.verdict.to_raw(), id].map(u32::to_be_bytes).concat();
         let be32 = |kind, value: Option<u32>| value.map(|v| (kind, v.to_be_bytes().to_vec()));
@@ -494,7 +507,7 @@ impl Parts {
     }
 }
 
-/// Runs an encoder, and checks the message's headers and how much room it asks for; returns its attributes
+/// Runs an encoder, checks the size needed and the headers, and returns the attributes
 fn encoded(
     message: u8,
     queue: u16,
@@ -507,7 +520,7 @@ fn encoded(
     let mut bytes = vec![0xa5; needed];
     assert_eq!(encode(&mut bytes), Ok(needed));
     let ack = if header.ack { NLM_F_ACK } else { 0 };
-    let flags = NLM_F_REQUEST | ack | if header.echo { NLM_F_ECHO } else { 0 };
+    let flags = NLM_F_REQUEST | ack;
     let expected = wire![
         u32::try_from(needed).expect("short"),
         message_type(message),
@@ -525,13 +538,13 @@ fn encoded(
         .collect()
 }
 
-/// The kernel does not look at the order
+/// Sorts attributes, because their order does not matter to the kernel
 fn sorted(mut attrs: AttrList) -> AttrList {
     attrs.sort();
     attrs
 }
 
-/// What was read, but for where in the datagram an error is
+/// The decoded message as text, except for the offset of an error
 fn apart_from_offset(read: &Result<Message<'_>, DecodeError>) -> String {
     let text = format!("{read:?}");
     match text.split_once("offset: ") {
@@ -565,7 +578,7 @@ proptest! {
         assert_reads(&bytes);
     }
 
-    /// Any attributes behind a right header: the deep end of the parser
+    /// Any attributes behind a valid header
     #[test]
     fn any_body_is_read(
         kind in prop::sample::select(vec![message_type(NFQNL_MSG_PACKET), NLMSG_ERROR]),
@@ -592,7 +605,7 @@ proptest! {
         assert_reads(&bytes);
     }
 
-    /// Whatever is wrong inside of one message, the others come as if alone
+    /// A broken body does not affect the other messages
     #[test]
     fn damage_inside_a_message_stays_there(
         mut messages in vec(messages(), 1..6),
@@ -625,24 +638,48 @@ proptest! {
         prop_assert_eq!(sorted(attrs), sorted(parts.attrs(id)));
         prop_assert!(encode(&mut vec![0; decision.max_len()]).is_ok());
         prop_assert_eq!(decision.verdict(), parts.verdict);
+        prop_assert_eq!((decision.mark(), decision.priority()), (parts.mark, parts.priority));
+        prop_assert_eq!(decision.vlan(), parts.vlan);
+        let raw = [
+            decision.l2_header(),
+            decision.conntrack(),
+            decision.expectation(),
+            decision.payload(),
+        ];
+        prop_assert_eq!(raw, parts.raw.each_ref().map(Option::as_deref));
+
+        let is_plain = parts.vlan.is_none() && parts.raw.iter().all(Option::is_none);
+        prop_assert_eq!(decision.as_plain(), is_plain.then(|| parts.plain_verdict()));
+    }
+
+    #[test]
+    fn plain_verdicts_are_written_as_asked(
+        parts in parts(), queue: u16, id: u32, header in request_headers(),
+    ) {
+        let verdict = parts.plain_verdict();
+        let encode = |buf: &mut [u8]| verdict.encode(buf, queue, id, header);
+        let attrs = encoded(NFQNL_MSG_VERDICT, queue, header, encode);
+        prop_assert_eq!(sorted(attrs), sorted(parts.plain_attrs(id)));
+        prop_assert!(encode(&mut [0; PlainVerdict::MAX_LEN]).is_ok());
+        prop_assert_eq!(verdict.verdict(), parts.verdict);
     }
 
     #[test]
     fn batch_verdicts_are_written_as_asked(
         parts in parts(), queue: u16, last: u32, header in request_headers(),
     ) {
-        let verdict = parts.batch_verdict();
-        let encode = |buf: &mut [u8]| verdict.encode(buf, queue, last, header);
+        let verdict = parts.plain_verdict();
+        let encode = |buf: &mut [u8]| verdict.encode_batch(buf, queue, last, header);
         let attrs = encoded(NFQNL_MSG_VERDICT_BATCH, queue, header, encode);
         prop_assert_eq!(sorted(attrs), sorted(parts.plain_attrs(last)));
-        prop_assert!(encode(&mut [0; Decision::SMALL_LEN]).is_ok());
+        prop_assert!(encode(&mut [0; PlainVerdict::MAX_LEN]).is_ok());
     }
 
     #[test]
     fn settings_are_written_as_asked(
         bind: bool,
         queue: u16,
-        copy: Option<(u8, u32)>,
+        copy in option::of((copy_modes(), any::<u32>())),
         maxlen: Option<u32>,
         flags: Option<(u32, u32)>,
         header in request_headers(),
@@ -653,8 +690,8 @@ proptest! {
             expected.push((NFQA_CFG_CMD, vec![NFQNL_CFG_CMD_BIND, 0, 0, 0]));
         }
         if let Some((mode, range)) = copy {
-            settings = settings.copy_mode(CopyMode(mode), range);
-            expected.push((NFQA_CFG_PARAMS, wire![range.to_be_bytes(), [mode]]));
+            settings = settings.copy_mode(mode, range);
+            expected.push((NFQA_CFG_PARAMS, wire![range.to_be_bytes(), [mode.to_raw()]]));
         }
         if let Some(maxlen) = maxlen {
             settings = settings.maxlen(maxlen);
@@ -664,7 +701,7 @@ proptest! {
             let [mask_bits, flag_bits] = [mask, flags].map(ConfigFlags::from_bits_retain);
             settings = settings.flags(mask_bits, flag_bits);
             expected.push((NFQA_CFG_MASK, mask.to_be_bytes().to_vec()));
-            expected.push((NFQA_CFG_FLAGS, flags.to_be_bytes().to_vec()));
+            expected.push((NFQA_CFG_FLAGS, (flags & mask).to_be_bytes().to_vec()));
         }
         let request = if bind {
             ConfigRequest::bind(queue, settings)
@@ -676,9 +713,46 @@ proptest! {
         prop_assert!(encode(&mut [0; ConfigRequest::MAX_LEN]).is_ok());
     }
 
-    /// Numbers that are verdicts convert there and back; all others are refused with the number
+    /// Each bit has the setting of the last call that named it
     #[test]
-    fn verdict_numbers(raw in prop_oneof![any::<u32>(), 0..16u32, any::<u16>().prop_map(|n| u32::from(n) << 16 | 3)]) {
+    fn flags_of_many_calls_add_up(calls in vec((flag_calls(), any::<u32>(), any::<u32>()), 0..6)) {
+        let mut settings = QueueConfig::new();
+        let mut bits = [None; 32];
+        for (call, mask, flags) in calls {
+            let [named, on] = [mask, flags].map(ConfigFlags::from_bits_retain);
+            settings = match call {
+                FlagCall::Flags => settings.flags(named, on),
+                FlagCall::Enable => settings.enable(named),
+                FlagCall::EnableIfSupported => settings.enable_if_supported(named),
+            };
+            for (bit, setting) in bits.iter_mut().enumerate() {
+                if mask >> bit & 1 == 1 {
+                    *setting = Some((call, flags >> bit & 1 == 1));
+                }
+            }
+        }
+        let bits_with = |wanted: fn(FlagCall, bool) -> bool| {
+            (0..).zip(bits).fold(0, |all, (bit, setting): (u32, _)| {
+                all | u32::from(setting.is_some_and(|(call, on)| wanted(call, on))) << bit
+            })
+        };
+        let mask = bits_with(|call, _| call != FlagCall::EnableIfSupported);
+        let on = bits_with(|call, on| call == FlagCall::Enable || call == FlagCall::Flags && on);
+        let optional = bits_with(|call, _| call == FlagCall::EnableIfSupported);
+        let (named, flags) = settings.get_flags().unwrap_or_default();
+        prop_assert_eq!((named.bits(), flags.bits()), (mask, on));
+        prop_assert_eq!(settings.get_optional_flags().bits(), optional);
+    }
+
+    /// A number with a verdict converts back to itself, and any other number is refused
+    #[test]
+    fn verdict_numbers(
+        raw in prop_oneof![
+            any::<u32>(),
+            0..16u32,
+            any::<u16>().prop_map(|n| u32::from(n) << 16 | 3),
+        ],
+    ) {
         let [_, _, flags, verdict] = raw.to_be_bytes();
         let plain = raw <= NF_STOP && raw != NF_QUEUE;
         let queue = u32::from(verdict) == NF_QUEUE && flags & 0x7f == 0;

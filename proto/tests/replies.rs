@@ -1,4 +1,4 @@
-//! What is received, from datagrams put together by hand
+//! Decoding of received datagrams, built by hand
 
 mod common;
 
@@ -13,7 +13,7 @@ use nfqnl_proto::{
 };
 use std::time::Duration;
 
-/// A request to be echoed: a verdict, as the crate sends it
+/// A verdict, encoded by the crate, as the request of a reply
 fn request(header: RequestHeader) -> Vec<u8> {
     let decision = Verdict::Accept.with_payload(b"odd");
     let mut bytes = vec![0; decision.max_len()];
@@ -26,12 +26,11 @@ fn request(header: RequestHeader) -> Vec<u8> {
 
 const REQUEST: RequestHeader = RequestHeader {
     ack: true,
-    echo: false,
     seq: 0xfeed_0001,
     pid: 0xee00_0002,
 };
 
-/// The one message of a datagram, which must be a reply
+/// Decodes the only message of a datagram, which must be a reply
 #[track_caller]
 fn reply(datagram: &[u8]) -> Reply<'_> {
     let mut messages = Messages::new(datagram);
@@ -48,7 +47,7 @@ fn assert_answers_request(reply: &Reply<'_>) {
     assert_eq!((reply.seq, reply.pid), (REQUEST.seq, REQUEST.pid));
 }
 
-/// The id of the packet, or what else the message is
+/// A short form of a decoded message
 #[derive(Debug, PartialEq)]
 enum Seen {
     Packet(u32),
@@ -96,17 +95,25 @@ fn packet_message() {
     assert_eq!(packet.hook(), Hook::OUTPUT);
     assert_eq!(packet.payload(), b"payload");
 
-    let key = PacketKey {
-        queue: QUEUE,
-        binding: 0,
-        id: ID,
-    };
+    let key = PacketKey::new(QUEUE, ID);
     assert_eq!(packet.key(), key);
     assert_eq!(PacketKey::peek(&bytes), Some(key));
+    assert_eq!(packet.with_binding(9).key(), key.with_binding(9));
+}
+
+#[test]
+fn packet_keys() {
+    let key = PacketKey::new(QUEUE, ID);
+    assert_eq!((key.queue(), key.id(), key.binding()), (QUEUE, ID, 0));
+    let bound = key.with_binding(9);
+    assert_eq!((bound.queue(), bound.id(), bound.binding()), (QUEUE, ID, 9));
+    assert_ne!(bound, key);
+    let next = bound.with_id(ID + 1);
     assert_eq!(
-        packet.with_binding(9).key(),
-        PacketKey { binding: 9, ..key }
+        (next.queue(), next.id(), next.binding()),
+        (QUEUE, ID + 1, 9)
     );
+    assert!(key < bound && bound < next && next < PacketKey::new(QUEUE + 1, 0));
 }
 
 /// The kernel caps an acknowledgement even without `NETLINK_CAP_ACK`
@@ -121,7 +128,7 @@ fn acknowledgement() {
     }
 }
 
-/// 1 is `EPERM`, 524 is `ENOTSUPP`, which user space has no name for
+/// 1 is `EPERM`, and 524 is `ENOTSUPP`, a number without a name in user space
 #[test]
 fn error_numbers() {
     for (code, errno) in [(-1, 1), (-524, 524), (i32::MIN, i32::MAX)] {
@@ -137,7 +144,7 @@ fn error_numbers() {
     }
 }
 
-/// Extended-ack attributes stand behind the echoed request: its header if capped, all of it (padded) if not
+/// Extended-ack attributes follow the request's header if capped, or the whole padded request
 #[test]
 fn extended_ack() {
     const TEXT: &[u8] = b"Attribute failed policy validation";
@@ -147,7 +154,7 @@ fn extended_ack() {
     assert_ne!(
         request.len(),
         padded(request.len()),
-        "the padding is to be seen"
+        "the request needs padding"
     );
     for (flags, body) in [(NLM_F_CAPPED, echo(&request)), (0, &request)] {
         let text_first = MessageBuilder::error(flags | NLM_F_ACK_TLVS, -34, body)
@@ -183,7 +190,7 @@ fn acknowledgement_with_text() {
     assert_eq!(reply.text, Some(&b"warning"[..]));
 }
 
-/// The error itself is what matters: it is not lost over a broken word about it
+/// The error number is reported even if its text is broken
 #[test]
 fn broken_extended_ack_leaves_the_error() {
     let flags = NLM_F_CAPPED | NLM_F_ACK_TLVS;
@@ -217,7 +224,7 @@ fn broken_extended_ack_leaves_the_error() {
     }
 }
 
-/// Without the flag, what follows the echoed header is not looked at
+/// Without the flag, the bytes behind the request's header are ignored
 #[test]
 fn extended_ack_needs_its_flag() {
     let bytes = MessageBuilder::error(NLM_F_CAPPED, -22, echo(&request(REQUEST)))
@@ -255,7 +262,7 @@ fn control_messages() {
 }
 
 #[test]
-fn other_messages_are_handed_over_as_they_are() {
+fn other_messages_are_passed_on_unchanged() {
     const FLAGS: u16 = 0x0a0b;
     let types = [
         0,
@@ -279,7 +286,7 @@ fn other_messages_are_handed_over_as_they_are() {
 #[test]
 fn several_messages_in_one_datagram() {
     let bytes = datagram([
-        packet().attr(NFQA_PAYLOAD, b"1").build(), // odd lengths: the next begins behind padding
+        packet().attr(NFQA_PAYLOAD, b"1").build(), // an odd length, so padding follows
         MessageBuilder::error(NLM_F_CAPPED, -2, echo(&request(REQUEST))).build(),
         MessageBuilder::new(NLMSG_OVERRUN, 0).build(),
         MessageBuilder::new(NLMSG_NOOP, 0).build(),
@@ -301,7 +308,7 @@ fn several_messages_in_one_datagram() {
     assert_eq!(see(&bytes), expected);
 }
 
-/// Padding behind the last message is no message
+/// Padding behind the last message is ignored
 #[test]
 fn last_message_may_be_padded() {
     let bytes = packet().attr(NFQA_PAYLOAD, b"1").build();
@@ -312,7 +319,7 @@ fn last_message_may_be_padded() {
 }
 
 #[test]
-fn rest_is_what_has_not_been_read() {
+fn rest_has_the_unread_messages() {
     let first = packet().attr(NFQA_PAYLOAD, b"1").build();
     let second = MessageBuilder::new(NLMSG_NOOP, 0).build();
     let bytes = datagram([&first, &second]);
@@ -325,7 +332,7 @@ fn rest_is_what_has_not_been_read() {
     assert!(messages.next().is_none());
 }
 
-/// Each way in which the inside of a message can be broken, and its error where the message begins at `base`
+/// Messages with a broken body, each with the error reported for a message at offset `base`
 fn broken_messages(base: usize) -> Vec<(Vec<u8>, DecodeError)> {
     let header_only = || MessageBuilder::packet(Family::INET, QUEUE);
     let behind_header = packet().offset();
@@ -444,9 +451,10 @@ fn broken_messages(base: usize) -> Vec<(Vec<u8>, DecodeError)> {
     too_short_to_be_one.chain(others).collect()
 }
 
-/// Number 1 is `NFQA_PACKET_HDR` in a message and `NFQA_VLAN_PROTO` in a VLAN: the text must tell them apart
+/// Number 1 is `NFQA_PACKET_HDR` in a message and `NFQA_VLAN_PROTO` in a VLAN tag, so the text of
+/// an error must name the outer attribute
 #[test]
-fn attribute_errors_say_where() {
+fn texts_of_attribute_errors() {
     let texts = broken_messages(100)
         .into_iter()
         .filter_map(|(_, error)| match error {
@@ -478,9 +486,9 @@ fn attribute_errors_say_where() {
     );
 }
 
-/// All the others, word by word
+/// The texts of all other errors
 #[test]
-fn errors_are_one_line_each() {
+fn texts_of_other_errors() {
     let short = |what| DecodeError::Short {
         what,
         offset: 20,
@@ -541,7 +549,7 @@ fn errors_are_one_line_each() {
 }
 
 #[test]
-fn broken_message_is_stepped_over() {
+fn broken_message_is_skipped() {
     let before = packet().attr(NFQA_PAYLOAD, b"1").build();
     let behind = packet().attr(NFQA_PAYLOAD, b"123").build();
     for (at, (broken, error)) in broken_messages(0).into_iter().enumerate() {
@@ -565,7 +573,7 @@ fn broken_message_is_stepped_over() {
     }
 }
 
-/// Where a length itself is broken nothing behind it can be found, and there is one error, not many
+/// Behind a broken length no message can be found, so there is one error and the end
 #[test]
 fn broken_message_length_is_the_end() {
     let good = packet().build();
@@ -624,15 +632,15 @@ fn broken_message_length_is_the_end() {
     }
 }
 
-/// What no kernel sends, and yet is no broken message: it is read as the kernel would read it, and so is what stands behind
+/// Unusual messages, which no kernel sends, are read as the kernel would read them
 #[test]
-fn odd_messages_are_read_and_what_is_behind_them_comes() {
+fn unusual_messages() {
     let other_id = wire![[9, 9, 9, 9], PACKET_HDR[4..]];
     let mut nested = Vec::new();
     for _ in 0..1000 {
         nested = attr(NFQA_CT | NLA_F_NESTED, &nested);
     }
-    // Shorter than what stands in it: the message ends in the middle of its first attribute, and another begins there.
+    // The message ends in the middle of its last attribute, and the next message begins there.
     let inner = MessageBuilder::new(NLMSG_NOOP, 0).build();
     let mut overlapping = packet().attr(NFQA_SECCTX, &inner).build();
     let end = u32::try_from(overlapping.len() - inner.len()).unwrap();
@@ -645,7 +653,7 @@ fn odd_messages_are_read_and_what_is_behind_them_comes() {
         had: ATTR_HEADER_LEN,
     };
     let cases = [
-        // An attribute over the header of the next one, which so is none
+        // An attribute with a length that covers the header of the next one
         (
             packet()
                 .field([0])
@@ -666,7 +674,7 @@ fn odd_messages_are_read_and_what_is_behind_them_comes() {
             vec![Seen::Packet(ID), Seen::Packet(ID)],
         ),
         (overlapping, vec![Seen::Broken(cut_attribute), Seen::Noop]),
-        // Messages that are the program's to send, and those of another subsystem
+        // Requests, and messages of other subsystems
         (
             request(REQUEST),
             vec![Seen::Other(message_type(NFQNL_MSG_VERDICT))],
@@ -688,15 +696,11 @@ fn odd_messages_are_read_and_what_is_behind_them_comes() {
         let attr = Attrs::new(inner).next()?.unwrap();
         Some(attr.value)
     });
-    assert_eq!(
-        levels.count(),
-        1001,
-        "each level is one call of the caller's"
-    );
+    assert_eq!(levels.count(), 1001, "each level takes one call");
 }
 
 #[test]
-fn packet_parse_wants_a_packet_message() {
+fn packet_parse_refuses_other_messages() {
     for kind in [NLMSG_ERROR, message_type(NFQNL_MSG_VERDICT)] {
         let bytes = MessageBuilder::new(kind, 0)
             .field([0; FAMILY_HEADER_LEN])
@@ -707,7 +711,7 @@ fn packet_parse_wants_a_packet_message() {
     }
 }
 
-/// Up to three bytes behind the last attribute are no attribute
+/// Up to three bytes behind the last attribute are ignored
 #[test]
 fn stray_bytes_behind_the_last_attribute() {
     for stray in 0..ATTR_HEADER_LEN {
@@ -774,7 +778,7 @@ fn last_of_equal_attributes_counts() {
     assert_eq!(marks.count(), 2);
 }
 
-/// Also where only the earlier one is broken, as in the kernel
+/// An error in the earlier one counts too, as in the kernel
 #[test]
 fn every_one_of_equal_attributes_is_checked() {
     let message = packet();
@@ -833,7 +837,7 @@ fn vlan_in_either_order() {
 }
 
 #[test]
-fn hardware_address_is_as_long_as_it_says_and_no_longer_than_its_room() {
+fn length_of_a_hardware_address() {
     const ADDR: [u8; HwAddr::MAX_LEN] = [2, 0, 0xa, 0xff, 5, 6, 7, 8];
     for len in [0, 1, 6, 8, 9, 0x0100, u16::MAX] {
         let hw = wire![len.to_be_bytes(), [0; 2], ADDR];
@@ -878,8 +882,8 @@ fn every_attribute() {
     assert_eq!(packet.payload(), b"payload");
     assert_eq!(packet.conntrack(), Some(&b"conntrack"[..]));
     assert_eq!(packet.conntrack_info(), Some(2));
-    assert_eq!(packet.capture_len(), Some(0xffff));
-    assert!(packet.is_cut());
+    assert_eq!(packet.len(), Some(0xffff));
+    assert!(packet.is_truncated());
     let unknown = SkbInfo::from_bits_retain(0x80);
     assert_eq!(
         packet.skb_info(),
@@ -912,7 +916,7 @@ fn absent_attributes() {
     assert_eq!(packet.hw_addr(), None);
     assert_eq!(packet.payload(), b"");
     assert_eq!(packet.conntrack(), None);
-    assert!(!packet.is_cut());
+    assert_eq!((packet.len(), packet.is_truncated()), (None, false));
     assert_eq!(packet.expectation(), None);
     assert_eq!(packet.security_context(), None);
     assert_eq!(packet.vlan(), None);
@@ -922,7 +926,7 @@ fn absent_attributes() {
     }
 }
 
-/// Each attribute of fixed size: one byte less is an error, one more is what a later kernel may send
+/// One byte less is an error; a later kernel may send more
 #[test]
 fn attributes_of_fixed_size() {
     for (kind, needed) in fixed_sizes() {
@@ -948,7 +952,7 @@ fn attributes_of_fixed_size() {
     }
 }
 
-/// Slices outlive the view that handed them out, and the view is `Copy`
+/// The slices outlive the view, and the view is `Copy`
 #[test]
 fn slices_borrow_the_buffer() {
     fn slices(bytes: &[u8]) -> [&[u8]; 6] {
@@ -972,9 +976,9 @@ fn slices_borrow_the_buffer() {
     }
 }
 
-/// A cut message still says which packet waits, once it reaches to the end of the header attribute
+/// A truncated message names its packet if it includes the whole packet header
 #[test]
-fn peek_into_a_cut_message() {
+fn peek_into_a_truncated_message() {
     let bytes = full_packet();
     let key = Packet::parse(&bytes).unwrap().key();
     let enough = packet().build().len();
@@ -987,7 +991,7 @@ fn peek_into_a_cut_message() {
     }
 }
 
-/// The view counts offsets in 16-bit words; the longest message must be found to its last attribute
+/// The view keeps offsets in 16 bits, and must find even the last attribute of the longest message
 #[test]
 fn longest_message() {
     const MAX: usize = (u16::MAX as usize + 1) * 4;
@@ -1013,4 +1017,32 @@ fn longest_message() {
         max: MAX,
     };
     assert_eq!(Packet::parse(&bytes).unwrap_err(), error);
+}
+
+#[test]
+fn length_of_a_packet() {
+    let payload = b"payload";
+    for (message, len, is_truncated) in [
+        (packet(), None, false),
+        (packet().attr(NFQA_PAYLOAD, b""), Some(0), false),
+        (packet().attr(NFQA_PAYLOAD, payload), Some(7), false),
+        (
+            packet()
+                .attr(NFQA_CAP_LEN, [0, 0, 1, 0])
+                .attr(NFQA_PAYLOAD, payload),
+            Some(256),
+            true,
+        ),
+        (
+            packet()
+                .attr(NFQA_CAP_LEN, [0xff; 4])
+                .attr(NFQA_PAYLOAD, payload),
+            usize::try_from(u32::MAX).ok(),
+            true,
+        ),
+    ] {
+        let bytes = message.build();
+        let packet = Packet::parse(&bytes).unwrap();
+        assert_eq!((packet.len(), packet.is_truncated()), (len, is_truncated));
+    }
 }

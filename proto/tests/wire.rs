@@ -1,30 +1,31 @@
-//! Every byte that is sent, as `linux/netlink.h` and `linux/netfilter/nfnetlink_queue.h` lay it out
+//! Every byte of the requests, as laid out in `linux/netlink.h` and
+//! `linux/netfilter/nfnetlink_queue.h`
 //!
-//! Lengths, types and numbers are literals here: this is where the crate's constants are checked. Netlink's own
-//! integers are in host order (`20u32`, `0x0302u16`), the queue subsystem's in network order (`[0, 0, 0, 7]`).
+//! Lengths, types and numbers are literals here, to check the crate's constants. Netlink's own
+//! integers are in host byte order (`20u32`, `0x0302u16`), and the integers of the queue subsystem
+//! are big-endian (`[0, 0, 0, 7]`).
 
 mod common;
 
 use common::wire;
 use nfqnl_proto::consts::MAX_PAYLOAD;
 use nfqnl_proto::{
-    BatchVerdict, ConfigFlags, ConfigRequest, CopyMode, Decision, EncodeError, Family, QueueConfig,
+    ConfigFlags, ConfigRequest, CopyMode, Decision, EncodeError, Family, PlainVerdict, QueueConfig,
     RequestHeader, UnknownVerdict, Verdict, Vlan, encode_noop,
 };
 
 const HEADER: RequestHeader = RequestHeader {
     ack: true,
-    echo: false,
     seq: 0x0102_0304,
     pid: 0x0506_0708,
 };
 const QUEUE: u16 = 0x1122;
 const ID: u32 = 0x3344_5566;
 
-/// What an encoder's buffer holds beforehand: padding must be written, and what lies behind the message must not be
+/// The initial bytes of a buffer: encoders must write padding, and nothing behind the message
 const DIRT: u8 = 0xa5;
 
-/// Checks an encoder's bytes, and that it says exactly how much room it wants when it has less
+/// Checks the bytes from an encoder, and its errors for buffers that are too small
 #[track_caller]
 fn assert_encodes(
     expected: &[u8],
@@ -62,12 +63,16 @@ fn assert_decision(decision: Decision<'_>, expected: &[u8]) {
     assert!(decision.max_len() >= expected.len());
 }
 
+/// Checks both messages of a plain verdict, which differ only in the type
 #[track_caller]
-fn assert_batch(verdict: BatchVerdict, expected: &[u8]) {
-    assert_encodes(expected, |buf, header| {
-        verdict.encode(buf, QUEUE, ID, header)
+fn assert_plain(plain: PlainVerdict, expected: &[u8]) {
+    assert_encodes(expected, |buf, header| plain.encode(buf, QUEUE, ID, header));
+    let mut batch = expected.to_vec();
+    batch[4..6].copy_from_slice(&0x0303u16.to_ne_bytes());
+    assert_encodes(&batch, |buf, header| {
+        plain.encode_batch(buf, QUEUE, ID, header)
     });
-    assert!(Decision::SMALL_LEN >= expected.len());
+    assert!(PlainVerdict::MAX_LEN >= expected.len());
 }
 
 /// The netlink header of a request with [`HEADER`]
@@ -102,10 +107,9 @@ fn noop() {
 }
 
 #[test]
-fn without_ack_only_the_request_flag_is_set() {
+fn request_without_ack() {
     let header = RequestHeader {
         ack: false,
-        echo: false,
         ..HEADER
     };
     let expected = wire![16u32, 1u16, 0x0001u16, 0x0102_0304u32, 0x0506_0708u32];
@@ -145,16 +149,22 @@ fn unbind_pf() {
 }
 
 #[test]
-fn params() {
-    for (mode, raw) in [
-        (CopyMode::NONE, 0),
-        (CopyMode::META, 1),
-        (CopyMode::PACKET, 2),
+fn copy_modes() {
+    for (mode, raw, name) in [
+        (CopyMode::None, 0, "none"),
+        (CopyMode::Meta, 1, "meta"),
+        (CopyMode::Packet, 2, "packet"),
     ] {
         assert_config(
             ConfigRequest::update(QUEUE, QueueConfig::new().copy_mode(mode, 0x0001_0203)),
             &wire![config(29), nla(9, 2), [0, 1, 2, 3], [raw]],
         );
+        assert_eq!(mode.to_raw(), raw);
+        assert_eq!(CopyMode::from_raw(raw), Some(mode));
+        assert_eq!(mode.to_string(), name);
+    }
+    for unknown in 3..=u8::MAX {
+        assert_eq!(CopyMode::from_raw(unknown), None);
     }
 }
 
@@ -189,10 +199,97 @@ fn mask_and_flags() {
     }
 }
 
+/// The kernel refuses an unknown flag even outside the mask, so those are not sent
+#[test]
+fn flags_outside_the_mask_are_left_out() {
+    let settings = QueueConfig::new().flags(ConfigFlags::GSO, ConfigFlags::all());
+    assert_eq!(
+        settings.get_flags(),
+        Some((ConfigFlags::GSO, ConfigFlags::GSO))
+    );
+    assert_config(
+        ConfigRequest::update(QUEUE, settings),
+        &wire![config(36), nla(8, 4), [0, 0, 0, 4], nla(8, 5), [0, 0, 0, 4]],
+    );
+}
+
+#[test]
+fn flags_of_several_calls_add_up() {
+    let (gso, open, uid) = (
+        ConfigFlags::GSO,
+        ConfigFlags::FAIL_OPEN,
+        ConfigFlags::UID_GID,
+    );
+    let off = ConfigFlags::empty();
+    let none = QueueConfig::new();
+    for (settings, mask, on) in [
+        (none.enable(gso), gso, gso),
+        (none.enable(gso | open), gso | open, gso | open),
+        (none.enable(gso).enable(open), gso | open, gso | open),
+        (none.enable(gso).enable(gso), gso, gso),
+        (none.enable(gso).flags(open, off), gso | open, gso),
+        (none.enable(gso).flags(gso, off), gso, off),
+        (none.flags(gso, off).enable(gso), gso, gso),
+        (
+            none.flags(gso | open, open).flags(open | uid, uid),
+            gso | open | uid,
+            uid,
+        ),
+        (none.enable(off), off, off),
+    ] {
+        assert_eq!(settings.get_flags(), Some((mask, on)));
+        assert_eq!(settings.get_optional_flags(), off);
+    }
+}
+
+#[test]
+fn optional_flags_are_not_sent() {
+    let (gso, secctx) = (ConfigFlags::GSO, ConfigFlags::SECCTX);
+    let settings = QueueConfig::new().enable_if_supported(gso);
+    assert_eq!(settings.get_flags(), None);
+    assert_eq!(settings.get_optional_flags(), gso);
+    assert_config(
+        ConfigRequest::bind(QUEUE, settings),
+        &wire![config(28), nla(8, 1), [1, 0, 0, 0]],
+    );
+
+    let more = settings.enable_if_supported(secctx);
+    assert_eq!(more.get_optional_flags(), gso | secctx);
+    let asked = more.enable(more.get_optional_flags());
+    assert_eq!(asked.get_flags(), Some((gso | secctx, gso | secctx)));
+    assert_eq!(asked.get_optional_flags(), ConfigFlags::empty());
+}
+
+#[test]
+fn last_call_decides_if_a_flag_is_optional() {
+    let (gso, open) = (ConfigFlags::GSO, ConfigFlags::FAIL_OPEN);
+    let off = ConfigFlags::empty();
+    let optional = QueueConfig::new().enable_if_supported(gso | open);
+    for (settings, named, rest) in [
+        (optional.enable(gso), (gso, gso), open),
+        (optional.flags(gso, off), (gso, off), open),
+        (
+            QueueConfig::new()
+                .enable(gso | open)
+                .enable_if_supported(gso),
+            (open, open),
+            gso,
+        ),
+        (
+            QueueConfig::new().flags(gso, off).enable_if_supported(gso),
+            (off, off),
+            gso,
+        ),
+    ] {
+        assert_eq!(settings.get_flags(), Some(named));
+        assert_eq!(settings.get_optional_flags(), rest);
+    }
+}
+
 #[test]
 fn everything_in_one_config() {
     let settings = QueueConfig::new()
-        .copy_mode(CopyMode::PACKET, 0xffff)
+        .copy_mode(CopyMode::Packet, 0xffff)
         .maxlen(4096)
         .flags(ConfigFlags::GSO | ConfigFlags::FAIL_OPEN, ConfigFlags::GSO);
     let request = ConfigRequest::bind(QUEUE, settings);
@@ -214,18 +311,18 @@ fn everything_in_one_config() {
     assert_eq!(expected.len(), ConfigRequest::MAX_LEN);
 }
 
-/// The getters tell what is named, and only that: 0 and "off" are settings too
+/// A setting of 0 or "off" is still named
 #[test]
-fn a_config_tells_what_it_names() {
+fn getters_of_a_config() {
     let none = QueueConfig::new();
     assert_eq!(
         (none.get_copy_mode(), none.get_maxlen(), none.get_flags()),
         (None, None, None)
     );
-    let copy = none.copy_mode(CopyMode::META, 0x0001_0203);
+    let copy = none.copy_mode(CopyMode::Meta, 0x0001_0203);
     assert_eq!(
         (copy.get_copy_mode(), copy.get_maxlen(), copy.get_flags()),
-        (Some((CopyMode::META, 0x0001_0203)), None, None)
+        (Some((CopyMode::Meta, 0x0001_0203)), None, None)
     );
     let maxlen = none.maxlen(0);
     assert_eq!(
@@ -242,10 +339,10 @@ fn a_config_tells_what_it_names() {
         (flags.get_copy_mode(), flags.get_maxlen(), flags.get_flags()),
         (None, None, Some((mask, off)))
     );
-    let later = copy.copy_mode(CopyMode::NONE, 5).maxlen(6).maxlen(7);
+    let later = copy.copy_mode(CopyMode::None, 5).maxlen(6).maxlen(7);
     assert_eq!(
         (later.get_copy_mode(), later.get_maxlen()),
-        (Some((CopyMode::NONE, 5)), Some(7)),
+        (Some((CopyMode::None, 5)), Some(7)),
         "the last one counts"
     );
 }
@@ -283,9 +380,9 @@ fn every_verdict() {
     }
 }
 
-/// The kernel takes the low 8 bits alone for the verdict, but an ACCEPT with others set acts as STOP
+/// The kernel takes only the low 8 bits as the verdict, but an ACCEPT with other bits acts as STOP
 #[test]
-fn stray_bits_are_no_verdict() {
+fn verdict_with_stray_bits_is_refused() {
     const BYPASS: u32 = 1 << 15;
     let plain = [
         Verdict::Drop,
@@ -333,7 +430,7 @@ fn verdict_with_priority() {
     );
 }
 
-/// A value of 0 is a value: it clears
+/// A mark of 0 clears the mark
 #[test]
 fn zero_is_sent() {
     assert_decision(
@@ -348,7 +445,7 @@ fn zero_is_sent() {
     );
 }
 
-/// Neither `nla_len` nor `nlmsg_len` counts padding: the kernel would take it for part of the packet
+/// The lengths exclude padding, because the kernel would take it as a part of the packet
 #[test]
 fn verdict_with_payload_of_any_length() {
     for len in 0..=5u16 {
@@ -391,7 +488,7 @@ fn verdict_with_l2_header() {
     );
 }
 
-/// Their inside is the caller's, byte by byte
+/// The encoder copies the nested bytes unchanged
 #[test]
 fn verdict_with_conntrack_and_expectation() {
     let (conntrack, expectation) = ([1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12]);
@@ -409,7 +506,7 @@ fn verdict_with_conntrack_and_expectation() {
     );
 }
 
-/// Every attribute at once; those of odd length are padded up to the next one
+/// Every attribute at once, with padding behind odd lengths
 #[test]
 fn everything_in_one_verdict() {
     let decision = Verdict::Repeat
@@ -447,39 +544,122 @@ fn everything_in_one_verdict() {
 }
 
 #[test]
-fn batch_verdict() {
-    let plain = BatchVerdict::new(Verdict::Drop);
-    let with_type = |len, raw| {
-        let mut bytes = verdict(len, raw);
-        bytes[4..6].copy_from_slice(&0x0303u16.to_ne_bytes());
-        bytes
-    };
-    assert_batch(plain, &with_type(32, [0, 0, 0, 0]));
-    assert_batch(
-        plain.with_mark(7),
-        &wire![with_type(40, [0, 0, 0, 0]), nla(8, 3), [0, 0, 0, 7]],
+fn plain_verdicts() {
+    let drop = PlainVerdict::new(Verdict::Drop);
+    assert_eq!(drop, Verdict::Drop.into());
+    assert_plain(drop, &verdict(32, [0, 0, 0, 0]));
+    assert_plain(
+        drop.with_mark(7),
+        &wire![verdict(40, [0, 0, 0, 0]), nla(8, 3), [0, 0, 0, 7]],
     );
-    assert_batch(
-        plain.with_priority(8),
-        &wire![with_type(40, [0, 0, 0, 0]), nla(8, 21), [0, 0, 0, 8]],
+    assert_plain(
+        drop.with_priority(8),
+        &wire![verdict(40, [0, 0, 0, 0]), nla(8, 21), [0, 0, 0, 8]],
     );
-    assert_batch(
-        BatchVerdict::new(Verdict::Accept)
+    let longest = wire![
+        verdict(48, [0, 0, 0, 1]),
+        nla(8, 3),
+        [0, 0, 0, 7],
+        nla(8, 21),
+        [0, 0, 0, 8]
+    ];
+    assert_plain(
+        PlainVerdict::new(Verdict::Accept)
             .with_mark(7)
             .with_priority(8),
-        &wire![
-            with_type(48, [0, 0, 0, 1]),
-            nla(8, 3),
-            [0, 0, 0, 7],
-            nla(8, 21),
-            [0, 0, 0, 8]
-        ],
+        &longest,
+    );
+    assert_eq!(longest.len(), PlainVerdict::MAX_LEN);
+}
+
+#[test]
+fn plain_decisions() {
+    let accept = Decision::new(Verdict::Accept);
+    assert_eq!(accept.as_plain(), Some(Verdict::Accept.into()));
+    let plain = PlainVerdict::new(Verdict::Accept)
+        .with_mark(0)
+        .with_priority(1);
+    let decision = accept.with_mark(0).with_priority(1);
+    assert_eq!(decision.as_plain(), Some(plain));
+    let vlan = Vlan { proto: 1, tci: 2 };
+    for more in [
+        decision.with_vlan(vlan),
+        decision.with_l2_header(b""),
+        decision.with_conntrack(b""),
+        decision.with_expectation(b""),
+        decision.with_payload(b""),
+    ] {
+        assert_eq!(more.as_plain(), None);
+    }
+}
+
+#[test]
+fn getters_of_a_decision() {
+    let none = Decision::from(Verdict::Stop);
+    assert_eq!(none.verdict(), Verdict::Stop);
+    assert_eq!(
+        (none.mark(), none.priority(), none.vlan()),
+        (None, None, None)
+    );
+    assert_eq!((none.l2_header(), none.payload()), (None, None));
+    assert_eq!((none.conntrack(), none.expectation()), (None, None));
+
+    let vlan = Vlan { proto: 3, tci: 4 };
+    let all = none
+        .with_mark(1)
+        .with_priority(2)
+        .with_vlan(vlan)
+        .with_l2_header(b"header")
+        .with_conntrack(b"conntrack")
+        .with_expectation(b"expectation")
+        .with_payload(b"payload");
+    assert_eq!(all.verdict(), Verdict::Stop);
+    assert_eq!((all.mark(), all.priority()), (Some(1), Some(2)));
+    assert_eq!(all.vlan(), Some(vlan));
+    assert_eq!(all.l2_header(), Some(&b"header"[..]));
+    assert_eq!(all.conntrack(), Some(&b"conntrack"[..]));
+    assert_eq!(all.expectation(), Some(&b"expectation"[..]));
+    assert_eq!(all.payload(), Some(&b"payload"[..]));
+}
+
+#[test]
+fn decisions_from_a_verdict() {
+    let (verdict, decision) = (Verdict::Repeat, Decision::new(Verdict::Repeat));
+    assert_eq!(Decision::from(verdict), decision);
+    assert_eq!(verdict.with_mark(1), decision.with_mark(1));
+    assert_eq!(verdict.with_priority(2), decision.with_priority(2));
+    let bytes = b"bytes";
+    assert_eq!(
+        verdict.with_conntrack(bytes),
+        decision.with_conntrack(bytes)
+    );
+    assert_eq!(verdict.with_payload(bytes), decision.with_payload(bytes));
+}
+
+#[test]
+fn names_of_verdicts() {
+    let queue = |bypass| Verdict::Queue { num: 3, bypass };
+    for (verdict, name) in [
+        (Verdict::Accept, "accept"),
+        (Verdict::Drop, "drop"),
+        (Verdict::Stolen, "stolen"),
+        (queue(false), "queue 3"),
+        (queue(true), "queue 3 or bypass"),
+        (Verdict::Repeat, "repeat"),
+        (Verdict::Stop, "stop"),
+    ] {
+        assert_eq!(verdict.to_string(), name);
+    }
+    assert_eq!(format!("[{:>7}]", Verdict::Drop), "[   drop]");
+    assert_eq!(
+        UnknownVerdict(0x0102_0304).to_string(),
+        "0x01020304 is not a verdict"
     );
 }
 
 type Attach<'p> = fn(Decision<'p>, &'p [u8]) -> Decision<'p>;
 
-/// The attributes whose length is the caller's
+/// The attributes of any length
 fn raw_attributes<'p>() -> [(u16, Attach<'p>); 4] {
     [
         (10, Decision::with_payload),
@@ -507,7 +687,7 @@ fn longest_value_is_sent() {
 }
 
 #[test]
-fn too_long_a_value_is_refused_before_anything_is_written() {
+fn value_over_the_limit_is_refused_first() {
     let value = vec![0x5a; 65532];
     for (kind, attach) in raw_attributes() {
         let decision = attach(Decision::new(Verdict::Accept), &value);

@@ -1,11 +1,11 @@
-//! Writes datagrams of the running kernel, byte for byte, for the golden tests of the wire crate
+//! Writes datagrams of the running kernel to files, for the golden tests of the wire crate
 //!
 //! ```text
 //! cargo run -p nfqnl-testkit --example capture -- proto/tests/data
 //! ```
 //!
-//! What is in them is fixed by this program, attributes, ports, marks and payloads; ids of users, times and MACs are the
-//! machine's.
+//! This program determines attributes, ports, marks and payloads. User ids, times and MACs are
+//! those of the machine.
 
 use std::error::Error;
 use std::fs;
@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     bridged(&mut capture)
 }
 
-/// The socket, and where its datagrams are written
+/// The socket, and the directory for its datagrams
 struct Capture {
     socket: Socket,
     directory: PathBuf,
@@ -73,13 +73,12 @@ impl Capture {
         self.seq += 1;
         RequestHeader {
             ack: true,
-            echo: false,
             seq: self.seq,
             pid: 0,
         }
     }
 
-    /// Sends a configuration request and throws its answer away
+    /// Sends a configuration request and discards its answer
     fn configure(&mut self, request: &ConfigRequest) -> Result<(), Box<dyn Error>> {
         self.send(request)?;
         self.socket.recv_from_full()?;
@@ -94,15 +93,16 @@ impl Capture {
     }
 }
 
-/// Waits until the kernel takes times of receipt, or does not
+/// Waits until packets have times of receipt, or until they have none
 ///
-/// It does for every packet on the machine while any socket wants them, and begins and ends a moment later than that.
+/// The kernel takes them for all packets while a socket wants them, and starts and stops with a
+/// delay.
 fn until_times_are(taken: bool, capture: &mut Capture) -> Result<(), Box<dyn Error>> {
     const PROBE: u16 = QUEUE + 1;
     let table = Table::new(Family::Ip, "probe")?;
     let rule = Rule::new().udp().dport(PROBE).queue(PROBE);
     table.chain("c", Hook::Input, 0)?.add(&rule)?;
-    let config = QueueConfig::new().copy_mode(CopyMode::META, 0);
+    let config = QueueConfig::new().copy_mode(CopyMode::Meta, 0);
     capture.configure(&ConfigRequest::bind(PROBE, config))?;
     let udp = Udp::bind(V4, PROBE)?;
     let deadline = Instant::now() + TIMEOUT;
@@ -116,10 +116,10 @@ fn until_times_are(taken: bool, capture: &mut Capture) -> Result<(), Box<dyn Err
             break;
         }
         if Instant::now() >= deadline {
-            let who = if taken { "nobody" } else { "another program" };
-            return Err(format!("{who} on this machine gets times of receipt").into());
+            let has = if taken { "have no" } else { "have" };
+            return Err(format!("packets on this machine {has} times of receipt").into());
         }
-        // Lest the queue fill up.
+        // The packet must not fill the queue.
         let mut buf = [0; Decision::SMALL_LEN];
         let drop = Decision::new(Verdict::Drop);
         let len = drop.encode(&mut buf, PROBE, packet.id(), RequestHeader::default())?;
@@ -142,12 +142,12 @@ fn replies(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
     capture.write("noop_ack")?;
 
     let mut header = capture.header();
-    header.ack = false; // errors come all the same
+    header.ack = false; // Errors come anyway.
     let len = Decision::new(Verdict::Accept).encode(&mut buf, QUEUE, 77, header)?;
     capture.socket.send(&buf[..len], 0)?;
     capture.write("no_such_packet")?;
 
-    // The attribute behind the headers, cut by two bytes: the kernel says in words what is wrong.
+    // The first attribute is two bytes too short: the kernel's error has a text.
     let config = QueueConfig::new().maxlen(1);
     let header = capture.header();
     let len = ConfigRequest::update(QUEUE, config).encode(&mut buf, header)?;
@@ -161,7 +161,7 @@ fn replies(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
 fn local(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
     until_times_are(false, capture)?;
     let rule = Rule::new().udp().dport(PORT).queue(QUEUE);
-    let packet = QueueConfig::new().copy_mode(CopyMode::PACKET, 0);
+    let packet = QueueConfig::new().copy_mode(CopyMode::Packet, 0);
     capture.configure(&ConfigRequest::update(QUEUE, packet))?;
     let cases = [
         (Family::Ip, V4, Hook::Input, "ipv4_input"),
@@ -174,17 +174,17 @@ fn local(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
         udp.set_mark(MARK)?;
         udp.set_priority(PRIORITY)?;
         let flags = ConfigFlags::UID_GID;
-        let config = packet.flags(flags, flags);
+        let config = packet.enable(flags);
         capture.configure(&ConfigRequest::update(QUEUE, config))?;
         udp.send(b"golden!", udp.address())?;
         capture.write(name)?;
 
         if hook == Hook::Output {
-            let cut = QueueConfig::new().copy_mode(CopyMode::PACKET, 50);
-            capture.configure(&ConfigRequest::update(QUEUE, cut))?;
+            let truncating = QueueConfig::new().copy_mode(CopyMode::Packet, 50);
+            capture.configure(&ConfigRequest::update(QUEUE, truncating))?;
             udp.send(&[b'x'; 100], udp.address())?;
             capture.write("cut")?;
-            let meta = QueueConfig::new().copy_mode(CopyMode::META, 0);
+            let meta = QueueConfig::new().copy_mode(CopyMode::Meta, 0);
             capture.configure(&ConfigRequest::update(QUEUE, meta))?;
             udp.send(b"meta", udp.address())?;
             capture.write("meta")?;

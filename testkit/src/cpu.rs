@@ -14,6 +14,13 @@ pub fn time() -> Duration {
     time.try_into().expect("it is not negative")
 }
 
+/// How long all threads of this process have run, those that have ended included
+#[must_use]
+pub fn process_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.try_into().expect("it is not negative")
+}
+
 /// The CPUs that the calling thread may run on
 ///
 /// # Errors

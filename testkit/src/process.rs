@@ -76,12 +76,20 @@ impl Drop for Forked {
 pub fn without_descriptors<T>(f: impl FnOnce() -> T) -> io::Result<T> {
     // The number that the next one would get
     let next = File::open("/dev/null")?.as_raw_fd();
+    with_descriptor_limit(next.try_into().map_err(io::Error::other)?, f)
+}
+
+/// Runs something while `RLIMIT_NOFILE` is this low; descriptors that are open stay open
+///
+/// # Errors
+/// What the system says.
+pub fn with_descriptor_limit<T>(limit: u64, f: impl FnOnce() -> T) -> io::Result<T> {
     let before = getrlimit(Resource::Nofile);
-    let none = Rlimit {
-        current: Some(next.try_into().map_err(io::Error::other)?),
+    let low = Rlimit {
+        current: Some(limit),
         maximum: before.maximum,
     };
-    setrlimit(Resource::Nofile, none)?;
+    setrlimit(Resource::Nofile, low)?;
     let result = f();
     setrlimit(Resource::Nofile, before)?;
     Ok(result)

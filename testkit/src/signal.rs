@@ -45,6 +45,35 @@ pub fn count() -> usize {
     sys::signals()
 }
 
+/// Has the handler of these signals call a function; only the first call in a process counts
+///
+/// The function must be async-signal-safe. What it does to `errno` is seen by the interrupted thread.
+pub fn call(f: fn()) {
+    sys::call_on_signal(f);
+}
+
+/// A thread that stays in a signal handler, as if its CPU were busy with something more urgent; it goes on when this is
+/// dropped
+#[derive(Debug)]
+pub struct Held(());
+
+impl Held {
+    /// Holds a thread of this process wherever it is, one at a time; a system call that it waits in has ended for it
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn new(thread: i32) -> io::Result<Self> {
+        sys::hold(thread)?;
+        Ok(Self(()))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        sys::release();
+    }
+}
+
 struct SetOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {

@@ -10,7 +10,8 @@ use std::os::unix::process::CommandExt;
 use std::panic::{self, AssertUnwindSafe};
 use std::process::Command;
 use std::ptr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustix::fs::{self, Mode, OFlags};
 use rustix::process::{self, Pid, Signal, WaitOptions};
@@ -165,16 +166,69 @@ pub(crate) fn count_signals() -> io::Result<()> {
     // has system calls started again.
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
     action.sa_sigaction = handler as *const () as libc::sighandler_t;
-    // SAFETY: the action lives during the call. Its handler has the type that goes with its flags, and all it does is
-    // to add to an atomic number.
+    // SAFETY: the action lives during the call. Its handler has the type that goes with its flags. It adds to an
+    // atomic number and calls what `call_on_signal` was given.
     check(unsafe { libc::sigaction(libc::SIGALRM, &raw const action, ptr::null_mut()) })?;
     Ok(())
 }
 
 static SIGNALS: AtomicUsize = AtomicUsize::new(0);
+static ON_SIGNAL: OnceLock<fn()> = OnceLock::new();
+
+/// Has the handler of SIGALRM call a function; only the first call counts
+///
+/// The function must be async-signal-safe. What it does to `errno` is seen by the interrupted thread.
+pub(crate) fn call_on_signal(f: fn()) {
+    let _ = ON_SIGNAL.set(f);
+}
 
 extern "C" fn count_signal(_: libc::c_int) {
     SIGNALS.fetch_add(1, Ordering::Relaxed);
+    if let Some(f) = ON_SIGNAL.get() {
+        f();
+    }
+}
+
+static HOLD: AtomicBool = AtomicBool::new(false);
+static IS_HELD: AtomicBool = AtomicBool::new(false);
+
+/// Has a thread of this process stay in a signal handler until [`release`]; returns once it is there
+pub(crate) fn hold(thread: i32) -> io::Result<()> {
+    let handler: extern "C" fn(libc::c_int) = stay;
+    // SAFETY: as in `count_signals`.
+    let mut action: libc::sigaction = unsafe { mem::zeroed() };
+    action.sa_sigaction = handler as *const () as libc::sighandler_t;
+    // SAFETY: the action lives during the call. Its handler has the type that goes with its flags. It calls only
+    // poll(2), and restores `errno`.
+    check(unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, ptr::null_mut()) })?;
+    HOLD.store(true, Ordering::SeqCst);
+    let thread = Pid::from_raw(thread).ok_or(io::ErrorKind::InvalidInput)?;
+    Thread(thread).send(libc::SIGUSR1);
+    while !IS_HELD.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+    Ok(())
+}
+
+/// Lets the held thread go on; returns once it has left the handler
+pub(crate) fn release() {
+    HOLD.store(false, Ordering::SeqCst);
+    while IS_HELD.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+}
+
+extern "C" fn stay(_: libc::c_int) {
+    // SAFETY: the location is the calling thread's own.
+    let errno = unsafe { *libc::__errno_location() };
+    IS_HELD.store(true, Ordering::SeqCst);
+    while HOLD.load(Ordering::SeqCst) {
+        // SAFETY: there are no descriptors to read or write.
+        unsafe { libc::poll(ptr::null_mut(), 0, 1) };
+    }
+    IS_HELD.store(false, Ordering::SeqCst);
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
 }
 
 /// How many signals have been counted
@@ -192,10 +246,14 @@ impl Thread {
 
     /// Sends it SIGALRM; to a thread that has ended, nothing
     pub(crate) fn signal(&self) {
+        self.send(libc::SIGALRM);
+    }
+
+    fn send(&self, signal: libc::c_int) {
         let [process, thread, signal] = [
             process::getpid().as_raw_nonzero().get(),
             self.0.as_raw_nonzero().get(),
-            libc::SIGALRM,
+            signal,
         ]
         .map(libc::c_long::from);
         // SAFETY: no memory is involved.

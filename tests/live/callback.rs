@@ -1,33 +1,39 @@
-//! The API that users of libnetfilter_queue know: callbacks, and the caller's own receive loop
+//! The API of libnetfilter_queue: callbacks, and the caller's own receive loop
 
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nfqnl::{
-    ConfigFlags, CopyMode, Error, Event, Family, Handle, PacketKey, Queue, QueueConfig, QueueData,
-    RecvBatch, SkbInfo, Verdict,
+    ConfigFlags, CopyMode, Error, Event, Family, Handle, PacketKey, Queue, QueueData, RecvBatch,
+    SkbInfo, Verdict,
 };
 use nfqnl_testkit::hosts::{Bridge, Router};
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{self, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp};
 use nfqnl_testkit::{kernel, link};
+use rustix::net::RecvFlags;
 
 use crate::examples::with_udp_payload;
-use crate::lab::{Lab, PORT, QUEUE, bridge, expect_rewritten, priority};
+use crate::lab::{
+    Lab, PORT, QUEUE, WHOLE_PACKETS, Watchdog, bridge, expect_rewritten, is_readable, next_packet,
+    priority, run,
+};
 
 /// The caller's own receive loop
-struct Loop {
-    handle: Handle,
+struct Loop<'cb> {
+    handle: Handle<'cb>,
     socket: File,
     buf: Vec<u8>,
 }
 
-impl Loop {
+impl<'cb> Loop<'cb> {
     fn new() -> Self {
         let handle = nfqnl::open().unwrap();
         let socket = File::from(handle.as_fd().try_clone_to_owned().unwrap());
@@ -38,15 +44,14 @@ impl Loop {
         }
     }
 
-    /// A queue that copies whole packets
+    /// A queue with whole packets
     fn create_queue(
-        &mut self,
+        &self,
         num: u16,
-        callback: impl FnMut(&mut QueueData<'_>) + Send + 'static,
+        callback: impl FnMut(&mut QueueData<'_>) + Send + 'cb,
     ) -> Queue {
-        let config = QueueConfig::new().copy_mode(CopyMode::PACKET, 0xffff);
         self.handle
-            .create_queue_with(num, &config, callback)
+            .create_queue_with(num, &WHOLE_PACKETS, callback)
             .unwrap()
     }
 
@@ -58,7 +63,7 @@ impl Loop {
 }
 
 #[test]
-fn the_published_calls_in_the_published_order() {
+fn published_calls_in_published_order() {
     isolated(|| {
         let lab = Lab::new();
         let mut looping = Loop::new();
@@ -75,7 +80,7 @@ fn the_published_calls_in_the_published_order() {
             })
             .unwrap();
         assert_eq!(queue.num(), QUEUE);
-        queue.set_mode(CopyMode::PACKET, 0xffff).unwrap();
+        queue.set_mode(CopyMode::Packet, 0xffff).unwrap();
         queue.set_maxlen(100).unwrap();
         queue
             .set_flags(ConfigFlags::FAIL_OPEN, ConfigFlags::FAIL_OPEN)
@@ -87,13 +92,13 @@ fn the_published_calls_in_the_published_order() {
             assert_eq!(socket.recv().as_deref(), Some(&b"hello"[..]));
         }
         queue.destroy().unwrap();
-        lab.send(b"nobody has it");
+        lab.send(b"dropped without a queue");
         assert!(lab.v4.is_silent());
         looping.handle.close().unwrap();
     });
 }
 
-/// Every getter says what the packet view says, with C's zeroes for what is absent
+/// With C's zeroes for what is absent
 #[test]
 fn the_getters_mirror_the_packet() {
     isolated(|| {
@@ -128,9 +133,9 @@ fn the_getters_mirror_the_packet() {
     });
 }
 
-/// The bridge itself both ways, and another port each way
+/// The bridge is the device on both sides, its ports are the physical devices
 #[test]
-fn the_getters_tell_the_ports_of_a_bridge() {
+fn the_getters_report_the_ports_of_a_bridge() {
     isolated(|| {
         let Some(bridge) = bridge() else { return };
         let (left, right) = (&bridge.left, &bridge.right);
@@ -158,9 +163,9 @@ fn the_getters_tell_the_ports_of_a_bridge() {
     });
 }
 
-/// Of a packet that only passes through, they tell more than of a local one
+/// A forwarded packet has both devices, a MAC address, a time and checksums
 #[test]
-fn the_getters_tell_devices_mac_time_and_checksums_of_a_forwarded_packet() {
+fn the_getters_report_a_forwarded_packet() {
     isolated(|| {
         let router = Router::new().unwrap();
         let (client, server) = (&router.client, &router.server);
@@ -176,7 +181,8 @@ fn the_getters_tell_devices_mac_time_and_checksums_of_a_forwarded_packet() {
         let queue = looping.create_queue(QUEUE, move |data| {
             assert_eq!([data.get_indev(), data.get_outdev()], devices);
             assert_eq!(data.get_packet_hw().unwrap().as_bytes(), mac);
-            // Without GSO the kernel would have completed the checksum that the client has left to its device.
+            // The client leaves the checksum to its device; without GSO the kernel would complete
+            // it.
             assert_eq!(data.get_skbinfo(), SkbInfo::CSUM_NOT_READY);
             send.send(data.get_timestamp()).unwrap();
             data.set_verdict(Verdict::Accept, None);
@@ -185,7 +191,7 @@ fn the_getters_tell_devices_mac_time_and_checksums_of_a_forwarded_packet() {
         let receiver = server.namespace.run(|| Udp::bind(server.v4, PORT).unwrap());
         receiver.want_timestamps().unwrap();
         let sender = client.namespace.run(|| Udp::bind(client.v4, 0).unwrap());
-        // The kernel begins to take times a moment later.
+        // The kernel begins to record times a moment later.
         let deadline = Instant::now() + TIMEOUT;
         let timestamp = loop {
             sender.send(b"forwarded", receiver.address()).unwrap();
@@ -204,7 +210,7 @@ fn the_getters_tell_devices_mac_time_and_checksums_of_a_forwarded_packet() {
 }
 
 #[test]
-fn the_verdict_is_executed_once_the_callback_exits_and_the_last_one_counts() {
+fn the_last_verdict_is_sent_when_the_callback_exits() {
     isolated(|| {
         let lab = Lab::new();
         let mut looping = Loop::new();
@@ -225,7 +231,7 @@ fn the_verdict_is_executed_once_the_callback_exits_and_the_last_one_counts() {
 }
 
 #[test]
-fn a_mark_set_in_a_callback_is_there_at_the_next_pass() {
+fn a_mark_set_in_a_callback_stays() {
     isolated(|| {
         let lab = Lab::with(
             Hook::Input,
@@ -246,7 +252,7 @@ fn a_mark_set_in_a_callback_is_there_at_the_next_pass() {
 }
 
 #[test]
-fn without_a_verdict_nothing_is_sent_and_the_packet_is_answered_later() {
+fn a_packet_without_a_verdict_is_answered_later() {
     isolated(|| {
         let lab = Lab::new();
         let mut looping = Loop::new();
@@ -256,7 +262,11 @@ fn without_a_verdict_nothing_is_sent_and_the_packet_is_answered_later() {
         assert_eq!(looping.turn().unwrap(), 1);
         assert!(lab.v4.is_silent());
         let key = keys.recv().unwrap();
-        looping.handle.verdict(key, Verdict::Accept).unwrap();
+        looping
+            .handle
+            .socket()
+            .set_verdict(key, Verdict::Accept)
+            .unwrap();
         assert_eq!(lab.recv().as_deref(), Some(&b"later"[..]));
     });
 }
@@ -271,7 +281,7 @@ fn a_callback_rewrites_a_packet() {
             let mut new = data.get_payload().to_vec();
             let end = new.len();
             new[end - 4..].copy_from_slice(b"HEAD");
-            // IPv4 knows a UDP checksum of 0: none.
+            // In IPv4, 0 stands for no UDP checksum.
             new[26..28].fill(0);
             send.send(data.set_verdict_with_payload(Verdict::Accept, None, &new))
                 .unwrap();
@@ -281,21 +291,21 @@ fn a_callback_rewrites_a_packet() {
         results.recv().unwrap().unwrap();
         expect_rewritten(&lab.v4, b"head and HEAD");
 
-        // Of a packet that came cut, replacing it would lose the rest.
-        queue.set_mode(CopyMode::PACKET, 40).unwrap();
+        // The callback has only a part of this packet: a new payload would drop the rest.
+        queue.set_mode(CopyMode::Packet, 40).unwrap();
         lab.send(b"head and tail");
         while looping.turn().unwrap() == 0 {}
         match results.recv().unwrap().unwrap_err() {
-            Error::CutPacket { needed, had, .. } => assert_eq!((needed, had), (41, 40)),
+            Error::TruncatedPacket { needed, had, .. } => assert_eq!((needed, had), (41, 40)),
             other => panic!("{other:?}"),
         }
         assert!(lab.v4.is_silent(), "nothing was sent, and it waits");
     });
 }
 
-/// All at once, seen by the callback of a later queue and by the receiver
+/// All of them together, as seen by the callback of a later queue and by the receiver
 #[test]
-fn a_decision_of_a_callback_carries_mark_priority_and_payload() {
+fn a_decision_has_mark_priority_and_payload() {
     isolated(|| {
         const MARK: u32 = 0xdead_beef;
         const PRIORITY: u32 = 6;
@@ -336,7 +346,7 @@ fn a_decision_of_a_callback_carries_mark_priority_and_payload() {
 }
 
 #[test]
-fn a_decision_that_fails_leaves_what_was_set_before() {
+fn a_failed_decision_keeps_the_verdict_before() {
     isolated(|| {
         let lab = Lab::new();
         let mut looping = Loop::new();
@@ -357,7 +367,7 @@ fn a_decision_that_fails_leaves_what_was_set_before() {
 }
 
 #[test]
-fn a_panic_in_a_callback_reaches_the_caller_and_leaves_the_handle_usable() {
+fn a_panic_in_a_callback_reaches_the_caller() {
     isolated(|| {
         const N: u32 = 3;
         let lab = Lab::new();
@@ -370,7 +380,7 @@ fn a_panic_in_a_callback_reaches_the_caller_and_leaves_the_handle_usable() {
             );
         });
         lab.send_numbered(0..N);
-        // All three go through the stash, so that the panic comes amid them.
+        // The setting sets all three aside: one call has them when the callback panics.
         queue.set_maxlen(10).unwrap();
         let panicked = catch_unwind(AssertUnwindSafe(|| looping.turn()));
         let panic = panicked.unwrap_err();
@@ -379,7 +389,7 @@ fn a_panic_in_a_callback_reaches_the_caller_and_leaves_the_handle_usable() {
                 .downcast_ref::<&str>()
                 .is_some_and(|text| text.contains("on purpose"))
         );
-        // Its verdict was sent all the same, and the third packet comes with the next call.
+        // The verdict set before the panic is sent, and the third packet comes with the next call.
         assert_eq!(looping.turn().unwrap(), 1);
         for number in 0..N {
             assert_eq!(lab.recv().as_deref(), Some(&number.to_be_bytes()[..]));
@@ -387,7 +397,7 @@ fn a_panic_in_a_callback_reaches_the_caller_and_leaves_the_handle_usable() {
         lab.send(b"after");
         while looping.turn().unwrap() == 0 {}
         assert_eq!(lab.recv().as_deref(), Some(&b"after"[..]));
-        assert_eq!(looping.handle.stats().packets, u64::from(N) + 1);
+        assert_eq!(looping.handle.socket().stats().packets, u64::from(N) + 1);
     });
 }
 
@@ -399,7 +409,7 @@ fn two_queues_of_a_handle_have_a_callback_each() {
         let (send, seen) = mpsc::channel();
         let second = send.clone();
         let _first = looping.create_queue(QUEUE, move |data| {
-            send.send(("first", data.key().queue)).unwrap();
+            send.send(("first", data.key().queue())).unwrap();
             data.set_verdict(
                 Verdict::Queue {
                     num: 9,
@@ -409,7 +419,7 @@ fn two_queues_of_a_handle_have_a_callback_each() {
             );
         });
         let _second = looping.create_queue(9, move |data| {
-            second.send(("second", data.key().queue)).unwrap();
+            second.send(("second", data.key().queue())).unwrap();
             data.set_verdict(Verdict::Accept, None);
         });
         lab.send(b"twice");
@@ -424,14 +434,14 @@ fn two_queues_of_a_handle_have_a_callback_each() {
 }
 
 #[test]
-fn what_no_callback_takes_goes_to_the_event_handler_or_is_counted() {
+fn packets_without_a_callback_are_counted() {
     isolated(|| {
         let lab = Lab::new();
         let mut looping = Loop::new();
-        let _no_callback = looping.handle.bind_queue(QUEUE).unwrap();
-        lab.send(b"unclaimed");
-        assert_eq!(looping.turn().unwrap(), 1);
-        assert_eq!(looping.handle.stats().unclaimed, 1);
+        let _no_callback = looping.handle.socket().bind(QUEUE).unwrap();
+        lab.send(b"without a callback");
+        assert_eq!(looping.turn().unwrap(), 0);
+        assert_eq!(looping.handle.socket().stats().no_callback, 1);
 
         let (send, events) = mpsc::channel();
         looping.handle.on_event(move |event| {
@@ -443,21 +453,25 @@ fn what_no_callback_takes_goes_to_the_event_handler_or_is_counted() {
             send.send(what).unwrap();
         });
         lab.send(b"to the handler");
-        assert_eq!(looping.turn().unwrap(), 1);
+        assert_eq!(looping.turn().unwrap(), 0);
         let (what, key) = events.recv().unwrap();
-        assert_eq!((what, key.id), ("packet", 2));
+        assert_eq!((what, key.id()), ("packet", 2));
         for _ in 0..2 {
-            looping.handle.verdict(key, Verdict::Accept).unwrap();
+            looping
+                .handle
+                .socket()
+                .set_verdict(key, Verdict::Accept)
+                .unwrap();
         }
         assert_eq!(looping.turn().unwrap(), 0);
         assert_eq!(events.recv().unwrap(), ("refused", key));
-        assert_eq!(looping.handle.stats().unclaimed, 1);
+        assert_eq!(looping.handle.socket().stats().no_callback, 1);
         assert_eq!(lab.recv().as_deref(), Some(&b"to the handler"[..]));
     });
 }
 
 #[test]
-fn a_datagram_that_was_cut_or_is_none_is_an_error_and_the_loop_goes_on() {
+fn a_bad_datagram_is_an_error_and_the_loop_goes_on() {
     isolated(|| {
         let lab = Lab::new();
         let mut looping = Loop::new();
@@ -466,7 +480,7 @@ fn a_datagram_that_was_cut_or_is_none_is_an_error_and_the_loop_goes_on() {
         let mut small = [0; 200];
         let len = looping.socket.read(&mut small).unwrap();
         let key = match looping.handle.handle_packet(&small[..len]).unwrap_err() {
-            Error::Truncated {
+            Error::BufferTooSmall {
                 key: Some(key),
                 needed,
                 had,
@@ -478,49 +492,50 @@ fn a_datagram_that_was_cut_or_is_none_is_an_error_and_the_loop_goes_on() {
             }
             other => panic!("{other:?}"),
         };
-        looping.handle.verdict(key, Verdict::Accept).unwrap();
+        looping
+            .handle
+            .socket()
+            .set_verdict(key, Verdict::Accept)
+            .unwrap();
         assert_eq!(lab.recv().as_deref(), Some(&[6; 500][..]));
 
         for garbage in [&[0xff; 20][..], &[1], &[16, 0, 0, 0]] {
             let error = looping.handle.handle_packet(garbage).unwrap_err();
             assert!(
-                matches!(error, Error::Decode { .. } | Error::Truncated { .. }),
+                matches!(error, Error::Decode { .. } | Error::BufferTooSmall { .. }),
                 "{error:?} for {garbage:?}"
             );
         }
         assert_eq!(looping.handle.handle_packet(&[]).unwrap(), 0);
 
-        // A whole message, as far as its length says, of which an attribute is broken.
+        // A message of the right length with a broken attribute
         lab.send(b"broken on the way");
         let mut buf = [0; 200];
         let len = looping.socket.read(&mut buf).unwrap();
         buf[32..34].copy_from_slice(&3_u16.to_ne_bytes()); // the second attribute's length
-        let counted = looping.handle.stats().malformed;
         let error = looping.handle.handle_packet(&buf[..len]).unwrap_err();
         assert!(
             matches!(error, Error::Decode { key: Some(_), .. }),
             "{error:?}"
         );
-        assert_eq!(looping.handle.stats().malformed, counted + 1);
 
         lab.send(b"after");
         assert_eq!(looping.turn().unwrap(), 1);
         assert_eq!(lab.recv().as_deref(), Some(&b"after"[..]));
 
-        // The same once its queue has ended: nothing to answer, and no error, as with a packet that is not broken
+        // After its queue has ended it is not an error, because it needs no answer.
         queue.destroy().unwrap();
-        let before = looping.handle.stats();
+        let before = looping.handle.socket().stats();
         assert_eq!(looping.handle.handle_packet(&buf[..len]).unwrap(), 0);
-        let after = looping.handle.stats();
-        assert_eq!(after.discarded, before.discarded + 1);
+        let after = looping.handle.socket().stats();
+        assert_eq!(after.after_unbind, before.after_unbind + 1);
         assert_eq!(after.packets, before.packets + 1);
-        assert_eq!(after.malformed, before.malformed);
     });
 }
 
-/// The queue itself may live in its callback, and end there
+/// The callback may own the queue
 #[test]
-fn a_callback_may_end_its_own_queue() {
+fn a_callback_may_destroy_its_own_queue() {
     isolated(|| {
         let lab = Lab::new();
         let mut looping = Loop::new();
@@ -540,9 +555,9 @@ fn a_callback_may_end_its_own_queue() {
     });
 }
 
-/// What was not looked at yet when a callback ended its queue and panicked is gone with the queue
+/// A callback destroys its queue and panics; the packets behind it are dropped with the queue
 #[test]
-fn packets_of_an_ended_queue_are_not_given_to_the_next() {
+fn packets_of_an_ended_queue_skip_the_next() {
     isolated(|| {
         let lab = Lab::new();
         let mut looping = Loop::new();
@@ -552,10 +567,11 @@ fn packets_of_an_ended_queue_are_not_given_to_the_next() {
             panic!("on purpose");
         });
         lab.send_numbered(0..3);
-        created.set_maxlen(10).unwrap(); // reads the three
+        created.set_maxlen(10).unwrap(); // sets the three aside
         give.send(created).unwrap();
         catch_unwind(AssertUnwindSafe(|| looping.handle.handle_packet(&[]))).unwrap_err();
-        assert_eq!(looping.handle.stats().discarded, 2);
+        assert_eq!(looping.handle.handle_packet(&[]).unwrap(), 0);
+        assert_eq!(looping.handle.socket().stats().after_unbind, 2);
 
         let (send, seen) = mpsc::channel();
         let _again = looping.create_queue(QUEUE, move |data| {
@@ -570,5 +586,610 @@ fn packets_of_an_ended_queue_are_not_given_to_the_next() {
             "{seen:?}"
         );
         assert_eq!(lab.recv().as_deref(), Some(&b"of the next"[..]));
+    });
+}
+
+/// A later callback destroys the queue; the verdicts before it are executed
+#[test]
+fn each_verdict_leaves_when_its_callback_exits() {
+    isolated(|| {
+        let lab = Lab::new();
+        let looping = Loop::new();
+        let (give, queue) = mpsc::channel::<Queue>();
+        let mut seen = 0;
+        let created = looping.create_queue(QUEUE, move |data| {
+            data.set_verdict(Verdict::Accept, None);
+            seen += 1;
+            if seen == 3 {
+                queue.recv().unwrap().destroy().unwrap();
+            }
+        });
+        lab.send_numbered(0..3);
+        created.set_maxlen(10).unwrap(); // sets the three aside
+        give.send(created).unwrap();
+        assert_eq!(looping.handle.handle_packet(&[]).unwrap(), 3);
+        lab.expect_numbered(0..2);
+        assert!(lab.v4.is_silent(), "the third is dropped with its queue");
+    });
+}
+
+/// The verdicts of a batch leave together, so those before it come too late, and are counted
+#[test]
+fn verdicts_before_a_destroy_in_run_once_are_late() {
+    isolated(|| {
+        let lab = Lab::new();
+        for sends_now in [false, true] {
+            let handle = nfqnl::open().unwrap();
+            let (give, queue) = mpsc::channel::<Queue>();
+            let mut seen = 0;
+            let created = handle
+                .create_queue_with(QUEUE, &WHOLE_PACKETS, move |data| {
+                    data.set_verdict(Verdict::Accept, None);
+                    seen += 1;
+                    if seen == 3 {
+                        if sends_now {
+                            data.send_now().unwrap();
+                        }
+                        queue.recv().unwrap().destroy().unwrap();
+                    }
+                })
+                .unwrap();
+            lab.send_numbered(0..5);
+            created.set_maxlen(10).unwrap(); // sets the five aside
+            give.send(created).unwrap();
+            handle.try_run_once(&mut RecvBatch::default()).unwrap();
+            let delivered = lab.v4.drain();
+            // A slow machine sends some of them before: a decision waits for a millisecond only.
+            assert!(delivered >= if sends_now { 2 } else { 0 });
+            let stats = handle.socket().stats();
+            assert_eq!(stats.late_verdicts + delivered as u64, 3, "{delivered}");
+            assert_eq!(stats.after_unbind, 2);
+            assert_eq!((stats.packets, stats.refused_verdicts), (5, 0));
+        }
+    });
+}
+
+/// As the loop over `recv` in `stream`
+#[test]
+fn run_once_never_blocks_after_poll() {
+    isolated(|| {
+        let _watchdog = Watchdog::new(Duration::from_secs(30));
+        let lab = Lab::new();
+        let handle = nfqnl::open().unwrap();
+        let queue = handle
+            .create_queue_with(QUEUE, &WHOLE_PACKETS, |data| {
+                data.set_verdict(Verdict::Drop, None);
+            })
+            .unwrap();
+        let mut batch = RecvBatch::default();
+        for round in 0..20_u32 {
+            let packets = round % 4;
+            lab.send_numbered(0..packets);
+            queue.set_maxlen(1000 + round).unwrap();
+            let mut called = 0;
+            while is_readable(&handle) {
+                called += handle.run_once(&mut batch).unwrap();
+            }
+            assert_eq!(called, usize::try_from(packets).unwrap());
+        }
+    });
+}
+
+#[test]
+fn callbacks_may_borrow_local_state() {
+    isolated(|| {
+        let lab = Lab::new();
+        let prefix = b"look ".to_vec();
+        let (mut lens, count) = (Vec::new(), AtomicUsize::new(0));
+        let mut events = 0;
+        let mut looping = Loop::new();
+        looping.handle.on_event(|_| events += 1);
+        let queue = looping.create_queue(QUEUE, |data| {
+            assert!(data.get_payload()[28..].starts_with(&prefix));
+            lens.push(data.get_payload().len());
+            count.fetch_add(1, Ordering::SeqCst);
+            data.set_verdict(Verdict::Accept, None);
+        });
+        for payload in [&b"look here"[..], b"look there"] {
+            lab.send(payload);
+            while looping.turn().unwrap() == 0 {}
+            assert_eq!(lab.recv().as_deref(), Some(payload));
+        }
+        assert_eq!(count.load(Ordering::SeqCst), 2);
+        queue.destroy().unwrap();
+        drop(looping);
+        assert_eq!(lens, [28 + 9, 28 + 10]);
+        assert_eq!(events, 0);
+    });
+}
+
+/// Sets a flag when it is dropped
+struct SetOnDrop(Arc<AtomicBool>);
+
+impl Drop for SetOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_callback_binds_sets_and_destroys_queues() {
+    isolated(|| {
+        const OTHER: u16 = 2;
+        let _watchdog = Watchdog::new(Duration::from_secs(60));
+        let lab = Lab::new();
+        for by_run_once in [false, true] {
+            let mut looping = Loop::new();
+            let mut batch = RecvBatch::default();
+            let (give, own) = mpsc::channel::<Queue>();
+            let (keep, other) = mpsc::channel::<Queue>();
+            let (send, seen) = mpsc::channel();
+            let is_dropped = Arc::new(AtomicBool::new(false));
+            let guard = SetOnDrop(is_dropped.clone());
+            let created = looping.create_queue(QUEUE, move |data| {
+                let send = send.clone();
+                let handle = data.handle();
+                let other = handle
+                    .create_queue_with(OTHER, &WHOLE_PACKETS, move |data| {
+                        send.send(data.get_payload().len()).unwrap();
+                        data.set_verdict(Verdict::Accept, None);
+                    })
+                    .unwrap();
+                other.set_maxlen(77).unwrap();
+                handle.bind_pf(Family::INET).unwrap();
+                handle.unbind_pf(Family::INET).unwrap();
+                handle.socket().sync().unwrap();
+                assert_eq!(handle.socket().stats().packets, 1);
+                keep.send(other).unwrap();
+                // A queue without packets
+                let third = handle.create_queue(OTHER + 1, |_| {}).unwrap();
+                third.destroy().unwrap();
+
+                let num = OTHER;
+                data.set_verdict(Verdict::Queue { num, bypass: false }, None);
+                data.send_now().unwrap();
+                let own = own.recv().unwrap();
+                own.set_flags(ConfigFlags::FAIL_OPEN, ConfigFlags::FAIL_OPEN)
+                    .unwrap();
+                own.destroy().unwrap();
+                assert!(!guard.0.load(Ordering::SeqCst), "dropped while it runs");
+            });
+            give.send(created).unwrap();
+            lab.send(b"requeued");
+            let end = Instant::now() + TIMEOUT;
+            while lab.v4.recv_within(Duration::from_millis(1)).is_none() {
+                match by_run_once {
+                    true => looping.handle.run_timeout(&mut batch, TIMEOUT).unwrap(),
+                    false => looping.turn().unwrap(),
+                };
+                assert!(Instant::now() < end);
+            }
+            assert_eq!(Vec::from_iter(seen.try_iter()), [28 + 8]);
+            looping.handle.try_run_once(&mut batch).unwrap();
+            assert!(is_dropped.load(Ordering::SeqCst), "once it has exited");
+            let other = other.recv().unwrap();
+            other.set_maxlen(78).expect("it is still bound");
+            assert_eq!(looping.handle.socket().stats().refused_verdicts, 0);
+        }
+    });
+}
+
+#[test]
+fn a_callback_that_runs_its_handle_is_an_error() {
+    isolated(|| {
+        let _watchdog = Watchdog::new(Duration::from_secs(60));
+        let lab = Lab::new();
+        let handle = Arc::new(nfqnl::open().unwrap());
+        // The callback does not own the handle: the handle owns the callback.
+        let own = Arc::downgrade(&handle);
+        let (send, results) = mpsc::channel();
+        let _queue = handle
+            .create_queue_with(QUEUE, &WHOLE_PACKETS, move |data| {
+                data.set_verdict(Verdict::Accept, None);
+                let handle = own.upgrade().unwrap();
+                let mut batch = RecvBatch::new(1, 4096);
+                let calls = [
+                    handle.handle_packet(&[]),
+                    handle.run_once(&mut batch),
+                    handle.try_run_once(&mut batch),
+                    handle.run_timeout(&mut batch, TIMEOUT),
+                ];
+                send.send(calls).unwrap();
+                // The handle's other calls work, and so does another handle.
+                handle.bind_pf(Family::INET).unwrap();
+                let other = nfqnl::open().unwrap();
+                assert_eq!(other.try_run_once(&mut batch).unwrap(), 0);
+            })
+            .unwrap();
+        let mut batch = RecvBatch::default();
+        let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
+        for by_run_once in [false, true] {
+            lab.send(b"accepted");
+            if by_run_once {
+                run(&handle, &mut batch, 1);
+            } else {
+                let (len, _) =
+                    rustix::net::recv(&*handle, &mut buf[..], RecvFlags::empty()).unwrap();
+                assert_eq!(handle.handle_packet(&buf[..len]).unwrap(), 1);
+            }
+            for result in results.try_recv().unwrap() {
+                assert!(matches!(result, Err(Error::InCallback)), "{result:?}");
+            }
+            assert_eq!(lab.recv().as_deref(), Some(&b"accepted"[..]));
+        }
+    });
+}
+
+/// A program with a receiving thread, as with libnetfilter_queue; the thread may read the answers
+/// to all calls
+#[test]
+fn calls_succeed_beside_a_reading_thread() {
+    isolated(|| {
+        const CALLS: u16 = 40;
+        let _watchdog = Watchdog::new(Duration::from_secs(120));
+        let lab = Lab::new();
+        let handle = Arc::new(nfqnl::open().unwrap());
+        let queue = handle
+            .create_queue_with(QUEUE, &WHOLE_PACKETS, |data| {
+                data.set_verdict(Verdict::Accept, None);
+            })
+            .unwrap();
+        let is_over = Arc::new(AtomicBool::new(false));
+        let reader = thread::spawn({
+            let (handle, is_over) = (handle.clone(), is_over.clone());
+            move || {
+                let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
+                while !is_over.load(Ordering::SeqCst) {
+                    let (len, _) =
+                        rustix::net::recv(&*handle, &mut buf[..], RecvFlags::empty()).unwrap();
+                    handle.handle_packet(&buf[..len]).unwrap();
+                }
+            }
+        });
+        let mut queues = Vec::new();
+        let mut slowest = Duration::ZERO;
+        for number in 0..CALLS {
+            let calls: [&mut dyn FnMut() -> nfqnl::Result<()>; 5] = [
+                &mut || queue.set_maxlen(1000 + u32::from(number)),
+                &mut || handle.bind_pf(Family::INET),
+                &mut || handle.unbind_pf(Family::INET),
+                &mut || handle.socket().sync(),
+                &mut || {
+                    let created = handle.create_queue(100 + number, |_| {});
+                    created.map(|queue| queues.push(queue))
+                },
+            ];
+            for call in calls {
+                let begin = Instant::now();
+                call().unwrap();
+                slowest = slowest.max(begin.elapsed());
+                // Long enough for the thread to be back in recv(2)
+                thread::sleep(Duration::from_micros(500));
+            }
+            lab.send_numbered(0..1);
+            lab.expect_numbered(0..1);
+        }
+        println!("the slowest call took {slowest:?}");
+        assert!(slowest < Duration::from_millis(900), "a call waited");
+        is_over.store(true, Ordering::SeqCst);
+        while !reader.is_finished() {
+            lab.send(b"ends the read");
+            thread::sleep(Duration::from_millis(1));
+        }
+        reader.join().unwrap();
+    });
+}
+
+#[test]
+fn a_slow_callback_delays_no_other_thread() {
+    isolated(|| {
+        let _watchdog = Watchdog::new(Duration::from_secs(60));
+        let lab = Lab::new();
+        let other = lab.add_queue(2);
+        for by_run_once in [false, true] {
+            let looping = Loop::new();
+            let (began, running) = mpsc::channel();
+            let (end, ended) = mpsc::channel::<()>();
+            let queue = looping.create_queue(QUEUE, move |data| {
+                began.send(()).unwrap();
+                ended.recv().unwrap();
+                data.set_verdict(Verdict::Accept, None);
+            });
+            let (handle, mut copy) = (&looping.handle, &looping.socket);
+            let turn = |batch: &mut RecvBatch, buf: &mut [u8]| {
+                if by_run_once {
+                    return handle.run_once(batch).unwrap();
+                }
+                let len = copy.read(buf).unwrap();
+                handle.handle_packet(&buf[..len]).unwrap()
+            };
+            let mut turn = turn;
+            lab.send_numbered(0..1);
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
+                    let mut batch = RecvBatch::default();
+                    while turn(&mut batch, &mut buf) == 0 {}
+                });
+                running.recv().unwrap();
+                // The callback runs until all of these calls have returned.
+                queue.set_maxlen(100).unwrap();
+                queue.set_mode(CopyMode::Packet, 0xffff).unwrap();
+                handle.bind_pf(Family::INET).unwrap();
+                handle.socket().sync().unwrap();
+                assert_eq!(handle.socket().stats().packets, 1);
+                handle.on_event(|_| {});
+                let (send, seen) = mpsc::channel();
+                let second = handle
+                    .create_queue_with(2, &WHOLE_PACKETS, move |data| {
+                        send.send(()).unwrap();
+                        data.set_verdict(Verdict::Accept, None);
+                    })
+                    .unwrap();
+                // This thread may run other callbacks meanwhile.
+                other.send(b"other", other.address()).unwrap();
+                run(handle, &mut RecvBatch::default(), 1);
+                assert_eq!(seen.try_iter().count(), 1);
+                assert_eq!(other.recv().as_deref(), Some(&b"other"[..]));
+                second.destroy().unwrap();
+                end.send(()).unwrap();
+            });
+            lab.expect_numbered(0..1);
+        }
+    });
+}
+
+/// One callback is never run by two threads at once, and each packet is called back for once
+#[test]
+fn threads_that_run_a_handle_share_its_callbacks() {
+    isolated(|| {
+        const N: u32 = 1000;
+        const THREADS: usize = 4;
+        let _watchdog = Watchdog::new(Duration::from_secs(60));
+        let lab = Lab::new();
+        let received = AtomicU32::new(0);
+        let (is_running, is_over) = (AtomicBool::new(false), AtomicBool::new(false));
+        let mut seen = Vec::new();
+        let handle = nfqnl::open().unwrap();
+        let queue = handle
+            .create_queue_with(QUEUE, &WHOLE_PACKETS, |data| {
+                assert!(!is_running.swap(true, Ordering::SeqCst), "it runs already");
+                let number = data.get_payload()[28..].try_into().unwrap();
+                seen.push(u32::from_be_bytes(number));
+                data.set_verdict(Verdict::Accept, None);
+                is_running.store(false, Ordering::SeqCst);
+                received.fetch_add(1, Ordering::SeqCst);
+            })
+            .unwrap();
+        thread::scope(|scope| {
+            let threads = [(); THREADS].map(|()| {
+                scope.spawn(|| {
+                    let mut batch = RecvBatch::new(4, 4096);
+                    while !is_over.load(Ordering::SeqCst) {
+                        handle.run_once(&mut batch).unwrap();
+                    }
+                })
+            });
+            lab.send_in_bursts(0..N, &received);
+            while received.load(Ordering::SeqCst) < N {
+                thread::yield_now();
+            }
+            is_over.store(true, Ordering::SeqCst);
+            while threads.iter().any(|thread| !thread.is_finished()) {
+                handle.socket().waker().wake_all();
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        assert_eq!(lab.drain(), usize::try_from(N).unwrap());
+        assert_eq!(handle.socket().stats().refused_verdicts, 0);
+        queue.destroy().unwrap();
+        drop(handle);
+        seen.sort_unstable();
+        assert_eq!(seen, Vec::from_iter(0..N));
+    });
+}
+
+/// A callback sends the verdicts on the packets before it, and then waits
+#[test]
+fn send_now_sends_what_was_decided_before() {
+    isolated(|| {
+        let _watchdog = Watchdog::new(Duration::from_secs(60));
+        let lab = Lab::new();
+        for is_set_aside in [false, true] {
+            let handle = nfqnl::open().unwrap();
+            let (began, waiting) = mpsc::channel();
+            let (end, ended) = mpsc::channel::<()>();
+            let mut seen = 0;
+            let queue = handle
+                .create_queue_with(QUEUE, &WHOLE_PACKETS, move |data| {
+                    if seen == 3 {
+                        data.send_now().unwrap();
+                        began.send(()).unwrap();
+                        ended.recv().unwrap();
+                    }
+                    data.set_verdict(Verdict::Accept, None);
+                    seen += 1;
+                })
+                .unwrap();
+            lab.send_numbered(0..6);
+            if is_set_aside {
+                queue.set_maxlen(10).unwrap();
+            }
+            thread::scope(|scope| {
+                scope.spawn(|| run(&handle, &mut RecvBatch::default(), 6));
+                waiting.recv().unwrap();
+                lab.expect_numbered(0..3);
+                assert!(lab.v4.is_silent(), "the fourth is not decided");
+                end.send(()).unwrap();
+                lab.expect_numbered(3..6);
+            });
+            assert_eq!(handle.socket().stats().refused_verdicts, 0);
+        }
+    });
+}
+
+/// A decision waits for the callbacks of other packets for about a millisecond only
+#[test]
+fn short_callbacks_do_not_delay_a_verdict() {
+    isolated(|| {
+        const N: u32 = 64;
+        const CALLBACK: Duration = Duration::from_millis(3);
+        let lab = Lab::new();
+        let (mut decided, mut delivered) = (Vec::new(), Vec::new());
+        let handle = nfqnl::open().unwrap();
+        let queue = handle
+            .create_queue_with(QUEUE, &WHOLE_PACKETS, |data| {
+                thread::sleep(CALLBACK);
+                data.set_verdict(Verdict::Accept, None);
+                decided.push(Instant::now());
+            })
+            .unwrap();
+        lab.send_numbered(0..N);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for number in 0..N {
+                    lab.expect_numbered([number]);
+                    delivered.push(Instant::now());
+                }
+            });
+            run(&handle, &mut RecvBatch::default(), 64);
+        });
+        queue.destroy().unwrap();
+        drop(handle);
+        let delays = decided.iter().zip(&delivered);
+        let mut delays = Vec::from_iter(delays.map(|(decided, at)| *at - *decided));
+        delays.sort_unstable();
+        let median = delays[delays.len() / 2];
+        println!("delays of {median:?}, and {:?} at most", delays.last());
+        // Until all 64 callbacks have run, it is a hundred milliseconds.
+        assert!(median < 5 * CALLBACK, "{delays:?}");
+    });
+}
+
+/// A batch may have packets from before a queue was created
+#[test]
+fn a_batch_from_before_drops_no_callback() {
+    isolated(|| {
+        let lab = Lab::new();
+        let second = lab.add_queue(2);
+        for other_turns in [false, true] {
+            let handle = nfqnl::open().unwrap();
+            let mut packets = 0;
+            let first = handle
+                .create_queue_with(QUEUE, &WHOLE_PACKETS, move |data| {
+                    data.set_verdict(Verdict::Accept, None);
+                    packets += 1;
+                    assert!(packets != 1, "on purpose");
+                })
+                .unwrap();
+            lab.send_numbered(0..3);
+            first.set_maxlen(10).unwrap(); // sets the three aside
+            let mut batch = RecvBatch::default();
+            catch_unwind(AssertUnwindSafe(|| run(&handle, &mut batch, 3))).unwrap_err();
+
+            let (send, seen) = mpsc::channel();
+            let _second = handle
+                .create_queue_with(2, &WHOLE_PACKETS, move |data| {
+                    send.send(()).unwrap();
+                    data.set_verdict(Verdict::Accept, None);
+                })
+                .unwrap();
+            if other_turns {
+                let mut other = RecvBatch::default();
+                handle.try_run_once(&mut other).unwrap();
+            }
+            handle.try_run_once(&mut batch).unwrap();
+            lab.expect_numbered(0..3);
+            for _ in 0..3 {
+                second.send(b"second", second.address()).unwrap();
+            }
+            run(&handle, &mut batch, 3);
+            assert_eq!(seen.try_iter().count(), 3);
+            assert_eq!(handle.socket().stats().no_callback, 0);
+            for _ in 0..3 {
+                assert_eq!(second.recv().as_deref(), Some(&b"second"[..]));
+            }
+        }
+    });
+}
+
+/// A receive loop of the handle's socket leaves a batch early, and a queue is created
+#[test]
+fn a_batch_of_a_receive_loop_drops_no_callback() {
+    isolated(|| {
+        let lab = Lab::new();
+        let second = lab.add_queue(2);
+        let handle = nfqnl::open().unwrap();
+        let socket = handle.socket();
+        let first = socket.bind(QUEUE).unwrap();
+        lab.send_numbered(0..3);
+        first.set_maxlen(10).unwrap(); // sets the three aside
+        let mut batch = RecvBatch::default();
+        let key = next_packet(socket, &mut batch).key();
+        socket.set_verdict(key, Verdict::Accept).unwrap();
+        let (send, seen) = mpsc::channel();
+        let _second = handle
+            .create_queue_with(2, &WHOLE_PACKETS, move |data| {
+                send.send(()).unwrap();
+                data.set_verdict(Verdict::Accept, None);
+            })
+            .unwrap();
+        // The other two have no callback.
+        assert_eq!(handle.try_run_once(&mut batch).unwrap(), 0);
+        assert_eq!(handle.socket().stats().no_callback, 2);
+        second.send(b"second", second.address()).unwrap();
+        run(&handle, &mut batch, 1);
+        assert_eq!(seen.try_iter().count(), 1);
+        assert_eq!(second.recv().as_deref(), Some(&b"second"[..]));
+        assert_eq!(handle.socket().stats().no_callback, 2);
+    });
+}
+
+#[test]
+fn a_batch_of_another_socket_is_an_error() {
+    isolated(|| {
+        let lab = Lab::new();
+        let second = lab.add_queue(2);
+        let (a, b) = (nfqnl::open().unwrap(), nfqnl::open().unwrap());
+        let first = a.socket().bind(QUEUE).unwrap();
+        let (send, seen) = mpsc::channel();
+        let _second = b
+            .create_queue_with(2, &WHOLE_PACKETS, move |data| {
+                send.send(()).unwrap();
+                data.set_verdict(Verdict::Accept, None);
+            })
+            .unwrap();
+        lab.send_numbered(0..3);
+        first.set_maxlen(10).unwrap(); // sets the three aside
+        let mut batch = RecvBatch::default();
+        let key = next_packet(a.socket(), &mut batch).key();
+        a.socket().set_verdict(key, Verdict::Accept).unwrap();
+        assert!(batch.has_events());
+        let results = [
+            b.run_once(&mut batch),
+            b.try_run_once(&mut batch),
+            b.run_timeout(&mut batch, TIMEOUT),
+            b.socket().recv(&mut batch).map(Iterator::count),
+            b.socket().try_recv(&mut batch).map(Iterator::count),
+            b.socket()
+                .recv_timeout(&mut batch, TIMEOUT)
+                .map(Iterator::count),
+        ];
+        for result in results {
+            assert!(
+                matches!(result, Err(Error::WrongSocket { .. })),
+                "{result:?}"
+            );
+        }
+        for _ in 0..2 {
+            let key = next_packet(a.socket(), &mut batch).key();
+            a.socket().set_verdict(key, Verdict::Accept).unwrap();
+        }
+        lab.expect_numbered(0..3);
+        // An empty batch may be used with any socket.
+        second.send(b"second", second.address()).unwrap();
+        run(&b, &mut batch, 1);
+        assert_eq!(seen.try_iter().count(), 1);
+        assert_eq!(second.recv().as_deref(), Some(&b"second"[..]));
     });
 }

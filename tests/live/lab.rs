@@ -1,40 +1,52 @@
-//! What nearly every test begins with: a rule, a socket that sends to itself, and ways to receive
+//! The parts of most live tests: a rule, UDP sockets as senders and receivers, and ways to receive
 
-use std::fs::File;
-use std::io::{Read, Write};
+use std::fs::{self, File};
+use std::io::Write;
 use std::os::fd::AsFd;
+use std::process;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nfqnl::proto::{ConfigRequest, RequestHeader};
-use nfqnl::{Error, Event, Handle, Packet, RecvBatch, Refusal, Situation};
+use nfqnl::{
+    Error, ErrorKind, Event, Events, Handle, Packet, PacketKey, QueueConfig, RecvBatch, Refusal,
+    Socket,
+};
 use nfqnl_testkit::hosts::Bridge;
 use nfqnl_testkit::kernel;
 use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::RecvFlags;
 
-/// Where the packets to be queued go
+/// The UDP port of the queued packets
 pub(crate) const PORT: u16 = 5000;
-/// The queue they are put in
+/// The queue that gets them
 pub(crate) const QUEUE: u16 = 1;
+/// Settings for callbacks with the payload
+pub(crate) const WHOLE_PACKETS: QueueConfig =
+    QueueConfig::new().copy_mode(nfqnl::CopyMode::Packet, u32::MAX);
 
-/// UDP to [`PORT`] goes to [`QUEUE`], and sockets that send there
+/// A rule: UDP to [`PORT`] goes to [`QUEUE`]. And sockets that send there
 pub(crate) struct Lab {
     pub(crate) v4: Udp,
     pub(crate) v6: Udp,
     tables: Vec<Table>,
-    /// How many datagrams have been taken from the IPv4 socket to make room for others
+    hook: Hook,
+    /// The number of datagrams received early to make room for others
     drained: AtomicUsize,
 }
 
 impl Lab {
-    /// Packets are queued as they leave, which is within the sender's system call
+    /// Queues packets as they leave, within the sender's system call
     pub(crate) fn new() -> Self {
         Self::at(Hook::Output)
     }
 
-    /// Packets are queued as they come in, which on loopback may be some time after the sender's system call
+    /// Queues packets as they arrive. On loopback that may be some time after the sender's system
+    /// call
     pub(crate) fn at_input() -> Self {
         Self::at(Hook::Input)
     }
@@ -54,11 +66,12 @@ impl Lab {
             v4: Udp::bind(V4, PORT).unwrap(),
             v6: Udp::bind(V6, PORT).unwrap(),
             tables: tables.into(),
+            hook,
             drained: AtomicUsize::new(0),
         }
     }
 
-    /// Both sockets, which is both families
+    /// A socket for each IP version
     pub(crate) fn sockets(&self) -> [&Udp; 2] {
         [&self.v4, &self.v6]
     }
@@ -67,27 +80,40 @@ impl Lab {
         &self.tables
     }
 
-    /// Takes the rules away; the kernel drops what waits
+    /// Deletes the rules; the kernel drops the waiting packets
     pub(crate) fn delete_rules(self) {
         for table in self.tables {
             table.delete().unwrap();
         }
     }
 
-    /// Sends to the IPv4 socket itself
+    /// Queues one more port (IPv4) in another queue, and returns a socket for it
+    pub(crate) fn add_queue(&self, num: u16) -> Udp {
+        let port = PORT + num;
+        let chain = self.tables[0]
+            .chain(&format!("queue{num}"), self.hook, 0)
+            .unwrap();
+        chain
+            .add(&Rule::new().udp().dport(port).queue(num))
+            .unwrap();
+        Udp::bind(V4, port).unwrap()
+    }
+
+    /// Sends from the IPv4 socket to itself
     pub(crate) fn send(&self, payload: &[u8]) {
         self.v4.send(payload, self.v4.address()).unwrap();
     }
 
-    /// Sends many datagrams with their number in them
+    /// Sends datagrams with their number in them
     pub(crate) fn send_numbered(&self, numbers: std::ops::Range<u32>) {
         for number in numbers {
             self.send(&number.to_be_bytes());
         }
     }
 
-    /// Sends numbers in small bursts, and never so many beyond those received that they do not fit the receive buffer;
-    /// takes in what is delivered, which would not all fit an ordinary user's socket
+    /// Sends numbers in small bursts. Waits while the receiver is so far behind that its buffer
+    /// could overrun. Reads delivered datagrams meanwhile: an ordinary user's UDP socket has no
+    /// room for all of them
     pub(crate) fn send_in_bursts(&self, numbers: std::ops::Range<u32>, received: &AtomicU32) {
         const FIT: u32 = 60;
         let mut dice = Dice(2);
@@ -105,7 +131,8 @@ impl Lab {
         }
     }
 
-    /// How many datagrams were delivered, those during the bursts and all until none comes for a moment
+    /// Counts the delivered datagrams, including those during the bursts, until none comes for a
+    /// moment
     pub(crate) fn drain(&self) -> usize {
         self.drained.swap(0, Ordering::Relaxed) + self.v4.drain()
     }
@@ -113,9 +140,17 @@ impl Lab {
     pub(crate) fn recv(&self) -> Option<Vec<u8>> {
         self.v4.recv()
     }
+
+    /// Fails unless datagrams with these numbers are delivered, in this order
+    #[track_caller]
+    pub(crate) fn expect_numbered(&self, numbers: impl IntoIterator<Item = u32>) {
+        for number in numbers {
+            assert_eq!(self.recv().as_deref(), Some(&number.to_be_bytes()[..]));
+        }
+    }
 }
 
-/// Numbers that look random, the same ones each time
+/// Pseudorandom numbers, the same ones in each run
 pub(crate) struct Dice(pub(crate) u32);
 
 impl Dice {
@@ -125,7 +160,7 @@ impl Dice {
     }
 }
 
-/// A bridge whose packets pass the IP hooks; `None` where `NFQNL_SKIP_BRIDGE=1` says that there can be none
+/// A bridge with its packets in the IP hooks; `None` if `NFQNL_SKIP_BRIDGE=1` is set
 pub(crate) fn bridge() -> Option<Bridge> {
     const SKIP: &str = "NFQNL_SKIP_BRIDGE";
     if std::env::var_os(SKIP).is_some_and(|value| value == "1") {
@@ -135,7 +170,7 @@ pub(crate) fn bridge() -> Option<Bridge> {
     Some(Bridge::new().unwrap_or_else(|error| panic!("{error}, or set {SKIP}=1")))
 }
 
-/// What a priority comes to: before Linux 5.18 no packet tells one, and no verdict sets one
+/// The priority of packets after a verdict with `priority`: 0 before Linux 5.18, which ignores it
 pub(crate) fn priority(priority: u32) -> u32 {
     if kernel::is_at_least(5, 18) {
         priority
@@ -144,7 +179,8 @@ pub(crate) fn priority(priority: u32) -> u32 {
     }
 }
 
-/// Fails unless this payload of a rewritten packet comes, or nothing does where the kernel refuses new payloads
+/// Fails unless a rewritten packet with this payload arrives, or nothing on kernels that refuse new
+/// payloads
 #[track_caller]
 pub(crate) fn expect_rewritten(socket: &Udp, payload: &[u8]) {
     if kernel::refuses_payloads() {
@@ -154,35 +190,68 @@ pub(crate) fn expect_rewritten(socket: &Udp, payload: &[u8]) {
     }
 }
 
-/// The next event; fails if none comes in time
+/// Receives until there are events; fails if none come in time
 #[track_caller]
-pub(crate) fn next_event<'b>(handle: &Handle, batch: &'b mut RecvBatch) -> Event<'b> {
-    let mut events = handle
-        .recv_deadline(batch, Instant::now() + TIMEOUT)
-        .unwrap();
-    events.next().expect("an event in time")
-}
-
-/// The next packet; fails if anything else comes
-#[track_caller]
-pub(crate) fn next_packet<'b>(handle: &Handle, batch: &'b mut RecvBatch) -> Packet<'b> {
-    match next_event(handle, batch) {
-        Event::Packet(packet) => packet,
-        other => panic!("no packet, but {other:?}"),
+pub(crate) fn next_events<'b>(socket: &Socket, batch: &'b mut RecvBatch) -> Events<'b> {
+    let end = Instant::now() + TIMEOUT;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        drop(socket.recv_timeout(batch, left).unwrap());
+        if batch.has_events() {
+            return batch.events();
+        }
+        assert!(!left.is_zero(), "no event in time");
     }
 }
 
-/// Whether somebody else could bind the queue now
+/// Blocks in [`Socket::recv`] until there are events
+#[track_caller]
+pub(crate) fn recv_events<'b>(socket: &Socket, batch: &'b mut RecvBatch) -> Events<'b> {
+    loop {
+        drop(socket.recv(batch).unwrap());
+        if batch.has_events() {
+            return batch.events();
+        }
+    }
+}
+
+/// The next event; fails if none comes in time
+#[track_caller]
+pub(crate) fn next_event<'b>(socket: &Socket, batch: &'b mut RecvBatch) -> Event<'b> {
+    next_events(socket, batch).next().unwrap()
+}
+
+/// The next packet; fails if another event comes
+#[track_caller]
+pub(crate) fn next_packet<'b>(socket: &Socket, batch: &'b mut RecvBatch) -> Packet<'b> {
+    match next_event(socket, batch) {
+        Event::Packet(packet) => packet,
+        other => panic!("not a packet: {other:?}"),
+    }
+}
+
+/// The keys of the next `n` packets
+#[track_caller]
+pub(crate) fn next_keys(socket: &Socket, batch: &mut RecvBatch, n: usize) -> Vec<PacketKey> {
+    Vec::from_iter((0..n).map(|_| next_packet(socket, batch).key()))
+}
+
+/// Whether another socket could bind the queue
 pub(crate) fn is_free(num: u16) -> bool {
-    let other = Handle::open().unwrap();
-    match other.bind_queue(num) {
+    let other = Socket::open().unwrap();
+    match other.bind(num) {
         Ok(queue) => {
             queue.destroy().unwrap();
             true
         }
-        Err(Error::Refused(refusal)) if refusal.situation() == Situation::NotPermitted => false,
+        Err(Error::Refused(refusal)) if is_in_use(&refusal) => false,
         Err(other) => panic!("{other:?}"),
     }
+}
+
+/// Whether another socket has bound the queue
+pub(crate) fn is_in_use(refusal: &Refusal) -> bool {
+    matches!(refusal.kind(), ErrorKind::QueueInUse { .. })
 }
 
 /// The kernel's refusal; fails if there is none
@@ -190,50 +259,132 @@ pub(crate) fn is_free(num: u16) -> bool {
 pub(crate) fn refusal<T: std::fmt::Debug>(result: nfqnl::Result<T>) -> Refusal {
     match result {
         Err(Error::Refused(refusal)) => refusal,
-        other => panic!("no refusal, but {other:?}"),
+        other => panic!("not a refusal: {other:?}"),
     }
 }
 
-/// Whether nothing is there to be received
-pub(crate) fn is_silent(handle: &Handle, batch: &mut RecvBatch) -> bool {
-    handle.try_recv(batch).unwrap().next().is_none()
+/// Whether there are no events: none in the batch, set aside, or in the socket
+pub(crate) fn is_silent(socket: &Socket, batch: &mut RecvBatch) -> bool {
+    loop {
+        drop(socket.try_recv(batch).unwrap());
+        if batch.has_events() {
+            return false;
+        }
+        // A call may have read an answer to a setting or to a wake, and left events behind it.
+        if !is_readable(socket) {
+            return true;
+        }
+    }
 }
 
-/// Sends on a copy of the descriptor, as other code that has one can
-pub(crate) fn send_past_the_library(handle: &Handle, messages: &[u8]) {
-    let mut copy = File::from(handle.as_fd().try_clone_to_owned().unwrap());
+/// Passes on every event, without waiting
+#[track_caller]
+pub(crate) fn take_all(socket: &Socket, batch: &mut RecvBatch, mut each: impl FnMut(Event<'_>)) {
+    while !is_silent(socket, batch) {
+        batch.events().for_each(&mut each);
+    }
+}
+
+/// Runs a handle's callbacks until `packets` packets have been called back for; fails if they do
+/// not come in time, or more come
+#[track_caller]
+pub(crate) fn run(handle: &Handle<'_>, batch: &mut RecvBatch, packets: usize) {
+    let end = Instant::now() + TIMEOUT;
+    let mut called = 0;
+    while called < packets {
+        let left = end.saturating_duration_since(Instant::now());
+        called += handle.run_timeout(batch, left).unwrap();
+        assert!(!left.is_zero(), "{called} of {packets} packets in time");
+    }
+    assert_eq!(called, packets);
+}
+
+/// Whether poll(2) reports the descriptor as readable now
+pub(crate) fn is_readable(socket: &impl AsFd) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
+}
+
+/// Sends on a copy of the descriptor, as other code with a copy can
+pub(crate) fn send_past_the_library(socket: &impl AsFd, messages: &[u8]) {
+    let mut copy = File::from(socket.as_fd().try_clone_to_owned().unwrap());
     assert_eq!(copy.write(messages).unwrap(), messages.len());
 }
 
-/// The same for a configuration request
-pub(crate) fn configure_past_the_library(handle: &Handle, request: &ConfigRequest) {
+/// Sends a configuration request on a copy of the descriptor
+pub(crate) fn configure_past_the_library(socket: &impl AsFd, request: &ConfigRequest) {
     let mut buf = [0; ConfigRequest::MAX_LEN];
     let len = request.encode(&mut buf, RequestHeader::default()).unwrap();
-    send_past_the_library(handle, &buf[..len]);
+    send_past_the_library(socket, &buf[..len]);
 }
 
-/// Receives a datagram on a copy of the descriptor; fails if none is there, for the kernel answers within the send
-pub(crate) fn recv_past_the_library(handle: &Handle) -> Vec<u8> {
-    handle.set_nonblocking(true).unwrap();
-    let mut copy = File::from(handle.as_fd().try_clone_to_owned().unwrap());
+/// Receives a datagram on a copy of the descriptor; fails if none is there: the kernel answers
+/// within the send
+pub(crate) fn recv_past_the_library(socket: &impl AsFd) -> Vec<u8> {
     let mut datagram = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
-    let len = copy.read(&mut datagram).unwrap();
+    let (len, _) = rustix::net::recv(socket, &mut datagram[..], RecvFlags::DONTWAIT).unwrap();
     datagram.truncate(len);
     datagram
 }
 
-/// What follows the network and UDP headers
+/// Receives a datagram on a copy of the descriptor if one is there, and returns whether there was
+/// one
+pub(crate) fn steal_past_the_library(socket: &impl AsFd) -> bool {
+    rustix::net::recv(socket, &mut [0; 64][..], RecvFlags::DONTWAIT).is_ok()
+}
+
+/// The UDP payload of a packet
 pub(crate) fn udp_payload<'b>(packet: &Packet<'b>) -> &'b [u8] {
     let sliced = etherparse::SlicedPacket::from_ip(packet.payload()).unwrap();
     match sliced.transport {
         Some(etherparse::TransportSlice::Udp(udp)) => udp.payload(),
-        other => panic!("no UDP, but {other:?}"),
+        other => panic!("not UDP: {other:?}"),
     }
 }
 
-/// Receives a datagram on a copy of the descriptor if one is there, and says whether it was
-pub(crate) fn steal_past_the_library(handle: &Handle) -> bool {
-    handle.set_nonblocking(true).unwrap();
-    let mut copy = File::from(handle.as_fd().try_clone_to_owned().unwrap());
-    copy.read(&mut [0; 64]).is_ok()
+/// The number in a packet of [`Lab::send_numbered`]
+pub(crate) fn number(packet: &Packet<'_>) -> u32 {
+    u32::from_be_bytes(udp_payload(packet).try_into().unwrap())
+}
+
+/// Ends the test as failed unless it is dropped in time: for calls that block forever when the test
+/// fails
+#[derive(Debug)]
+pub(crate) struct Watchdog {
+    _alive: mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    pub(crate) fn new(limit: Duration) -> Self {
+        let (alive, dropped) = mpsc::channel::<()>();
+        thread::spawn(move || {
+            if dropped.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("the test did not end within {limit:?}");
+                process::exit(101);
+            }
+        });
+        Self { _alive: alive }
+    }
+}
+
+/// Waits until a thread of this process is asleep and stays asleep, for instance in a blocking
+/// receive
+#[track_caller]
+pub(crate) fn wait_until_asleep(thread: i32) {
+    let sample = || {
+        let status = fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap();
+        let lines = status
+            .lines()
+            .filter(|line| line.starts_with("State:") || line.contains("ctxt_switches:"));
+        Vec::from_iter(lines.map(str::to_owned))
+    };
+    let end = Instant::now() + TIMEOUT;
+    loop {
+        let before = sample();
+        thread::sleep(Duration::from_millis(5));
+        if before == sample() && before[0].contains('S') && before[0].contains("sleeping") {
+            return;
+        }
+        assert!(Instant::now() < end, "the thread never sleeps");
+    }
 }

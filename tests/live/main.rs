@@ -1,6 +1,6 @@
-//! Everything against the running kernel, each test in a network namespace of its own
+//! Tests against the running kernel, each in a network namespace of its own
 //!
-//! The same tests run as root and as an ordinary user, who is root of a user namespace in them.
+//! They run as root, and as an ordinary user with a user namespace.
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
 mod batch;
@@ -21,3 +21,4 @@ mod runtimes;
 mod stream;
 mod threads;
 mod verdicts;
+mod waker;

@@ -1,11 +1,12 @@
-//! What only some kernels have: each test says that it is there, or that it is refused where the kernel was built without
+//! Features that only some kernels have: each test checks that the feature works, or that the
+//! kernel refuses it
 
-use std::io::ErrorKind;
+use std::io::ErrorKind as IoErrorKind;
 
 use nfqnl::proto::Attrs;
 use nfqnl::{
-    ConfigFlags, CopyMode, Decision, Error, Family, Handle, Packet, QueueConfig, RecvBatch,
-    Situation, Verdict, Vlan,
+    ConfigFlags, Decision, Error, ErrorKind, Family, Packet, QueueConfig, RecvBatch, Socket,
+    Verdict, Vlan,
 };
 use nfqnl_testkit::hosts::{Bridge, Host};
 use nfqnl_testkit::netns::isolated;
@@ -29,26 +30,26 @@ fn connection_mark(packet: &Packet<'_>) -> u32 {
     mark.map_or(0, |mark| u32::from_be_bytes(mark.value.try_into().unwrap()))
 }
 
-/// Of a connection that is new as of one that the kernel has in its table
+/// Of a new connection, and of one that the kernel has in its table
 #[test]
-fn a_connection_mark_that_a_verdict_sets_is_told_by_the_next_packet() {
+fn the_next_packet_has_the_mark_a_verdict_set() {
     isolated(|| {
         const MARK: u32 = 0x1234_5678;
         let has_glue = kernel::has_function("ctnetlink_glue_build");
         for hook in [Hook::Output, Hook::Input] {
             let rule = Rule::new().udp().dport(PORT).new_connection().queue(QUEUE);
             let lab = Lab::with(hook, &rule);
-            let handle = Handle::open().unwrap();
-            let config = QueueConfig::new()
-                .copy_mode(CopyMode::PACKET, 0)
-                .flags(ConfigFlags::CONNTRACK, ConfigFlags::CONNTRACK);
-            let _queue = match handle.bind_queue_with(QUEUE, &config) {
+            let socket = Socket::open().unwrap();
+            let config = QueueConfig::new().enable(ConfigFlags::CONNTRACK);
+            let queue = match socket.bind_with(QUEUE, &config) {
                 Err(Error::Refused(refused)) if has_glue != Some(true) => {
-                    assert_eq!(refused.situation(), Situation::Unsupported);
+                    let kind = ErrorKind::UnsupportedFlags(ConfigFlags::CONNTRACK);
+                    assert_eq!(refused.kind(), kind);
                     return;
                 }
                 bound => bound.unwrap(),
             };
+            assert_eq!(queue.flags(), ConfigFlags::CONNTRACK);
             assert_ne!(has_glue, Some(false));
             let mut batch = RecvBatch::default();
             let [one, other] = [(); 2].map(|()| Udp::bind(V4, 0).unwrap());
@@ -57,12 +58,12 @@ fn a_connection_mark_that_a_verdict_sets_is_told_by_the_next_packet() {
                 [len, CTA_MARK.to_ne_bytes()].concat()
             };
             let set_mark = [set_mark, MARK.to_be_bytes().to_vec()].concat();
-            for (socket, mark) in [(&one, 0), (&one, MARK), (&other, 0)] {
-                socket.send(b"tracked", lab.v4.address()).unwrap();
-                let packet = next_packet(&handle, &mut batch);
+            for (udp, mark) in [(&one, 0), (&one, MARK), (&other, 0)] {
+                udp.send(b"tracked", lab.v4.address()).unwrap();
+                let packet = next_packet(&socket, &mut batch);
                 assert_eq!(connection_mark(&packet), mark);
                 let decision = ACCEPT.with_conntrack(&set_mark);
-                handle.verdict(packet.key(), decision).unwrap();
+                socket.set_verdict(packet.key(), decision).unwrap();
                 assert_eq!(lab.recv().as_deref(), Some(&b"tracked"[..]));
             }
             lab.delete_rules();
@@ -70,7 +71,7 @@ fn a_connection_mark_that_a_verdict_sets_is_told_by_the_next_packet() {
     });
 }
 
-/// A link of VLAN 5 and a socket on it
+/// Makes a link of VLAN 5, and a UDP socket on it
 fn on_vlan(host: &Host, address: &str) -> Udp {
     let address = address.parse().unwrap();
     host.namespace.run(|| {
@@ -81,9 +82,9 @@ fn on_vlan(host: &Host, address: &str) -> Udp {
     })
 }
 
-/// Not by `br_netfilter`, but in the family of nftables that is the bridge's own; xtables can't queue there
+/// Without `br_netfilter`, in the bridge family of nftables; xtables cannot queue there
 #[test]
-fn the_bridge_family_tells_and_changes_link_layer_header_and_vlan_tag() {
+fn the_bridge_family_reads_and_sets_l2_and_vlan() {
     isolated(|| {
         let Some(bridge) = bridge() else { return };
         let (left, right) = (&bridge.left, &bridge.right);
@@ -96,21 +97,21 @@ fn the_bridge_family_tells_and_changes_link_layer_header_and_vlan_tag() {
             match (chain.add(&rule), kernel::has_function("nft_queue_eval")) {
                 (Ok(()), Some(true) | None) => {}
                 (Err(error), Some(false) | None) => {
-                    return assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+                    return assert_eq!(error.kind(), IoErrorKind::NotFound, "{error}");
                 }
                 other => panic!("{other:?}"),
             }
         }
-        let handle = Handle::open().unwrap();
+        let socket = Socket::open().unwrap();
         let _queues = [forward, postrouting].map(|hook| {
             let num = hook.number().into();
-            handle.bind_queue(num).unwrap()
+            socket.bind(num).unwrap()
         });
         let mut batch = RecvBatch::default();
         let accept = |batch: &mut _, decision: Decision<'_>, check: &dyn Fn(&Packet<'_>)| {
-            let packet = next_packet(&handle, batch);
+            let packet = next_packet(&socket, batch);
             check(&packet);
-            handle.verdict(packet.key(), decision).unwrap();
+            socket.set_verdict(packet.key(), decision).unwrap();
         };
 
         let indexes = [Bridge::LINK, left.link, right.link].map(|name| link::index(name).unwrap());
@@ -145,14 +146,14 @@ fn the_bridge_family_tells_and_changes_link_layer_header_and_vlan_tag() {
         });
         assert_eq!(receiver.recv().as_deref(), Some(&b"bridged"[..]));
 
-        // Since Linux 7.2 the kernel drops a bridge's packet that gets a new payload.
+        // Since Linux 7.2 the kernel drops a bridged packet with a new payload.
         sender.send(b"bridged", receiver.address()).unwrap();
-        let packet = next_packet(&handle, &mut batch);
+        let packet = next_packet(&socket, &mut batch);
         let new = with_udp_payload(packet.payload(), b"rewritten").unwrap();
         let decision = Verdict::Accept.with_payload(&new);
-        handle.verdict(packet.key(), decision).unwrap();
+        socket.set_verdict(packet.key(), decision).unwrap();
         if kernel::is_at_least(7, 2) {
-            assert!(is_silent(&handle, &mut batch) && receiver.is_silent());
+            assert!(is_silent(&socket, &mut batch) && receiver.is_silent());
         } else {
             accept(&mut batch, ACCEPT, &|packet| {
                 assert_eq!(udp_payload(packet), b"rewritten");

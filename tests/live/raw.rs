@@ -1,4 +1,4 @@
-//! What other code can send on a copy of the handle's descriptor, and what the kernel answers
+//! Messages sent on a copy of the descriptor, and how the kernel answers them
 
 use std::io;
 
@@ -6,21 +6,21 @@ use nfqnl::consts::{
     NFQA_CFG_CMD, NFQA_CFG_QUEUE_MAXLEN, NFQA_MARK, NFQA_VERDICT_HDR, NFQNL_MSG_CONFIG,
     NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT, message_type,
 };
-use nfqnl::proto::{BatchVerdict, Message, Messages, Reply, RequestHeader};
-use nfqnl::{Event, Handle, Operation, PacketKey, RecvBatch, Situation, Verdict};
+use nfqnl::proto::{Message, Messages, PlainVerdict, Reply, RequestHeader};
+use nfqnl::{ErrorKind, Event, Operation, PacketKey, RecvBatch, Socket, Verdict};
 use nfqnl_testkit::kernel;
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{Hook, Rule};
 
 use crate::lab::{
-    Lab, PORT, QUEUE, is_silent, next_event, next_packet, recv_past_the_library,
+    Lab, PORT, QUEUE, is_silent, next_event, next_keys, next_packet, recv_past_the_library,
     send_past_the_library,
 };
 
-/// What a short attribute is answered with (`lib/nlattr.c`)
+/// The kernel's text for an attribute that is too short (`lib/nlattr.c`)
 const POLICY: &str = "Attribute failed policy validation";
 
-/// A request about [`QUEUE`] that no encoder makes
+/// Encodes a request about [`QUEUE`] that the library cannot encode
 fn request(message: u8, header: RequestHeader, attrs: &[(u16, &[u8])]) -> Vec<u8> {
     const REQUEST: u16 = 1;
     let mut bytes = vec![0; 4];
@@ -42,17 +42,16 @@ fn request(message: u8, header: RequestHeader, attrs: &[(u16, &[u8])]) -> Vec<u8
     bytes
 }
 
-/// The header that the library gives a verdict on this packet, so that it knows a refusal again
+/// The header of the library's own verdicts on this packet: it finds the packet of a refusal by it
 fn verdict_header(key: PacketKey) -> RequestHeader {
     RequestHeader {
         ack: false,
-        echo: false,
-        seq: key.id,
-        pid: u32::from(key.binding) << 16 | u32::from(key.queue),
+        seq: key.id(),
+        pid: u32::from(key.binding()) << 16 | u32::from(key.queue()),
     }
 }
 
-/// The one message of a datagram, which is an answer
+/// The answer that is the one message of a datagram
 #[track_caller]
 fn reply(datagram: &[u8]) -> Reply<'_> {
     let mut messages = Messages::new(datagram);
@@ -60,58 +59,59 @@ fn reply(datagram: &[u8]) -> Reply<'_> {
     assert!(messages.next().is_none());
     match first {
         Message::Reply(reply) => reply,
-        other => panic!("no answer, but {other:?}"),
+        other => panic!("not an answer: {other:?}"),
     }
 }
 
-/// The kernel's own `ENOTSUPP`, which C has no name for
+/// The kernel's own `ENOTSUPP`: C has no name for it
 #[test]
-fn a_message_that_is_the_kernels_to_send_is_answered_with_524() {
+fn a_packet_message_to_the_kernel_is_refused_by_524() {
     isolated(|| {
-        let handle = Handle::open().unwrap();
-        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
         let header = RequestHeader {
             seq: 99,
             ..RequestHeader::default()
         };
-        send_past_the_library(&handle, &request(NFQNL_MSG_PACKET, header, &[]));
-        let datagram = recv_past_the_library(&handle);
+        send_past_the_library(&socket, &request(NFQNL_MSG_PACKET, header, &[]));
+        let datagram = recv_past_the_library(&socket);
         let reply = reply(&datagram);
         assert_eq!((reply.errno, reply.seq), (524, header.seq));
         assert_eq!(reply.request_type, message_type(NFQNL_MSG_PACKET));
         let error = io::Error::from_raw_os_error(reply.errno);
-        assert_eq!(Situation::of(&error), Situation::Unsupported);
+        assert_eq!(ErrorKind::of(&error), ErrorKind::Unsupported);
     });
 }
 
-/// As it is named in C or not, which goes by the kernel's last number: both say the same
+/// Kernels answer with `EOPNOTSUPP` or with their own `ENOTSUPP`, by version; both mean the same
 #[test]
-fn a_command_that_the_kernel_does_not_know_is_unsupported() {
+fn an_unknown_command_is_unsupported() {
     isolated(|| {
-        let handle = Handle::open().unwrap();
-        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
         let command: [(u16, &[u8]); 1] = [(NFQA_CFG_CMD, &[99, 0, 0, 0])];
         let header = RequestHeader::default();
-        send_past_the_library(&handle, &request(NFQNL_MSG_CONFIG, header, &command));
-        let datagram = recv_past_the_library(&handle);
+        send_past_the_library(&socket, &request(NFQNL_MSG_CONFIG, header, &command));
+        let datagram = recv_past_the_library(&socket);
         let errno = reply(&datagram).errno;
         assert!([524, libc::EOPNOTSUPP].contains(&errno), "{errno}");
-        // 5.10 ends without the change, and 7.2 begins with it.
+        // No 5.10 has the change, and every 7.2 has it.
         if !kernel::is_at_least(5, 11) || kernel::is_at_least(7, 2) {
             assert_eq!(errno == 524, !kernel::is_at_least(7, 2));
         }
         let error = io::Error::from_raw_os_error(errno);
-        assert_eq!(Situation::of(&error), Situation::Unsupported);
+        assert_eq!(ErrorKind::of(&error), ErrorKind::Unsupported);
     });
 }
 
-/// `NETLINK_CAP_ACK`: without it, a refused verdict would come back with its packet, and fill the receive buffer
+/// `NETLINK_CAP_ACK`: without it, a refusal would bring the new payload back, and fill the receive
+/// buffer
 #[test]
-fn a_refusal_does_not_repeat_the_verdicts_payload() {
+fn a_refusal_does_not_repeat_the_payload() {
     isolated(|| {
         const NETLINK_HEADER: usize = 16;
-        let handle = Handle::open().unwrap();
-        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
         let header = RequestHeader {
             seq: 98,
             ..RequestHeader::default()
@@ -121,8 +121,8 @@ fn a_refusal_does_not_repeat_the_verdicts_payload() {
         let mut buf = vec![0; decision.max_len()];
         let len = decision.encode(&mut buf, QUEUE, 77, header).unwrap();
         assert!(len > payload.len());
-        send_past_the_library(&handle, &buf[..len]);
-        let datagram = recv_past_the_library(&handle);
+        send_past_the_library(&socket, &buf[..len]);
+        let datagram = recv_past_the_library(&socket);
         assert_eq!(datagram.len(), NETLINK_HEADER + 4 + NETLINK_HEADER);
         let reply = reply(&datagram);
         assert_eq!((reply.errno, reply.seq), (libc::ENOENT, header.seq));
@@ -131,88 +131,99 @@ fn a_refusal_does_not_repeat_the_verdicts_payload() {
 
 /// `NETLINK_EXT_ACK`
 #[test]
-fn a_refusal_carries_the_kernels_words() {
+fn a_refusal_carries_the_text_of_the_kernel() {
     isolated(|| {
         let lab = Lab::new();
-        let handle = Handle::open().unwrap();
-        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
         let header = RequestHeader::default();
         let short = request(
             NFQNL_MSG_CONFIG,
             header,
             &[(NFQA_CFG_QUEUE_MAXLEN, &[0; 2])],
         );
-        send_past_the_library(&handle, &short);
-        let datagram = recv_past_the_library(&handle);
+        send_past_the_library(&socket, &short);
+        let datagram = recv_past_the_library(&socket);
         let reply = reply(&datagram);
         assert_eq!(reply.errno, libc::ERANGE);
         assert_eq!(reply.text, Some(POLICY.as_bytes()));
         assert_eq!(reply.offset, Some(20), "the attribute behind both headers");
 
-        // The same for a verdict, of which the library tells.
+        // The same for a verdict: the library reports it.
         let mut batch = RecvBatch::default();
         lab.send(b"waits");
-        let key = next_packet(&handle, &mut batch).key();
-        let accept = [[0, 0, 0, 1], key.id.to_be_bytes()].concat();
+        let key = next_packet(&socket, &mut batch).key();
+        let accept = [[0, 0, 0, 1], key.id().to_be_bytes()].concat();
         let attrs: [(u16, &[u8]); 2] = [(NFQA_VERDICT_HDR, &accept), (NFQA_MARK, &[0; 2])];
         let short = request(NFQNL_MSG_VERDICT, verdict_header(key), &attrs);
-        send_past_the_library(&handle, &short);
-        match next_event(&handle, &mut batch) {
+        send_past_the_library(&socket, &short);
+        match next_event(&socket, &mut batch) {
             Event::Refused(refusal) => {
                 assert_eq!(refusal.packet(), Some(key));
                 assert_eq!(refusal.errno(), libc::ERANGE);
                 assert_eq!(refusal.kernel_text(), Some(POLICY));
-                assert!(refusal.to_string().ends_with(POLICY), "{refusal}");
+                assert!(refusal.to_string().contains(POLICY), "{refusal}");
             }
-            other => panic!("no refusal, but {other:?}"),
+            other => panic!("not a refusal: {other:?}"),
         }
-        handle.verdict(key, Verdict::Accept).unwrap();
+        socket.set_verdict(key, Verdict::Accept).unwrap();
         assert_eq!(lab.recv().as_deref(), Some(&b"waits"[..]));
     });
 }
 
-/// The library sends none itself, and yet tells what became of one
+/// For callers that keep their own order: the verdict covers every packet that waits, whoever holds
+/// it
 #[test]
-fn a_batch_verdict_releases_all_up_to_a_packet_and_is_refused_where_none_waits() {
+fn a_batch_verdict_releases_all_up_to_its_packet() {
     isolated(|| {
         const MARK: u32 = 5;
         let lab = Lab::new();
         let later = lab.tables()[0].chain("later", Hook::Input, 10).unwrap();
         let marked = Rule::new().udp().dport(PORT).mark(MARK);
         later.add(&marked.counted("marked")).unwrap();
-        let handle = Handle::open().unwrap();
-        let _queue = handle.bind_queue(QUEUE).unwrap();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        let sender = socket.verdict_sender();
         let mut batch = RecvBatch::default();
-        let release_up_to = |key: PacketKey| {
-            let mut buf = [0; 64];
-            let verdict = BatchVerdict::new(Verdict::Accept).with_mark(MARK);
+        let verdict = PlainVerdict::new(Verdict::Accept).with_mark(MARK);
+        let past_the_library = |last: PacketKey| {
+            let mut buf = [0; PlainVerdict::MAX_LEN];
+            let header = verdict_header(last);
             let len = verdict
-                .encode(&mut buf, key.queue, key.id, verdict_header(key))
+                .encode_batch(&mut buf, last.queue(), last.id(), header)
                 .unwrap();
-            send_past_the_library(&handle, &buf[..len]);
+            send_past_the_library(&socket, &buf[..len]);
         };
-        lab.send_numbered(0..3);
-        let keys = [(); 3].map(|()| next_packet(&handle, &mut batch).key());
-        release_up_to(keys[1]);
-        for number in 0..2_u32 {
-            assert_eq!(lab.recv().as_deref(), Some(&number.to_be_bytes()[..]));
-        }
-        assert!(lab.v4.is_silent(), "the third waits");
-        assert_eq!(later.count("marked").unwrap(), 2);
-        assert!(is_silent(&handle, &mut batch), "nothing was refused");
+        let by_the_library = |last| socket.set_verdict_up_to(last, verdict).unwrap();
+        let by_a_sender = |last| sender.set_verdict_up_to(last, verdict).unwrap();
+        let ways: [&dyn Fn(PacketKey); 3] = [&past_the_library, &by_the_library, &by_a_sender];
+        for (round, release_up_to) in (1..).zip(ways) {
+            lab.send_numbered(0..3);
+            let keys = next_keys(&socket, &mut batch, 3);
+            release_up_to(keys[1]);
+            lab.expect_numbered(0..2);
+            assert!(lab.v4.is_silent(), "the third waits");
+            assert_eq!(later.count("marked").unwrap(), 2 * round);
+            assert!(is_silent(&socket, &mut batch), "nothing was refused");
 
-        release_up_to(keys[1]);
-        match next_event(&handle, &mut batch) {
-            Event::Refused(refusal) => {
-                assert_eq!(refusal.operation(), Operation::BatchVerdict(keys[1]));
-                assert_eq!(refusal.packet(), Some(keys[1]));
-                assert_eq!(refusal.errno(), libc::ENOENT);
-                assert_eq!(refusal.situation(), Situation::NoSuchPacket);
+            release_up_to(keys[1]);
+            match next_event(&socket, &mut batch) {
+                Event::Refused(refusal) => {
+                    assert_eq!(refusal.operation(), Operation::BatchVerdict(keys[1]));
+                    assert_eq!(refusal.packet(), Some(keys[1]));
+                    assert_eq!(refusal.errno(), libc::ENOENT);
+                    assert_eq!(refusal.kind(), ErrorKind::NoSuchPacket);
+                }
+                other => panic!("not a refusal: {other:?}"),
             }
-            other => panic!("no refusal, but {other:?}"),
+            assert_eq!(socket.stats().refused_verdicts, round);
+            socket.set_verdict(keys[2], Verdict::Accept).unwrap();
+            lab.expect_numbered([2]);
         }
-        assert_eq!(handle.stats().refused_verdicts, 1);
-        handle.verdict(keys[2], Verdict::Accept).unwrap();
-        assert_eq!(lab.recv().as_deref(), Some(&2_u32.to_be_bytes()[..]));
+        // Any id will do, also one that was never received.
+        lab.send_numbered(0..3);
+        assert_eq!(next_keys(&socket, &mut batch, 3).len(), 3);
+        by_the_library(queue.key(1000));
+        lab.expect_numbered(0..3);
     });
 }

@@ -1,68 +1,165 @@
-//! Event loops that are not ours: mio and async-io by the descriptor, tokio by the feature of that name
+//! Event loops of other libraries: mio and async-io by the descriptor, tokio by its feature
 
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use async_io::{Async, Timer};
 use futures_lite::future;
 use mio::unix::SourceFd;
 use mio::{Interest, Poll, Token};
-use nfqnl::{Handle, RecvBatch};
+use nfqnl::{Event, RecvBatch, Socket, Verdict};
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::traffic::TIMEOUT;
 
-use crate::lab::{Lab, QUEUE, is_silent, udp_payload};
+use crate::lab::{Lab, QUEUE, Watchdog, is_silent, number};
 
-/// A loop that sleeps on the descriptor is woken for what a configuration call has read
+/// A setting receives the packet, and the loop is woken for it
 #[test]
-fn an_edge_triggered_loop_gets_packets_that_a_setting_met() {
+fn an_edge_triggered_loop_gets_all_packets() {
     isolated(|| {
         let lab = Lab::new();
-        let handle = Handle::open().unwrap();
-        let queue = handle.bind_queue(QUEUE).unwrap();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
         let mut batch = RecvBatch::default();
         let mut poll = Poll::new().unwrap();
-        let fd = handle.as_raw_fd();
+        let fd = socket.as_raw_fd();
         let registry = poll.registry();
         registry
             .register(&mut SourceFd(&fd), Token(0), Interest::READABLE)
             .unwrap();
         let mut ready = mio::Events::with_capacity(1);
-        assert!(is_silent(&handle, &mut batch));
+        assert!(is_silent(&socket, &mut batch));
         poll.poll(&mut ready, Some(Duration::from_millis(50)))
             .unwrap();
 
         for round in 0..10_u32 {
             lab.send(&round.to_be_bytes());
-            // The packet's edge is spent before the setting reads the packet.
+            // The packet's edge is spent before the setting receives the packet.
             poll.poll(&mut ready, Some(TIMEOUT)).unwrap();
             queue.set_maxlen(10 + round).unwrap();
             poll.poll(&mut ready, Some(TIMEOUT)).unwrap();
-            assert!(!ready.is_empty(), "asleep while a packet is in the stash");
+            assert!(!ready.is_empty(), "asleep while a packet is set aside");
             let mut seen = 0;
-            for packet in handle.try_recv(&mut batch).unwrap().packets() {
-                assert_eq!(udp_payload(&packet), round.to_be_bytes());
+            for packet in socket
+                .try_recv(&mut batch)
+                .unwrap()
+                .filter_map(Event::packet)
+            {
+                assert_eq!(number(&packet), round);
                 seen += 1;
             }
             assert_eq!(seen, 1);
-            assert!(is_silent(&handle, &mut batch), "and the loop drains it");
+            assert!(is_silent(&socket, &mut batch), "the loop reads all of it");
         }
     });
 }
 
-/// The same for async-io, whose reactor arms the descriptor anew for each wait
+/// The same while another thread changes settings: an edge comes only once
 #[test]
-fn an_async_io_task_gets_packets_that_a_setting_met() {
+fn settings_of_a_thread_spend_no_edge() {
+    isolated(|| {
+        const N: u32 = 500;
+        let _watchdog = Watchdog::new(Duration::from_secs(60));
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        let mut poll = Poll::new().unwrap();
+        let fd = socket.as_raw_fd();
+        poll.registry()
+            .register(&mut SourceFd(&fd), Token(0), Interest::READABLE)
+            .unwrap();
+        let mut ready = mio::Events::with_capacity(1);
+        let mut batch = RecvBatch::default();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for number in 0..N {
+                    lab.send(&number.to_be_bytes());
+                    queue.set_maxlen(1000 + number).unwrap();
+                    // The next packet is sent only when this one has been answered.
+                    lab.expect_numbered([number]);
+                }
+            });
+            let mut next = 0;
+            while next < N {
+                poll.poll(&mut ready, Some(TIMEOUT)).unwrap();
+                assert!(!ready.is_empty(), "asleep while packet {next} waits");
+                // The documented loop: until a call has no events
+                loop {
+                    let mut is_empty = true;
+                    for event in socket.try_recv(&mut batch).unwrap() {
+                        is_empty = false;
+                        let packet = event.packet().expect("only packets were sent");
+                        assert_eq!(number(&packet), next);
+                        socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
+                        next += 1;
+                    }
+                    if is_empty {
+                        break;
+                    }
+                }
+            }
+        });
+    });
+}
+
+/// A level-triggered loop: `try_recv` once per report of the descriptor
+#[test]
+fn a_level_triggered_loop_gets_all_packets() {
+    isolated(|| {
+        const N: u32 = 500;
+        let _watchdog = Watchdog::new(Duration::from_secs(60));
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        let is_over = AtomicBool::new(false);
+        let mut batch = RecvBatch::default();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for number in 0..N {
+                    lab.send(&number.to_be_bytes());
+                    queue.set_maxlen(1000 + number).unwrap();
+                    lab.expect_numbered([number]);
+                }
+                is_over.store(true, Ordering::SeqCst);
+            });
+            let mut next = 0;
+            while !is_over.load(Ordering::SeqCst) {
+                if !crate::lab::is_readable(&socket) {
+                    continue;
+                }
+                for event in socket.try_recv(&mut batch).unwrap() {
+                    let packet = event.packet().expect("only packets were sent");
+                    assert_eq!(number(&packet), next);
+                    socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
+                    next += 1;
+                }
+            }
+            assert_eq!(next, N);
+        });
+        // What is left to read are answers at most, and reading them ends.
+        for _ in 0..3 {
+            assert_eq!(socket.try_recv(&mut batch).unwrap().count(), 0);
+        }
+        assert!(!crate::lab::is_readable(&socket), "a loop would spin");
+    });
+}
+
+/// async-io arms the descriptor anew for each wait
+#[test]
+fn an_async_io_task_gets_packets_of_a_setting() {
     isolated(|| {
         let lab = Lab::new();
-        let handle = Async::new(Handle::open().unwrap()).unwrap();
-        let queue = handle.get_ref().bind_queue(QUEUE).unwrap();
+        let socket = Async::new(Socket::open().unwrap()).unwrap();
+        let queue = socket.get_ref().bind(QUEUE).unwrap();
         let mut batch = RecvBatch::default();
         async_io::block_on(async {
             for round in 0..10_u32 {
-                assert!(is_silent(handle.get_ref(), &mut batch));
-                // The wait has begun before the packet comes and the setting reads it, or begins afterwards.
-                let mut readable = std::pin::pin!(handle.readable());
+                assert!(is_silent(socket.get_ref(), &mut batch));
+                // The wait begins before the packet comes and the setting receives it, or
+                // afterwards.
+                let mut readable = std::pin::pin!(socket.readable());
                 if round % 2 == 0 {
                     assert!(future::poll_once(&mut readable).await.is_none());
                 }
@@ -72,10 +169,11 @@ fn an_async_io_task_gets_packets_that_a_setting_met() {
                     Timer::after(TIMEOUT).await;
                     None
                 });
-                in_time.await.expect("no wait without an end").unwrap();
-                let events = handle.get_ref().try_recv(&mut batch).unwrap();
-                let payloads: Vec<_> = events.packets().map(|p| udp_payload(&p).to_vec()).collect();
-                assert_eq!(payloads, [round.to_be_bytes()]);
+                in_time.await.expect("the wait ends").unwrap();
+                let events = socket.get_ref().try_recv(&mut batch).unwrap();
+                let packets = events.filter_map(Event::packet);
+                let numbers: Vec<_> = packets.map(|packet| number(&packet)).collect();
+                assert_eq!(numbers, [round]);
             }
         });
     });
@@ -88,12 +186,11 @@ mod tokio {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
     use std::thread;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use futures_lite::{StreamExt, future};
     use nfqnl::{
-        AsyncHandle, Error, Event, Handle, OwnedPacket, Packet, PacketStream, RecvBatch, Verdict,
-        VerdictBatch,
+        AsyncSocket, Event, OwnedPacket, PacketStream, RecvBatch, SendBatch, Socket, Verdict,
     };
     use nfqnl_testkit::cpu;
     use nfqnl_testkit::netns::isolated;
@@ -101,7 +198,9 @@ mod tokio {
     use tokio::runtime::{Builder, Runtime};
     use tokio::time::{sleep, timeout};
 
-    use crate::lab::{Dice, Lab, QUEUE, is_silent, next_packet, udp_payload};
+    use crate::lab::{
+        Dice, Lab, QUEUE, is_silent, next_packet, number, steal_past_the_library, udp_payload,
+    };
 
     fn one_thread() -> Runtime {
         Builder::new_current_thread().enable_all().build().unwrap()
@@ -112,23 +211,28 @@ mod tokio {
         builder.worker_threads(4).enable_all().build().unwrap()
     }
 
-    /// Within a runtime
-    fn open() -> AsyncHandle {
-        AsyncHandle::new(Handle::open().unwrap()).unwrap()
-    }
-
-    fn number(packet: &Packet<'_>) -> u32 {
-        u32::from_be_bytes(udp_payload(packet).try_into().unwrap())
+    /// Needs a runtime
+    fn open() -> AsyncSocket {
+        AsyncSocket::new(Socket::open().unwrap()).unwrap()
     }
 
     async fn in_time<T>(future: impl Future<Output = T>) -> T {
         timeout(TIMEOUT, future).await.expect("in time")
     }
 
-    /// The next batch's numbers
-    async fn numbers(handle: &AsyncHandle, batch: &mut RecvBatch) -> Vec<u32> {
-        let events = in_time(handle.recv(batch)).await.unwrap();
-        events.packets().map(|packet| number(&packet)).collect()
+    /// The numbers of the next packets: at least one
+    async fn numbers(socket: &AsyncSocket, batch: &mut RecvBatch) -> Vec<u32> {
+        let receive = async {
+            loop {
+                let events = socket.recv(batch).await.unwrap();
+                let packets = events.map(|event| event.packet().expect("only packets were sent"));
+                let numbers: Vec<_> = packets.map(|packet| number(&packet)).collect();
+                if !numbers.is_empty() {
+                    return numbers;
+                }
+            }
+        };
+        in_time(receive).await
     }
 
     async fn next(packets: &mut PacketStream<'_>) -> OwnedPacket {
@@ -136,51 +240,50 @@ mod tokio {
     }
 
     #[test]
-    fn a_task_gets_packets_that_a_setting_met() {
+    fn a_task_gets_packets_of_a_setting() {
         isolated(|| {
             one_thread().block_on(async {
                 let lab = Lab::new();
-                let handle = open();
-                let queue = handle.get_ref().bind_queue(QUEUE).unwrap();
+                let socket = open();
+                let queue = socket.get_ref().bind(QUEUE).unwrap();
                 let mut batch = RecvBatch::default();
                 for round in 0..12_u32 {
-                    // The wait has begun before the packet comes and the setting reads it, or begins afterwards; and
-                    // the runtime has seen the packet come, or has not.
-                    let mut events = pin!(handle.recv(&mut batch));
+                    // The wait begins before the packet comes and the setting receives it, or
+                    // afterwards. The runtime has noticed the packet, or has not.
+                    let mut received = pin!(numbers(&socket, &mut batch));
                     if round % 2 == 0 {
-                        assert!(future::poll_once(&mut events).await.is_none());
+                        assert!(future::poll_once(&mut received).await.is_none());
                     }
                     lab.send(&round.to_be_bytes());
                     if round % 3 == 0 {
                         sleep(Duration::from_millis(1)).await;
                     }
                     queue.set_maxlen(10 + round).unwrap();
-                    let events = in_time(events).await.unwrap();
-                    let numbers: Vec<_> = events.packets().map(|packet| number(&packet)).collect();
-                    assert_eq!(numbers, [round]);
+                    assert_eq!(received.await, [round]);
                 }
             });
         });
     }
 
     #[test]
-    fn a_task_that_waits_gets_packets_that_settings_of_another_thread_met() {
+    fn a_task_gets_packets_of_a_threads_settings() {
         isolated(|| {
             const N: u32 = 300;
             let lab = Lab::new();
             let runtime = several_threads();
             let _in_runtime = runtime.enter();
-            let handle = Arc::new(open());
-            let queue = handle.get_ref().bind_queue(QUEUE).unwrap();
+            let socket = Arc::new(open());
+            let queue = socket.get_ref().bind(QUEUE).unwrap();
             let receiver = runtime.spawn({
-                let handle = handle.clone();
+                let socket = socket.clone();
                 async move {
                     let (mut batch, mut next) = (RecvBatch::default(), 0);
                     while next < N {
-                        for packet in in_time(handle.recv(&mut batch)).await.unwrap().packets() {
+                        for event in in_time(socket.recv(&mut batch)).await.unwrap() {
+                            let packet = event.packet().expect("only packets were sent");
                             assert_eq!(number(&packet), next);
                             next += 1;
-                            handle.verdict(packet.key(), Verdict::Accept).unwrap();
+                            socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
                         }
                     }
                 }
@@ -188,26 +291,26 @@ mod tokio {
             for number in 0..N {
                 lab.send(&number.to_be_bytes());
                 queue.set_maxlen(1000 + number).unwrap();
-                assert_eq!(lab.recv().as_deref(), Some(&number.to_be_bytes()[..]));
+                lab.expect_numbered([number]);
             }
             runtime.block_on(receiver).unwrap();
         });
     }
 
     #[test]
-    fn a_receive_call_dropped_at_any_moment_loses_no_packet() {
+    fn a_dropped_receive_call_loses_no_packet() {
         isolated(|| {
             const ROUND: u32 = 500;
             const DROPPED: u32 = 200;
             let lab = Lab::new();
             let runtime = several_threads();
             let _in_runtime = runtime.enter();
-            let handle = open();
-            let _queue = handle.get_ref().bind_queue(QUEUE).unwrap();
+            let socket = open();
+            let _queue = socket.get_ref().bind(QUEUE).unwrap();
             let received = AtomicU32::new(0);
             let (mut dice, mut batch) = (Dice(1), RecvBatch::default());
             let (mut dropped, mut next, mut total) = (0, 0, 0);
-            // How many are dropped in a round is up to the scheduler.
+            // The scheduler decides how many are dropped in a round.
             while dropped < DROPPED {
                 total += ROUND;
                 let receive_all = async {
@@ -223,13 +326,14 @@ mod tokio {
                         };
                         tokio::select! {
                             biased;
-                            events = handle.recv(&mut batch) => {
+                            events = socket.recv(&mut batch) => {
                                 // Some of them; the others come with the next call.
                                 let some = usize::try_from(1 + dice.roll(8)).unwrap();
-                                for packet in events.unwrap().packets().take(some) {
+                                let packets = events.unwrap().filter_map(Event::packet);
+                                for packet in packets.take(some) {
                                     assert_eq!(number(&packet), next);
                                     next += 1;
-                                    handle.verdict(packet.key(), Verdict::Accept).unwrap();
+                                    socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
                                 }
                                 received.store(next, Ordering::SeqCst);
                             }
@@ -242,14 +346,14 @@ mod tokio {
                     runtime.block_on(receive_all);
                 });
             }
-            let stats = handle.get_ref().stats();
-            assert_eq!((stats.packets, stats.lost_packets), (total.into(), 0));
+            let stats = socket.get_ref().stats();
+            assert_eq!((stats.packets, stats.missing_packets), (total.into(), 0));
             assert_eq!(lab.drain(), usize::try_from(total).unwrap());
         });
     }
 
     #[test]
-    fn a_stream_dropped_at_any_moment_loses_no_packet() {
+    fn a_dropped_stream_loses_no_packet() {
         isolated(|| {
             const N: u32 = 1000;
             let lab = Lab::new();
@@ -258,11 +362,11 @@ mod tokio {
             let mut next_number = 0;
             thread::scope(|scope| {
                 several_threads().block_on(async {
-                    let handle = open();
-                    let _queue = handle.get_ref().bind_queue(QUEUE).unwrap();
+                    let socket = open();
+                    let _queue = socket.get_ref().bind(QUEUE).unwrap();
                     scope.spawn(|| lab.send_in_bursts(0..N, &received));
                     while next_number < N {
-                        let mut packets = handle.packets();
+                        let mut packets = socket.packets();
                         for _ in 0..dice.roll(30) {
                             match timeout(Duration::from_millis(1), packets.next()).await {
                                 Ok(packet) => {
@@ -270,136 +374,204 @@ mod tokio {
                                     assert_eq!(number(&packet.packet()), next_number);
                                     next_number += 1;
                                     received.store(next_number, Ordering::SeqCst);
-                                    handle.verdict(packet.key(), Verdict::Accept).unwrap();
+                                    socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
                                 }
                                 Err(_) => assert!(next_number <= N),
                             }
                         }
                     }
-                    let stats = handle.get_ref().stats();
-                    assert_eq!((stats.packets, stats.lost_packets), (N.into(), 0));
+                    let stats = socket.get_ref().stats();
+                    assert_eq!((stats.packets, stats.missing_packets), (N.into(), 0));
                 });
             });
             assert_eq!(lab.drain(), usize::try_from(N).unwrap());
         });
     }
 
+    /// The backlog fills most of a small receive buffer: each answered packet brings another one
     #[test]
-    fn packets_of_a_stream_can_be_kept_and_answered_in_any_order() {
+    fn a_stream_made_anew_per_packet_loses_none() {
+        isolated(|| {
+            const N: u32 = 2000;
+            // This many fill most of the buffer.
+            const CASES: [(u32, usize); 2] = [(50, 1400), (100, 4)];
+            let lab = Lab::new();
+            one_thread().block_on(async {
+                for (backlog, len) in CASES {
+                    let builder = Socket::builder().recv_buffer(106_496);
+                    let socket = AsyncSocket::new(builder.open().unwrap()).unwrap();
+                    let queue = socket.get_ref().bind(QUEUE).unwrap();
+                    let send = |number: u32| {
+                        let mut payload = vec![0; len];
+                        payload[..4].copy_from_slice(&number.to_be_bytes());
+                        lab.send(&payload);
+                    };
+                    (0..backlog).for_each(send);
+                    for expected in 0..N {
+                        let packet = next(&mut socket.packets()).await;
+                        let number = &udp_payload(&packet.packet())[..4];
+                        assert_eq!(number, expected.to_be_bytes(), "lost");
+                        socket.set_verdict(packet.key(), Verdict::Drop).unwrap();
+                        if expected + backlog < N {
+                            send(expected + backlog);
+                        }
+                    }
+                    let stats = socket.get_ref().stats();
+                    assert_eq!((stats.packets, stats.overruns), (N.into(), 0));
+                    queue.destroy().unwrap();
+                }
+            });
+        });
+    }
+
+    /// Each dropped stream leaves packets behind, and the task has to be woken for them
+    #[test]
+    fn dropped_streams_pile_up_no_wakes() {
+        isolated(|| {
+            const N: u32 = 60;
+            let lab = Lab::new();
+            one_thread().block_on(async {
+                let socket = open();
+                let queue = socket.get_ref().bind(QUEUE).unwrap();
+                lab.send_numbered(0..N);
+                queue.set_maxlen(1000).unwrap(); // sets them aside
+                for expected in 0..N - 1 {
+                    let packet = next(&mut socket.packets()).await;
+                    assert_eq!(number(&packet.packet()), expected);
+                }
+                let datagrams =
+                    std::iter::from_fn(|| steal_past_the_library(&socket).then_some(()));
+                assert!(datagrams.count() <= 1);
+                let packet = next(&mut socket.packets()).await;
+                assert_eq!(number(&packet.packet()), N - 1);
+            });
+        });
+    }
+
+    #[test]
+    fn packets_of_a_stream_are_answered_in_any_order() {
         isolated(|| {
             const N: u32 = 100;
             let lab = Lab::new();
             one_thread().block_on(async {
-                let handle = open();
-                let _queue = handle.get_ref().bind_queue(QUEUE).unwrap();
-                let mut packets = handle.packets();
+                let socket = open();
+                let _queue = socket.get_ref().bind(QUEUE).unwrap();
+                let mut packets = socket.packets();
                 let mut kept = Vec::new();
                 for round in 0..N {
                     lab.send(&round.to_be_bytes());
                     kept.push(next(&mut packets).await);
                 }
-                // On one CPU, or what is accepted could be delivered in another order
+                // The kernel delivers in the order of the verdicts only if all are sent from one
+                // CPU.
                 let cpu = cpu::allowed().unwrap()[0];
                 let verdicts = || {
                     for (round, packet) in kept.iter().enumerate().rev() {
                         assert_eq!(usize::try_from(number(&packet.packet())), Ok(round));
-                        handle.verdict(packet.key(), Verdict::Accept).unwrap();
+                        socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
                     }
                 };
                 cpu::on(cpu, verdicts).unwrap();
             });
-            for round in (0..N).rev() {
-                assert_eq!(lab.recv().as_deref(), Some(&round.to_be_bytes()[..]));
-            }
+            lab.expect_numbered((0..N).rev());
         });
     }
 
     #[test]
-    fn what_a_dropped_stream_has_not_yielded_is_received_next() {
+    fn packets_not_yielded_by_a_stream_come_next() {
         isolated(|| {
             let lab = Lab::new();
             one_thread().block_on(async {
-                let handle = open();
-                let queue = handle.get_ref().bind_queue(QUEUE).unwrap();
+                let socket = open();
+                let queue = socket.get_ref().bind(QUEUE).unwrap();
                 let mut batch = RecvBatch::default();
-                for stashed in [false, true] {
+                for is_set_aside in [false, true] {
                     lab.send_numbered(0..3);
-                    if stashed {
+                    if is_set_aside {
                         queue.set_maxlen(100).unwrap();
                     }
                     for expected in [0, 1] {
-                        let packet = next(&mut handle.packets()).await;
+                        let packet = next(&mut socket.packets()).await;
                         assert_eq!(number(&packet.packet()), expected);
                     }
                     lab.send_numbered(3..5);
                     let mut all = Vec::new();
                     while all.len() < 3 {
-                        all.extend(numbers(&handle, &mut batch).await);
+                        all.extend(numbers(&socket, &mut batch).await);
                     }
                     assert_eq!(all, [2, 3, 4]);
-                    assert!(is_silent(handle.get_ref(), &mut batch));
+                    assert!(is_silent(socket.get_ref(), &mut batch));
                 }
             });
         });
     }
 
     #[test]
-    fn an_overrun_that_a_dropped_stream_has_not_come_to_is_received_next() {
+    fn an_overrun_not_reached_by_a_stream_comes_next() {
         isolated(|| {
             let lab = Lab::new();
             one_thread().block_on(async {
-                let small = Handle::builder().recv_buffer(1 << 14).open().unwrap();
-                let handle = AsyncHandle::new(small).unwrap();
-                let queue = handle.get_ref().bind_queue(QUEUE).unwrap();
+                let small = Socket::builder().recv_buffer(1 << 14).open().unwrap();
+                let socket = AsyncSocket::new(small).unwrap();
+                let queue = socket.get_ref().bind(QUEUE).unwrap();
                 lab.send_numbered(0..1);
                 queue.set_maxlen(500).unwrap();
                 lab.send_numbered(1..200);
                 queue.set_maxlen(500).expect_err("its answer is lost");
-                let packet = next(&mut handle.packets()).await;
+                let packet = next(&mut socket.packets()).await;
                 assert_eq!(number(&packet.packet()), 0);
                 let mut batch = RecvBatch::default();
-                let mut events = in_time(handle.recv(&mut batch)).await.unwrap();
-                assert!(matches!(events.next(), Some(Event::Overrun)));
-                assert_eq!(
-                    events.packets().next().map(|packet| number(&packet)),
-                    Some(1)
-                );
+                let mut next_event = async || {
+                    loop {
+                        let event = in_time(socket.recv(&mut batch)).await.unwrap().next();
+                        match event {
+                            Some(Event::Packet(packet)) => return Some(number(&packet)),
+                            Some(Event::Overrun) => return None,
+                            Some(other) => panic!("{other:?}"),
+                            None => {}
+                        }
+                    }
+                };
+                assert_eq!(next_event().await, None, "an overrun");
+                assert_eq!(next_event().await, Some(1));
             });
         });
     }
 
     #[test]
-    fn verdicts_leave_a_batch_in_a_task() {
+    fn a_task_sends_a_batch_of_verdicts() {
         isolated(|| {
             const N: u32 = 50;
             let lab = Lab::new();
             let runtime = several_threads();
             let sent = runtime.spawn(async move {
-                let handle = open();
-                let queue = handle.get_ref().bind_queue(QUEUE).unwrap();
-                let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+                let socket = open();
+                let queue = socket.bind(QUEUE).await.unwrap();
+                let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
                 lab.send_numbered(0..N);
                 let mut seen = 0;
                 while seen < N {
-                    for packet in in_time(handle.recv(&mut batch)).await.unwrap().packets() {
+                    let events = in_time(socket.recv(&mut batch)).await.unwrap();
+                    for packet in events.filter_map(Event::packet) {
                         verdicts.push(packet.key(), Verdict::Accept).unwrap();
                         seen += 1;
                     }
-                    drop(handle.send(&mut verdicts));
-                    assert!(!verdicts.is_empty(), "unsent until it is polled");
-                    handle.send(&mut verdicts).await.unwrap();
+                    socket.send(&mut verdicts).unwrap();
                     assert!(verdicts.is_empty());
                 }
-                handle.get_ref().sync().unwrap();
-                assert!(is_silent(handle.get_ref(), &mut batch), "none was refused");
+                socket.get_ref().sync().unwrap();
+                assert!(
+                    is_silent(socket.get_ref(), &mut batch),
+                    "a verdict was refused"
+                );
                 assert_eq!(lab.drain(), usize::try_from(N).unwrap());
 
                 lab.send(b"dropped with its queue");
-                let key = in_time(handle.packets().next()).await.unwrap();
+                let key = in_time(socket.packets().next()).await.unwrap();
                 verdicts.push(key.unwrap().key(), Verdict::Accept).unwrap();
                 queue.destroy().unwrap();
-                let error = handle.send(&mut verdicts).await.unwrap_err();
-                assert!(matches!(error, Error::Stale { .. }), "{error}");
+                socket.send(&mut verdicts).unwrap();
+                assert_eq!(socket.get_ref().stats().late_verdicts, 1);
             });
             runtime.block_on(sent).unwrap();
         });
@@ -407,23 +579,24 @@ mod tokio {
 
     /// Each packet goes to one of them, and none of them sleeps while packets are there
     #[test]
-    fn many_tasks_receive_from_one_handle() {
+    fn many_tasks_receive_from_one_socket() {
         isolated(|| {
             const N: u32 = 1000;
             let lab = Lab::new();
             let received = Arc::new(AtomicU32::new(0));
             let runtime = several_threads();
             runtime.block_on(async {
-                let handle = Arc::new(open());
-                let _queue = handle.get_ref().bind_queue(QUEUE).unwrap();
+                let socket = Arc::new(open());
+                let _queue = socket.get_ref().bind(QUEUE).unwrap();
                 let tasks: Vec<_> = (0..8)
                     .map(|_| {
-                        let (handle, received) = (handle.clone(), received.clone());
+                        let (socket, received) = (socket.clone(), received.clone());
                         tokio::spawn(async move {
                             let mut batch = RecvBatch::new(2, RecvBatch::DEFAULT_SLOT_LEN);
                             loop {
-                                for packet in handle.recv(&mut batch).await.unwrap().packets() {
-                                    handle.verdict(packet.key(), Verdict::Accept).unwrap();
+                                let events = socket.recv(&mut batch).await.unwrap();
+                                for packet in events.filter_map(Event::packet) {
+                                    socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
                                     received.fetch_add(1, Ordering::SeqCst);
                                 }
                             }
@@ -440,25 +613,25 @@ mod tokio {
                 };
                 in_time(all).await;
                 tasks.iter().for_each(tokio::task::JoinHandle::abort);
-                let stats = handle.get_ref().stats();
-                assert_eq!((stats.packets, stats.lost_packets), (N.into(), 0));
+                let stats = socket.get_ref().stats();
+                assert_eq!((stats.packets, stats.missing_packets), (N.into(), 0));
             });
             assert_eq!(lab.drain(), usize::try_from(N).unwrap());
         });
     }
 
-    /// A packet that is sent through its chain again is there at once
+    /// A repeated packet is back at once
     #[test]
     fn a_loop_that_never_waits_lets_other_tasks_run() {
         isolated(|| {
             let lab = Lab::new();
             one_thread().block_on(async {
-                let handle = open();
-                let _queue = handle.get_ref().bind_queue(QUEUE).unwrap();
+                let socket = open();
+                let _queue = socket.get_ref().bind(QUEUE).unwrap();
                 let mut batch = RecvBatch::default();
                 lab.send(b"round and round");
-                let first = next(&mut handle.packets()).await; // which waits for the runtime to look, once
-                handle.verdict(first.key(), Verdict::Repeat).unwrap();
+                let first = next(&mut socket.packets()).await; // waits for the runtime once
+                socket.set_verdict(first.key(), Verdict::Repeat).unwrap();
 
                 let has_run = Arc::new(AtomicBool::new(false));
                 tokio::spawn({
@@ -468,8 +641,9 @@ mod tokio {
                 let mut rounds = 0;
                 while !has_run.load(Ordering::SeqCst) {
                     assert!(rounds < 10_000, "the other task never ran");
-                    for packet in handle.recv(&mut batch).await.unwrap().packets() {
-                        handle.verdict(packet.key(), Verdict::Repeat).unwrap();
+                    let events = socket.recv(&mut batch).await.unwrap();
+                    for packet in events.filter_map(Event::packet) {
+                        socket.set_verdict(packet.key(), Verdict::Repeat).unwrap();
                         rounds += 1;
                     }
                 }
@@ -478,42 +652,149 @@ mod tokio {
         });
     }
 
+    /// The same for a stream
     #[test]
-    fn what_is_left_in_a_batch_is_there_without_the_socket() {
+    fn a_stream_that_never_waits_lets_other_tasks_run() {
         isolated(|| {
             let lab = Lab::new();
             one_thread().block_on(async {
-                let handle = open();
-                let _queue = handle.get_ref().bind_queue(QUEUE).unwrap();
-                let (mut batch, mut other) = (RecvBatch::default(), RecvBatch::default());
-                lab.send_numbered(0..3);
-                let mut events = in_time(handle.recv(&mut batch)).await.unwrap();
-                assert!(events.next().is_some());
-                let waiting = future::poll_once(handle.recv(&mut other)).await;
-                assert!(waiting.is_none(), "the socket is empty");
-                assert_eq!(numbers(&handle, &mut batch).await, [1, 2]);
+                let socket = open();
+                let _queue = socket.get_ref().bind(QUEUE).unwrap();
+                lab.send(b"round and round");
+                let has_run = Arc::new(AtomicBool::new(false));
+                tokio::spawn({
+                    let has_run = has_run.clone();
+                    async move { has_run.store(true, Ordering::SeqCst) }
+                });
+                let mut packets = socket.packets();
+                let mut rounds = 0;
+                while !has_run.load(Ordering::SeqCst) {
+                    assert!(rounds < 10_000, "the other task never ran");
+                    let packet = packets.next().await.unwrap().unwrap();
+                    socket.set_verdict(packet.key(), Verdict::Repeat).unwrap();
+                    rounds += 1;
+                }
             });
         });
     }
 
     #[test]
-    fn a_handle_comes_back_from_the_runtime_and_goes_on() {
+    fn events_left_in_a_batch_need_no_socket() {
         isolated(|| {
             let lab = Lab::new();
-            let mut handle = Handle::open().unwrap();
-            let _queue = handle.bind_queue(QUEUE).unwrap();
+            one_thread().block_on(async {
+                let socket = open();
+                let _queue = socket.get_ref().bind(QUEUE).unwrap();
+                let (mut batch, mut other) = (RecvBatch::default(), RecvBatch::default());
+                lab.send_numbered(0..3);
+                while !batch.has_events() {
+                    drop(in_time(socket.recv(&mut batch)).await.unwrap());
+                }
+                assert!(batch.events().next().is_some());
+                let mut all = Vec::new();
+                while all.len() < 2 {
+                    all.extend(numbers(&socket, &mut batch).await);
+                }
+                assert_eq!(all, [1, 2]);
+
+                lab.send_numbered(0..1);
+                while !batch.has_events() {
+                    drop(in_time(socket.recv(&mut batch)).await.unwrap());
+                }
+                let waiting = future::poll_once(socket.recv(&mut other)).await;
+                assert!(waiting.is_none(), "the socket is empty");
+                assert_eq!(numbers(&socket, &mut batch).await, [0]);
+            });
+        });
+    }
+
+    #[test]
+    fn a_socket_comes_back_from_the_runtime() {
+        isolated(|| {
+            let lab = Lab::new();
+            let mut socket = Socket::open().unwrap();
+            let _queue = socket.bind(QUEUE).unwrap();
             let mut batch = RecvBatch::default();
             for round in 0..3_u32 {
-                handle = one_thread().block_on(async {
-                    let in_runtime = AsyncHandle::new(handle).unwrap();
+                socket = one_thread().block_on(async {
+                    let in_runtime = AsyncSocket::new(socket).unwrap();
                     lab.send(&round.to_be_bytes());
                     assert_eq!(numbers(&in_runtime, &mut batch).await, [round]);
                     in_runtime.into_inner()
                 });
                 lab.send(b"outside");
-                assert_eq!(udp_payload(&next_packet(&handle, &mut batch)), b"outside");
+                assert_eq!(udp_payload(&next_packet(&socket, &mut batch)), b"outside");
             }
-            handle.close().unwrap();
+            socket.close().unwrap();
+        });
+    }
+
+    /// Binding a number again waits for the kernel; the runtime's only thread does not wait
+    #[test]
+    fn a_bind_does_not_block_the_runtime() {
+        isolated(|| {
+            const ROUNDS: u32 = 20;
+            let lab = Lab::new();
+            one_thread().block_on(async {
+                let socket = open();
+                let ticks = Arc::new(AtomicU32::new(0));
+                tokio::spawn({
+                    let ticks = ticks.clone();
+                    async move {
+                        loop {
+                            sleep(Duration::from_millis(1)).await;
+                            ticks.fetch_add(1, Ordering::SeqCst);
+                        }
+                    }
+                });
+                let config = nfqnl::QueueConfig::new().maxlen(100);
+                let (mut waited, mut ticked) = (Duration::ZERO, 0);
+                for round in 0..ROUNDS {
+                    let (begin, before) = (Instant::now(), ticks.load(Ordering::SeqCst));
+                    let queue = match round % 2 {
+                        0 => in_time(socket.bind(QUEUE)).await.unwrap(),
+                        _ => in_time(socket.bind_with(QUEUE, &config)).await.unwrap(),
+                    };
+                    waited += begin.elapsed();
+                    ticked += ticks.load(Ordering::SeqCst) - before;
+                    queue.destroy().unwrap();
+                }
+                println!("{ticked} ticks in {waited:?}");
+                // A timer of tokio's takes up to two milliseconds. A blocked thread has no ticks.
+                let expected = u128::from(ROUNDS).min(waited.as_millis() / 8);
+                assert!(u128::from(ticked) >= expected, "{ticked} in {waited:?}");
+                let _queue = in_time(socket.bind(QUEUE)).await.unwrap();
+                lab.send_numbered(0..1);
+                let mut batch = RecvBatch::default();
+                assert_eq!(numbers(&socket, &mut batch).await, [0]);
+            });
+        });
+    }
+
+    /// Wakers end blocking calls only: a task goes on waiting, and does not spin
+    #[test]
+    fn a_waker_does_not_disturb_a_task() {
+        isolated(|| {
+            let lab = Lab::new();
+            one_thread().block_on(async {
+                let socket = open();
+                let _queue = socket.get_ref().bind(QUEUE).unwrap();
+                let waker = socket.get_ref().waker();
+                let mut batch = RecvBatch::default();
+                for round in 0..3 {
+                    let mut received = pin!(numbers(&socket, &mut batch));
+                    assert!(future::poll_once(&mut received).await.is_none());
+                    waker.wake();
+                    waker.wake_all();
+                    let begin = cpu::time();
+                    let wait = Duration::from_millis(50);
+                    assert!(timeout(wait, &mut received).await.is_err());
+                    let took = cpu::time() - begin;
+                    assert!(took < wait / 2, "it runs all the time: {took:?}");
+                    lab.send_numbered(round..round + 1);
+                    assert_eq!(received.await, [round]);
+                }
+            });
         });
     }
 }

@@ -1,4 +1,4 @@
-//! The Rust sides of the comparison, as processes with the protocol of `peers/peer.h`
+//! The Rust sides of the comparison: processes with the protocol of `peers/peer.h`
 
 use std::cell::Cell;
 use std::io::Write;
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use nfqnl::{
-    ConfigFlags, CopyMode, Handle, QueueConfig, QueueData, RecvBatch, Verdict, VerdictBatch,
+    ConfigFlags, CopyMode, Event, QueueConfig, QueueData, RecvBatch, SendBatch, Socket, Verdict,
 };
 use rustix::time::{ClockId, clock_gettime};
 
@@ -17,7 +17,7 @@ use crate::Result;
 
 const MIXED_MARK: u32 = 7;
 
-/// What is decided on packets
+/// The decisions on packets
 #[derive(Clone, Copy)]
 enum Kind {
     Accept,
@@ -26,7 +26,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// Verdict and mark; with mixed verdicts 1 in 8 is dropped, and 1 in 8 marked
+    /// Verdict and mark. Mixed: one packet in eight is dropped, and one in eight marked.
     fn decide(self, id: u32) -> (Verdict, Option<u32>) {
         match (self, id % 8) {
             (Self::Drop, _) | (Self::Mixed, 0) => (Verdict::Drop, None),
@@ -36,7 +36,7 @@ impl Kind {
     }
 }
 
-/// Runs one of them
+/// Runs one side
 pub(crate) fn run(arguments: &[&str]) -> Result<()> {
     let [style, queue, kind, recv_buffer, gso] = *arguments else {
         return Err("usage: --peer STYLE QUEUE KIND RECEIVE_BUFFER gso|-".into());
@@ -60,7 +60,7 @@ pub(crate) fn run(arguments: &[&str]) -> Result<()> {
     }
 }
 
-/// Handles packets as often as it is asked; `handle` receives once and says how many packets and bytes it saw
+/// Handles packets on request; `handle` receives once and returns its packets and bytes
 fn serve(mut handle: impl FnMut() -> Result<(usize, u64)>) -> Result<()> {
     println!("ready");
     for line in std::io::stdin().lines() {
@@ -92,14 +92,14 @@ fn config(wants_gso: bool) -> QueueConfig {
         ConfigFlags::empty()
     };
     QueueConfig::new()
-        .copy_mode(CopyMode::PACKET, 0xffff)
+        .copy_mode(CopyMode::Packet, 0xffff)
         .flags(ConfigFlags::GSO, gso)
 }
 
 fn callback(kind: Kind, bytes: &Arc<AtomicU64>) -> impl FnMut(&mut QueueData<'_>) + Send + 'static {
     let bytes = Arc::clone(bytes);
     move |data| {
-        // Nobody else writes it meanwhile: an addition as in C.
+        // A plain addition as in C, because only this thread writes.
         let sum = bytes.load(Ordering::Relaxed) + data.get_payload().len() as u64;
         bytes.store(sum, Ordering::Relaxed);
         let (verdict, mark) = kind.decide(data.get_packet_id());
@@ -107,7 +107,7 @@ fn callback(kind: Kind, bytes: &Arc<AtomicU64>) -> impl FnMut(&mut QueueData<'_>
     }
 }
 
-/// What the callbacks have added up, from 0 again; without a locked instruction, which C has not either
+/// Returns the sum of the callbacks and resets it, without a locked instruction, as in C
 fn take(bytes: &AtomicU64) -> u64 {
     let sum = bytes.load(Ordering::Relaxed);
     bytes.store(0, Ordering::Relaxed);
@@ -117,9 +117,9 @@ fn take(bytes: &AtomicU64) -> u64 {
 /// Callbacks, and the caller's own `recv`
 fn handle_packet(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
     let bytes = Arc::new(AtomicU64::new(0));
-    let mut handle = nfqnl::open()?;
+    let handle = nfqnl::open()?;
     let _queue = handle.create_queue_with(queue, &config(wants_gso), callback(kind, &bytes))?;
-    // Only for its `recv`, which is the system call that the C programs make.
+    // For its `recv`, the system call of the C programs
     let socket = UdpSocket::from(handle.as_fd().try_clone_to_owned()?);
     let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
     serve(|| {
@@ -134,7 +134,7 @@ fn handle_packet(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
 /// Callbacks, batched
 fn run_once(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
     let bytes = Arc::new(AtomicU64::new(0));
-    let mut handle = nfqnl::open()?;
+    let handle = nfqnl::open()?;
     let _queue = handle.create_queue_with(queue, &config(wants_gso), callback(kind, &bytes))?;
     let mut batch = RecvBatch::default();
     serve(|| {
@@ -145,15 +145,15 @@ fn run_once(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
 
 /// A loop with batches
 fn batch_loop(queue: u16, kind: Kind, recv_buffer: usize, wants_gso: bool) -> Result<()> {
-    let handle = match recv_buffer {
-        0 => Handle::open(),
-        bytes => Handle::builder().recv_buffer(bytes).open(),
+    let socket = match recv_buffer {
+        0 => Socket::open(),
+        bytes => Socket::builder().recv_buffer(bytes).open(),
     }?;
-    let _queue = handle.bind_queue_with(queue, &config(wants_gso))?;
-    let (mut batch, mut verdicts) = (RecvBatch::default(), VerdictBatch::new());
+    let _queue = socket.bind_with(queue, &config(wants_gso))?;
+    let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     let bytes = Cell::new(0);
     serve(|| {
-        for packet in handle.recv(&mut batch)?.packets() {
+        for packet in socket.recv(&mut batch)?.filter_map(Event::packet) {
             bytes.set(bytes.get() + packet.payload().len() as u64);
             match kind.decide(packet.id()) {
                 (verdict, None) => verdicts.push(packet.key(), verdict)?,
@@ -161,7 +161,7 @@ fn batch_loop(queue: u16, kind: Kind, recv_buffer: usize, wants_gso: bool) -> Re
             }
         }
         let packets = verdicts.len();
-        handle.send(&mut verdicts)?;
+        socket.send(&mut verdicts)?;
         Ok((packets, bytes.take()))
     })
 }

@@ -1,4 +1,4 @@
-//! Messages put together without the crate's encoders, so that no test compares the crate with itself
+//! Builders of messages, independent of the crate's encoders
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 #![allow(unused_macros, unused_imports, reason = "as above")]
@@ -7,7 +7,7 @@ use nfqnl_proto::consts::*;
 use nfqnl_proto::{Family, Packet};
 use proptest::test_runner::{Config, FileFailurePersistence};
 
-/// A field as it stands in memory: netlink's own integers in host order, bytes as they are
+/// A field of a message: integers in host byte order, as in netlink's own headers, or bytes
 pub(crate) trait Field {
     fn put(&self, out: &mut Vec<u8>);
 }
@@ -54,7 +54,7 @@ impl<F: Field + ?Sized> Field for &F {
     }
 }
 
-/// Fields one behind the other: `wire![20u32, 0x0302u16, [0, 0, 0, 7]]`
+/// Concatenates fields: `wire![20u32, 0x0302u16, [0, 0, 0, 7]]`
 macro_rules! wire {
     ($($field:expr),* $(,)?) => {{
         let mut out = Vec::new();
@@ -64,11 +64,11 @@ macro_rules! wire {
 }
 pub(crate) use wire;
 
-/// Grows a message field by field; `build` writes its length
+/// Appends fields to a message; `build` writes its length
 pub(crate) struct MessageBuilder(Vec<u8>);
 
 impl MessageBuilder {
-    /// A netlink header as the kernel fills it: sequence number and port are 0
+    /// A netlink header as in the kernel's packet messages, with sequence number and port id 0
     pub(crate) fn new(kind: u16, flags: u16) -> Self {
         Self(wire![0u32, kind, flags, 0u32, 0u32])
     }
@@ -80,7 +80,7 @@ impl MessageBuilder {
             .field(queue.to_be_bytes())
     }
 
-    /// `NLMSG_ERROR` up to and with the request's header, which `echo` is
+    /// `NLMSG_ERROR` with the repeated request, or its header, in `echo`
     pub(crate) fn error(flags: u16, code: i32, echo: &[u8]) -> Self {
         Self::new(NLMSG_ERROR, flags).field(code).field(echo)
     }
@@ -90,7 +90,7 @@ impl MessageBuilder {
         self
     }
 
-    /// An attribute; padding comes only in front of the next one, as in the kernel's packet messages
+    /// Appends padding for the previous attribute, and an attribute
     pub(crate) fn attr(mut self, kind: u16, value: impl AsRef<[u8]>) -> Self {
         pad(&mut self.0);
         self.field(attr(kind, value.as_ref()))
@@ -102,7 +102,7 @@ impl MessageBuilder {
             .fold(self, |message, (kind, value)| message.attr(kind, value))
     }
 
-    /// Where the next attribute would begin
+    /// The offset of the next attribute
     pub(crate) fn offset(&self) -> usize {
         padded(self.0.len())
     }
@@ -114,14 +114,14 @@ impl MessageBuilder {
     }
 }
 
-/// One attribute without padding
+/// An attribute without padding
 pub(crate) fn attr(kind: u16, value: &[u8]) -> Vec<u8> {
     let header = size_of_val(&kind) * 2;
     let len = u16::try_from(header + value.len()).expect("a test's attribute is short");
     wire![len, kind, value]
 }
 
-/// Messages in one datagram: all begin at multiples of 4, the last one is not padded
+/// Puts messages into one datagram, with padding between them
 pub(crate) fn datagram<M: AsRef<[u8]>>(messages: impl IntoIterator<Item = M>) -> Vec<u8> {
     let mut bytes = Vec::new();
     for message in messages {
@@ -139,12 +139,12 @@ pub(crate) fn pad(bytes: &mut Vec<u8>) {
     bytes.resize(padded(bytes.len()), 0);
 }
 
-/// The header of `request`, which every error and acknowledgement echoes
+/// The header of `request`, which every error and acknowledgement repeats
 pub(crate) fn echo(request: &[u8]) -> &[u8] {
     &request[..MESSAGE_HEADER_LEN]
 }
 
-/// A be32 attribute: its number, its getter, and what the getter says when it is absent
+/// A be32 attribute: its number, its getter, and the value returned if it is absent
 pub(crate) struct Be32 {
     pub(crate) kind: u16,
     pub(crate) get: fn(&Packet<'_>) -> Option<u32>,
@@ -176,7 +176,10 @@ pub(crate) const BE32: [Be32; 12] = {
         optional(NFQA_IFINDEX_PHYSINDEV, |p| p.physindev()),
         optional(NFQA_IFINDEX_PHYSOUTDEV, |p| p.physoutdev()),
         optional(NFQA_CT_INFO, |p| p.conntrack_info()),
-        optional(NFQA_CAP_LEN, |p| p.capture_len()),
+        optional(NFQA_CAP_LEN, |p| {
+            let len = p.is_truncated().then(|| p.len()).flatten()?;
+            u32::try_from(len).ok()
+        }),
         optional(NFQA_UID, |p| p.uid()),
         optional(NFQA_GID, |p| p.gid()),
         optional(NFQA_CGROUP_CLASSID, |p| p.cgroup_classid()),
@@ -205,7 +208,7 @@ pub(crate) fn packet() -> MessageBuilder {
     MessageBuilder::packet(Family::INET, QUEUE).attr(NFQA_PACKET_HDR, PACKET_HDR)
 }
 
-/// All attributes, in the kernel's order of sending as far as it sends them
+/// A packet message with all attributes, most of them in the kernel's order
 pub(crate) fn full_packet() -> Vec<u8> {
     let vlan = datagram([
         attr(NFQA_VLAN_TCI, &[0xa1, 0x23]),
@@ -235,12 +238,12 @@ pub(crate) fn full_packet() -> Vec<u8> {
         .attr(NFQA_CAP_LEN, [0, 0, 0xff, 0xff])
         .attr(NFQA_SKB_INFO, [0, 0, 0, 0x83])
         .attr(NFQA_EXP | NLA_F_NESTED, b"expectation")
-        .attr(NFQA_VERDICT_HDR, b"verdict header") // never sent, but it is a number like others
+        .attr(NFQA_VERDICT_HDR, b"verdict header") // never sent with a packet
         .attr(NFQA_PAYLOAD, b"payload")
         .build()
 }
 
-/// The attributes in `bytes`: type with flags, and value. Only for bytes that the crate or a test has made or accepted
+/// Splits valid `bytes` into attributes: type with flags, and value
 pub(crate) fn walk(mut bytes: &[u8]) -> Vec<(u16, &[u8])> {
     let mut attrs = Vec::new();
     while let [len0, len1, kind0, kind1, rest @ ..] = bytes {
@@ -251,7 +254,7 @@ pub(crate) fn walk(mut bytes: &[u8]) -> Vec<(u16, &[u8])> {
     attrs
 }
 
-/// Cases that failed are kept beside the test, to be committed with the fix
+/// The configuration of property tests, which saves failed cases beside the test
 pub(crate) fn config() -> Config {
     Config {
         failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),

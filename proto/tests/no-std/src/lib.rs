@@ -1,7 +1,7 @@
-//! A program without std that reads messages and writes verdicts
+//! A program without std, which reads messages and writes verdicts
 //!
-//! It brings its own panic handler, so it does not build if std comes in by any way ("found duplicate lang item
-//! `panic_impl`"), nor if `alloc` does ("no global memory allocator found").
+//! It has its own panic handler, so it does not build if a dependency links std ("found duplicate
+//! lang item `panic_impl`") or `alloc` ("no global memory allocator found").
 #![no_std]
 
 use core::panic::PanicInfo;
@@ -15,10 +15,10 @@ fn panic(_: &PanicInfo<'_>) -> ! {
     }
 }
 
-/// Accepts the packets in a datagram, each with its own verdict behind the last
+/// Accepts each packet in a datagram, and returns the total length of the verdicts
 ///
 /// # Errors
-/// No room left for a verdict.
+/// `out` has no room for a verdict.
 pub fn answer(datagram: &[u8], mut out: &mut [u8]) -> Result<usize, EncodeError> {
     let mut written = 0;
     for message in Messages::new(datagram) {
@@ -36,7 +36,7 @@ pub fn answer(datagram: &[u8], mut out: &mut [u8]) -> Result<usize, EncodeError>
     Ok(written)
 }
 
-/// [`answer`] for the linker, which leaves nothing out that is reached from here
+/// Makes the linker keep [`answer`] and everything that it calls
 #[unsafe(no_mangle)]
 pub extern "C" fn answer_nothing() -> usize {
     let mut out = [0; 80];

@@ -1,0 +1,309 @@
+//! Binding queues, changing their settings, unbinding them
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
+
+use nfqnl_proto::{ConfigFlags, ConfigRequest, QueueConfig};
+
+use super::bindings::{Binding, BindingId};
+use super::{Engine, State};
+use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
+use crate::stats::QueueStats;
+use crate::sys;
+use crate::verdict::Outstanding;
+
+impl Engine {
+    /// Binds a queue with its settings, in one message
+    ///
+    /// `register` gets each attempted binding before the kernel has it. It must take no lock of
+    /// the engine.
+    pub(crate) fn bind(
+        &self,
+        queue: u16,
+        config: QueueConfig,
+        register: impl Fn(&Arc<Binding>),
+    ) -> Result<Arc<Binding>> {
+        let op = Operation::Bind(queue);
+        let asked = config
+            .get_flags()
+            .map_or(ConfigFlags::empty(), |(_, flags)| flags);
+        let optional = config.get_optional_flags() & !asked;
+        let refusal = match self.bind_once(op, queue, config.enable(optional), &register) {
+            Err(Error::Refused(refusal)) => self.explain(refusal, queue, asked | optional)?,
+            bound => return bound,
+        };
+        match refusal.kind() {
+            ErrorKind::UnsupportedFlags(missing) if missing.intersects(asked) => {
+                let kind = ErrorKind::UnsupportedFlags(missing & asked);
+                Err(refusal.with_kind(kind).into())
+            }
+            ErrorKind::UnsupportedFlags(missing) => {
+                self.bind_once(op, queue, config.enable(optional & !missing), &register)
+            }
+            _ => Err(refusal.into()),
+        }
+    }
+
+    fn bind_once(
+        &self,
+        op: Operation,
+        queue: u16,
+        config: QueueConfig,
+        register: &impl Fn(&Arc<Binding>),
+    ) -> Result<Arc<Binding>> {
+        let mut state = loop {
+            let state = self.state();
+            if let Some(present) = state.bindings.get(queue).map(|binding| binding.id) {
+                self.ask_if_bound(state, op, present)?;
+                continue;
+            }
+            if !state.has_ended(queue) {
+                break state;
+            }
+            // Read under the lock: the kernel has executed every unbinding counted here.
+            let endings = self.endings.load(Relaxed);
+            drop(state);
+            self.wait_for_last_packets(op, endings)?;
+        };
+        // The table has the binding before the kernel does: the first packet may come before the
+        // acknowledgement.
+        let overruns = self.overruns.load(Relaxed);
+        let before = overruns.wrapping_sub(u32::from(state.is_in_overrun));
+        let binding = Arc::new(Binding::new(queue, Outstanding::new(before, self.merges())));
+        if let Some((mask, flags)) = config.get_flags() {
+            binding.set_flags(mask, flags);
+        }
+        if let Err(place) = state.issued.binary_search(&binding.id.number) {
+            state.issued.insert(place, binding.id.number);
+        }
+        register(&binding);
+        self.change_bindings(&mut state, |bindings| bindings.insert(Arc::clone(&binding)));
+        let request = ConfigRequest::bind(queue, config);
+        let sent = self.begin(&mut state, op, Some(&request));
+        let bound = sent.and_then(|seq| self.finish(state, op, seq));
+        match bound {
+            Ok(()) => return Ok(binding),
+            Err(Error::Refused(_)) => self.end_here(binding.id),
+            // The kernel may have bound the queue.
+            Err(_) => self.post_unbind(binding.id),
+        }
+        bound.map(|()| binding)
+    }
+
+    /// Fails if the kernel has this binding; otherwise ends it here too
+    ///
+    /// Another process can unbind a queue by a copy of the socket. The request changes no flag.
+    fn ask_if_bound(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        op: Operation,
+        id: BindingId,
+    ) -> Result<()> {
+        let none = ConfigFlags::empty();
+        let question = ConfigRequest::update(id.queue, QueueConfig::new().flags(none, none));
+        let seq = self.begin(&mut state, op, Some(&question))?;
+        match self.finish(state, op, seq) {
+            Ok(()) => Err(Refusal::already_bound(op).into()),
+            Err(Error::Refused(refusal)) if refusal.errno() == libc::ENODEV => {
+                self.end_here(id);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Finds the flags or the owner behind a refusal
+    fn explain(&self, refusal: Refusal, queue: u16, flags: ConfigFlags) -> Result<Refusal> {
+        Ok(match refusal.errno() {
+            // If another request succeeds, the socket does not lack the privilege.
+            libc::EPERM if self.sync(Operation::Sync).is_ok() => {
+                let stats = QueueStats::read(queue).ok().flatten();
+                let owner = stats.map(|stats| stats.port_id);
+                refusal.with_kind(ErrorKind::QueueInUse { owner })
+            }
+            libc::EINVAL | libc::EOPNOTSUPP | ErrorKind::ENOTSUPP => {
+                match self.unsupported(refusal.operation(), flags)? {
+                    missing if missing.is_empty() => refusal,
+                    missing => refusal.with_kind(ErrorKind::UnsupportedFlags(missing)),
+                }
+            }
+            _ => refusal,
+        })
+    }
+
+    /// Returns the flags not supported by the kernel
+    ///
+    /// The kernel checks flags before it looks for the queue, so each flag is tried on an unbound
+    /// queue.
+    fn unsupported(&self, op: Operation, flags: ConfigFlags) -> Result<ConfigFlags> {
+        let mut missing = ConfigFlags::empty();
+        for bit in (0..u32::BITS).map(|n| ConfigFlags::from_bits_retain(1 << n)) {
+            if !flags.contains(bit) {
+                continue;
+            }
+            let mut state = self.state();
+            let unbound = (0..=u16::MAX)
+                .rev()
+                .find(|&num| state.bindings.get(num).is_none());
+            let config = QueueConfig::new().enable(bit);
+            let request = ConfigRequest::update(unbound.unwrap_or(u16::MAX), config);
+            let seq = self.begin(&mut state, op, Some(&request))?;
+            match self.finish(state, op, seq) {
+                Ok(()) => {}
+                Err(Error::Refused(refusal)) => {
+                    if !matches!(refusal.errno(), libc::ENODEV | libc::EPERM) {
+                        missing |= bit;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Waits until no more packets can come from any queue unbound so far
+    ///
+    /// The kernel looks up the queue of a packet, and later sends the packet, only under an RCU
+    /// read lock (`nfqnl_enqueue_packet` in `net/netfilter/nfnetlink_queue.c`). So a packet may
+    /// come after its queue was unbound, and even after the queue was bound again.
+    fn wait_for_last_packets(&self, op: Operation, endings: u64) -> Result<()> {
+        /// Much longer than the kernel takes to queue a packet; used if `membarrier` does not
+        /// help. With one CPU the kernel answers it at once, although a sender may have been
+        /// preempted.
+        const LONG: Duration = Duration::from_millis(100);
+        if sys::wait_for_rcu().is_err() || sys::is_single_cpu() {
+            std::thread::sleep(LONG);
+        }
+        self.wait_for_reader();
+        self.sync(op)?; // reads the last packets, which belong to no binding
+        self.state().ended.retain(|&(_, place)| place > endings);
+        Ok(())
+    }
+
+    /// Changes a queue's settings
+    pub(crate) fn update(
+        &self,
+        op: Operation,
+        binding: &Binding,
+        config: QueueConfig,
+    ) -> Result<()> {
+        let id = binding.id;
+        let mut state = self.state();
+        if state.bindings.current(id).is_none() {
+            return Err(Error::Unbound { op });
+        }
+        let request = ConfigRequest::update(id.queue, config);
+        let seq = self.begin(&mut state, op, Some(&request))?;
+        let flags = config.get_flags();
+        match self.finish(state, op, seq) {
+            Err(Error::Refused(refusal)) => {
+                let flags = flags.map_or(ConfigFlags::empty(), |(_, flags)| flags);
+                Err(self.explain(refusal, id.queue, flags)?.into())
+            }
+            updated => {
+                if let (Ok(()), Some((mask, flags))) = (&updated, flags) {
+                    binding.set_flags(mask, flags);
+                }
+                updated
+            }
+        }
+    }
+
+    /// Unbinds a queue and waits for the acknowledgement; does nothing if this binding has ended
+    pub(crate) fn unbind(&self, id: BindingId) -> Result<()> {
+        let op = Operation::Unbind(id.queue);
+        let mut state = self.state();
+        if !self.end(&mut state, id) {
+            return Ok(());
+        }
+        let seq = self.begin(&mut state, op, Some(&ConfigRequest::unbind(id.queue)))?;
+        match self.finish(state, op, seq) {
+            Err(Error::Refused(refusal)) if refusal.errno() == libc::ENODEV => Ok(()),
+            unbound => unbound,
+        }
+    }
+
+    /// Unbinds a queue without asking for an acknowledgement; does nothing if this binding has
+    /// ended
+    pub(crate) fn post_unbind(&self, id: BindingId) {
+        let mut state = self.state();
+        if self.end(&mut state, id) {
+            let op = Operation::Unbind(id.queue);
+            let request = ConfigRequest::unbind(id.queue);
+            let _ = self.send_request(&mut state, op, Some(&request), false);
+        }
+    }
+
+    /// Ends a binding in this process only
+    pub(crate) fn end_here(&self, id: BindingId) {
+        self.end(&mut self.state(), id);
+    }
+
+    /// Ends a binding for this socket: its keys are stale from here on, and its last packets may
+    /// still come; returns true if it had not ended before
+    fn end(&self, state: &mut State, id: BindingId) -> bool {
+        let Some(binding) = state.bindings.current(id) else {
+            return false;
+        };
+        binding.end();
+        self.change_bindings(state, |bindings| bindings.remove(id));
+        let place = self.endings.fetch_add(1, Relaxed) + 1;
+        state.ended.push((id.queue, place));
+        true
+    }
+}
+
+impl State {
+    /// Returns true if packets of an earlier binding of the queue may still come
+    fn has_ended(&self, queue: u16) -> bool {
+        self.ended.iter().any(|&(ended, _)| ended == queue)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+    use crate::engine::Bindings;
+
+    impl Bindings {
+        /// Changes the table for the model of the verdicts
+        pub(crate) fn replace(&mut self, binding: Arc<Binding>) {
+            if let Some(old) = self.get(binding.id.queue) {
+                self.remove(old.id);
+            }
+            self.insert(binding);
+        }
+    }
+
+    #[test]
+    fn a_queue_that_ends_during_a_wait_stays_listed() {
+        let (here, kernel) = UnixDatagram::pair().unwrap();
+        let engine = Engine::new(sys::netlink_from(here.into()), true, true).unwrap();
+        let end = |queue| {
+            let binding = Arc::new(Binding::new(queue, Outstanding::new(0, true)));
+            let id = binding.id;
+            engine.change_bindings(&mut engine.state(), |bindings| bindings.insert(binding));
+            engine.end_here(id);
+            engine.end_here(id);
+        };
+        end(1);
+        end(2);
+        let endings = engine.endings();
+        assert_eq!(engine.state().ended, [(1, 1), (2, 2)]);
+        end(1);
+
+        // The kernel's answer to the request that the wait ends with
+        let header = [&36_u32.to_ne_bytes()[..], &2_u16.to_ne_bytes(), &[0; 14]].concat();
+        let request = [&16_u32.to_ne_bytes()[..], &1_u16.to_ne_bytes(), &[0; 2]].concat();
+        let answer = [&header[..], &request, &1_u32.to_ne_bytes(), &[0; 4]].concat();
+        kernel.send(&answer).unwrap();
+        engine
+            .wait_for_last_packets(Operation::Bind(2), endings)
+            .unwrap();
+        assert_eq!(engine.state().ended, [(1, 3)]);
+        assert!(engine.state().has_ended(1) && !engine.state().has_ended(2));
+    }
+}

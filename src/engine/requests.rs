@@ -1,0 +1,376 @@
+//! Requests and their answers: configuration and sync
+
+use std::os::fd::AsFd;
+use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
+
+use nfqnl_proto::consts::{NFQNL_MSG_CONFIG, NLMSG_NOOP, message_type};
+use nfqnl_proto::{ConfigRequest, Reply, RequestHeader, encode_noop};
+
+use super::wake::WAKE_SEQ;
+use super::{Engine, State};
+use crate::error::{Error, Operation, Refusal, Result};
+use crate::recv_batch::RecvBatch;
+use crate::sys;
+
+/// A sent request
+#[derive(Debug)]
+pub(super) struct Request {
+    seq: u32,
+    op: Operation,
+    /// [`State::bytes_read`] when the request was sent
+    sent_at: u64,
+    answer: Answer,
+}
+
+#[derive(Debug)]
+enum Answer {
+    Awaited,
+    Came(Result<(), Refusal>),
+    /// Not in the socket, and not read: the kernel had no room for the answer
+    Lost,
+}
+
+/// A request also reads packets, so it needs room for any message
+const REQUEST_BUFFER_LEN: usize = RecvBatch::DEFAULT_SLOT_LEN;
+
+/// The time for other code to pass on an answer that it received
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The time for a thread blocked in the receive call to come back with an answer
+const RECHECK: Duration = Duration::from_millis(5);
+
+impl Engine {
+    /// Sends a configuration request and waits for the answer
+    pub(crate) fn configure(&self, op: Operation, request: &ConfigRequest) -> Result<()> {
+        let mut state = self.state();
+        let seq = self.begin(&mut state, op, Some(request))?;
+        self.finish(state, op, seq)
+    }
+
+    /// Waits until the kernel has processed everything sent so far, and every refusal has arrived
+    pub(crate) fn sync(&self, op: Operation) -> Result<()> {
+        let mut state = self.state();
+        let seq = self.begin(&mut state, op, None)?;
+        self.finish(state, op, seq)
+    }
+
+    /// Sends a request, or a message only to be acknowledged; returns its sequence number
+    pub(super) fn begin(
+        &self,
+        state: &mut State,
+        op: Operation,
+        request: Option<&ConfigRequest>,
+    ) -> Result<u32> {
+        let seq = self.send_request(state, op, request, true)?;
+        state.requests.push(Request {
+            seq,
+            op,
+            sent_at: state.bytes_read,
+            answer: Answer::Awaited,
+        });
+        Ok(seq)
+    }
+
+    /// Sends a request; the kernel has processed it when this call returns
+    pub(super) fn send_request(
+        &self,
+        state: &mut State,
+        op: Operation,
+        request: Option<&ConfigRequest>,
+        ack: bool,
+    ) -> Result<u32> {
+        state.meet();
+        let seq = state.last_seq.wrapping_add(1).max(WAKE_SEQ + 1);
+        state.last_seq = seq;
+        let header = RequestHeader {
+            ack,
+            seq,
+            ..RequestHeader::default()
+        };
+        let mut buf = [0; ConfigRequest::MAX_LEN];
+        let encoded = match request {
+            Some(request) => request.encode(&mut buf, header),
+            None => encode_noop(&mut buf, header),
+        };
+        let len = encoded.map_err(|source| Error::Encode { op, source })?;
+        self.send(op, buf.get(..len).unwrap_or_default())?;
+        Ok(seq)
+    }
+
+    /// Waits for the answer to a request
+    pub(super) fn finish<'s>(
+        &'s self,
+        mut state: MutexGuard<'s, State>,
+        op: Operation,
+        seq: u32,
+    ) -> Result<()> {
+        let mut has_read = false;
+        let answer;
+        (state, answer) = self.wait_for_answer(state, seq, &mut has_read);
+        state.requests.retain(|request| request.seq != seq);
+        // Another thread may have seen the descriptor readable because of a message read here.
+        let is_for_others = has_read && state.has_company;
+        if is_for_others || !state.stash.is_empty() {
+            self.wake.make_readable();
+        }
+        self.pass_on(&mut state);
+        match answer? {
+            Answer::Came(answer) => Ok(answer?),
+            Answer::Awaited | Answer::Lost => Err(Error::NoAck { op }),
+        }
+    }
+
+    /// Reads until the answer is there
+    ///
+    /// The kernel put the answer into the socket before the send returned, or had no room for it.
+    fn wait_for_answer<'s>(
+        &'s self,
+        mut state: MutexGuard<'s, State>,
+        seq: u32,
+        has_read: &mut bool,
+    ) -> (MutexGuard<'s, State>, Result<Answer>) {
+        let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
+        let mut deadline: Option<Instant> = None;
+        let mut has_waited = false;
+        loop {
+            match state.take_answer(seq, self.recv_buffer) {
+                Answer::Awaited => {}
+                answer => return (state, Ok(answer)),
+            }
+            let is_read_unlocked = state.is_read_unlocked();
+            if !is_read_unlocked || has_waited {
+                // A thread blocked in the receive call does not run. It may have messages from
+                // before those that are read here.
+                state.is_out_of_order |= is_read_unlocked;
+                match self.read_to_stash(&mut state, &mut buf) {
+                    Ok(true) => {
+                        *has_read = true;
+                        continue;
+                    }
+                    Ok(false) if !is_read_unlocked && !self.may_be_read_elsewhere() => {
+                        return (state, Ok(Answer::Lost));
+                    }
+                    Ok(false) => {}
+                    Err(error) => return (state, Err(error)),
+                }
+            }
+            // Three others may have the answer: a thread blocked in the receive call, the program
+            // itself, or another process with the same socket.
+            let mut left = match has_waited {
+                true => Duration::MAX,
+                false => RECHECK,
+            };
+            if self.may_be_read_elsewhere() {
+                let now = sys::now();
+                let deadline = *deadline.get_or_insert(now + PATIENCE);
+                left = left.min(deadline.saturating_duration_since(now));
+                if left.is_zero() {
+                    return (state, Ok(Answer::Lost));
+                }
+            }
+            state = self.wait_for_answers(state, left);
+            has_waited = true;
+        }
+    }
+
+    fn wait_for_answers<'s>(
+        &'s self,
+        mut state: MutexGuard<'s, State>,
+        left: Duration,
+    ) -> MutexGuard<'s, State> {
+        state.askers += 1;
+        state = sys::wait_for(&self.answered, state, left);
+        state.askers -= 1;
+        state
+    }
+
+    /// Waits until a thread blocked in the receive call has recorded the messages it received
+    pub(super) fn wait_for_reader(&self) {
+        let mut state = self.state();
+        state.meet(); // other threads poll from here on
+        while state.is_read_unlocked() {
+            self.wake.make_readable();
+            state = self.wait_for_answers(state, RECHECK);
+        }
+    }
+
+    /// Reads all messages in the socket to the stash, so that refusals do not fill the buffer
+    ///
+    /// A thread blocked in the receive call reads them anyway.
+    pub(super) fn drain_to_stash(&self) -> Result<()> {
+        let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
+        let mut state = self.state();
+        while !state.is_read_unlocked() && self.read_to_stash(&mut state, &mut buf)? {}
+        if !state.stash.is_empty() {
+            self.wake.make_readable();
+        }
+        Ok(())
+    }
+
+    /// Reads the messages sent to a new socket before it was connected, and drops those of other
+    /// processes
+    pub(crate) fn discard_foreign(&self) -> Result<()> {
+        let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
+        let mut state = self.state();
+        loop {
+            let read = match sys::recv_from(self.as_fd(), &mut buf) {
+                Ok((len, 0)) => Ok(buf.get(..len).unwrap_or_default()),
+                Ok(_) => {
+                    state.stats.from_other_process += 1;
+                    continue;
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => continue,
+                Err(error) => Err(error),
+            };
+            if !self.stash(&mut state, read)? {
+                break;
+            }
+        }
+        if !state.stash.is_empty() {
+            self.wake.make_readable();
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    /// Takes the answer to a request, if it has come
+    fn take_answer(&mut self, seq: u32, recv_buffer: u64) -> Answer {
+        let bytes_read = self.bytes_read;
+        let Some(request) = self.requests.iter_mut().find(|request| request.seq == seq) else {
+            return Answer::Lost;
+        };
+        // More was read since the request than the buffer holds, so the answer was not in it.
+        if matches!(request.answer, Answer::Awaited)
+            && bytes_read.saturating_sub(request.sent_at) > recv_buffer
+        {
+            request.answer = Answer::Lost;
+        }
+        std::mem::replace(&mut request.answer, Answer::Awaited)
+    }
+}
+
+impl Engine {
+    /// Records the kernel's answer to a request, or to a wake message
+    pub(super) fn record_answer(&self, state: &mut State, reply: &Reply<'_>) {
+        if ![message_type(NFQNL_MSG_CONFIG), NLMSG_NOOP].contains(&reply.request_type) {
+            return;
+        }
+        if reply.seq == WAKE_SEQ {
+            return self.wake.clear_outstanding();
+        }
+        // Answers come in the order of the requests, so the answers to earlier requests are lost.
+        for request in &mut state.requests {
+            if request.seq == reply.seq {
+                request.answer = Answer::Came(match reply.is_ack() {
+                    true => Ok(()),
+                    false => Err(Refusal::new(request.op, reply)),
+                });
+                return;
+            }
+            // A later request: its answer is behind this one, which no request waits for.
+            if request.seq.wrapping_sub(reply.seq) < u32::MAX / 2 {
+                return;
+            }
+            if matches!(request.answer, Answer::Awaited) {
+                request.answer = Answer::Lost;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use nfqnl_proto::consts::NLMSG_ERROR;
+    use nfqnl_proto::{Message, Messages};
+
+    use super::*;
+
+    fn state(seqs: &[u32]) -> State {
+        let requests = seqs.iter().map(|&seq| Request {
+            seq,
+            op: Operation::Sync,
+            sent_at: 100,
+            answer: Answer::Awaited,
+        });
+        State {
+            requests: requests.collect(),
+            bytes_read: 100,
+            ..State::default()
+        }
+    }
+
+    #[test]
+    fn an_answer_is_lost_once_the_buffer_was_read() {
+        let mut state = state(&[1]);
+        state.bytes_read = 100 + 500;
+        assert!(matches!(state.take_answer(1, 500), Answer::Awaited));
+        state.bytes_read += 1;
+        assert!(matches!(state.take_answer(1, 500), Answer::Lost));
+    }
+
+    /// An engine over a socket that is not netlink, and the other end
+    fn engine() -> (Engine, UnixDatagram) {
+        let (here, there) = UnixDatagram::pair().unwrap();
+        let engine = Engine::new(sys::netlink_from(here.into()), true, true);
+        (engine.unwrap(), there)
+    }
+
+    /// Records the acknowledgement of a request
+    fn acknowledge(engine: &Engine, state: &mut State, kind: u16, seq: u32) {
+        let answer = [
+            &36_u32.to_ne_bytes()[..],
+            &NLMSG_ERROR.to_ne_bytes(),
+            &[0; 14],
+            &16_u32.to_ne_bytes(),
+            &kind.to_ne_bytes(),
+            &[0; 2],
+            &seq.to_ne_bytes(),
+            &[0; 4],
+        ];
+        match Messages::new(&answer.concat()).next() {
+            Some(Ok(Message::Reply(reply))) => engine.record_answer(state, &reply),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_later_answer_means_that_earlier_are_lost() {
+        let (engine, _there) = engine();
+        let mut state = state(&[1, 2, 3, 4]);
+        acknowledge(&engine, &mut state, message_type(NFQNL_MSG_CONFIG), 2);
+        acknowledge(&engine, &mut state, NLMSG_NOOP, 3);
+        acknowledge(&engine, &mut state, NFQNL_MSG_CONFIG.into(), 4); // of another subsystem
+        assert!(matches!(state.take_answer(1, 500), Answer::Lost));
+        assert!(matches!(state.take_answer(2, 500), Answer::Came(Ok(()))));
+        assert!(matches!(state.take_answer(3, 500), Answer::Came(Ok(()))));
+        assert!(matches!(state.take_answer(4, 500), Answer::Awaited));
+        assert!(
+            matches!(state.take_answer(5, 500), Answer::Lost),
+            "never asked"
+        );
+    }
+
+    #[test]
+    fn one_wake_message_is_on_its_way_at_a_time() {
+        let (engine, there) = engine();
+        there.set_nonblocking(true).unwrap();
+        let mut state = state(&[1]);
+        for _ in 0..2 {
+            engine.wake.make_readable();
+            engine.wake.make_readable();
+            assert!(engine.wake.is_outstanding());
+            assert_eq!(there.recv(&mut [0; 64]).unwrap(), 16);
+            assert!(there.recv(&mut [0; 64]).is_err());
+            acknowledge(&engine, &mut state, NLMSG_NOOP, WAKE_SEQ);
+            assert!(!engine.wake.is_outstanding());
+        }
+        assert!(
+            matches!(state.take_answer(1, 500), Answer::Awaited),
+            "not its answer"
+        );
+    }
+}

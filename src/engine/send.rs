@@ -1,0 +1,187 @@
+//! Sending verdicts
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering::Relaxed;
+
+use nfqnl_proto::{Decision, PacketKey, PlainVerdict, Verdict};
+
+use super::Engine;
+use crate::error::{Error, Operation, Result};
+use crate::sys;
+use crate::verdict::{Part, SendBatch, send_header};
+
+impl Engine {
+    /// Sends one verdict
+    pub(crate) fn set_verdict(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
+        match decision.as_plain() {
+            Some(verdict) => self.set_plain(key, verdict, false),
+            None => self.set_long(key, decision),
+        }
+    }
+
+    /// Sends one plain verdict, on this packet or on all packets up to it
+    pub(crate) fn set_plain(
+        &self,
+        key: PacketKey,
+        verdict: PlainVerdict,
+        is_batch: bool,
+    ) -> Result<()> {
+        let (queue, id, header) = (key.queue(), key.id(), send_header(key));
+        let mut out = [0; PlainVerdict::MAX_LEN];
+        let (op, encoded) = match is_batch {
+            false => (
+                Operation::Verdict(key),
+                verdict.encode(&mut out, queue, id, header),
+            ),
+            true => {
+                let encoded = verdict.encode_batch(&mut out, queue, id, header);
+                (Operation::BatchVerdict(key), encoded)
+            }
+        };
+        let len = encoded.map_err(|source| Error::Encode { op, source })?;
+        let bindings = self.bindings();
+        let Some(binding) = bindings.current(key.into()) else {
+            drop(bindings);
+            return Err(self.unbound(key, op));
+        };
+        let newest = is_batch.then(|| binding.outstanding().newest());
+        self.send(op, out.get(..len).unwrap_or_default())?;
+        if verdict.verdict() != Verdict::Stolen {
+            let mut outstanding = binding.outstanding();
+            match newest {
+                None => outstanding.answer(id, id),
+                Some(newest) => outstanding.answer_up_to(id, newest),
+            }
+        }
+        drop(bindings);
+        self.note_sent(1)
+    }
+
+    /// Sends one verdict of any length
+    fn set_long(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
+        let mut batch = self.take_spare();
+        batch.clear(); // drops an unsent verdict, which was reported
+        let sent = batch
+            .push(key, *decision)
+            .and_then(|()| match self.bindings().current(key.into()) {
+                Some(_) => Ok(()),
+                None => Err(Error::Unbound {
+                    op: Operation::Verdict(key),
+                }),
+            })
+            .and_then(|()| self.send_batch(&mut batch));
+        batch.clear();
+        self.put_spare(batch);
+        match sent {
+            Err(Error::Unbound { op }) => Err(self.unbound(key, op)),
+            sent => sent,
+        }
+    }
+
+    /// Returns the reason for a key without a binding
+    fn unbound(&self, key: PacketKey, op: Operation) -> Error {
+        match self.state().issued.binary_search(&key.binding()) {
+            Ok(_) => Error::Unbound { op },
+            Err(_) => Error::WrongSocket { op },
+        }
+    }
+
+    /// Sends collected verdicts, in their order, and empties the batch
+    ///
+    /// Verdicts of ended bindings are counted and dropped. If a send fails, the unsent verdicts
+    /// stay.
+    pub(crate) fn send_batch(&self, batch: &mut SendBatch) -> Result<()> {
+        if let Some((key, verdict)) = batch.single_plain() {
+            match self.set_plain(key, verdict, false) {
+                Err(Error::Unbound { .. }) => {} // counted below
+                Err(
+                    error @ Error::Io {
+                        op: Operation::Verdict(_),
+                        ..
+                    },
+                ) => return Err(error),
+                sent => {
+                    batch.clear();
+                    return sent;
+                }
+            }
+        }
+        let mut first_error = None;
+        let mut late = 0;
+        let mut done = 0;
+        let mut max_entries = usize::MAX;
+        while batch.has_more(done) {
+            let overruns = self.overruns.load(Relaxed);
+            let bindings = self.bindings();
+            let part = Part::encode(
+                batch.parts(done),
+                &bindings,
+                overruns,
+                self.max_send,
+                max_entries,
+            );
+            let sent = match part.first {
+                Some(first) => self.send(Operation::Verdict(first), batch.encoded()),
+                None => Ok(()),
+            };
+            match sent {
+                Ok(()) => batch.record_sent(done, part.entries, &bindings),
+                // Send one at a time, to find the verdict that is too long.
+                Err(error) if error.is_too_long() && part.sent_entries > 1 => {
+                    max_entries = 1;
+                    continue;
+                }
+                Err(error) if error.is_too_long() => {
+                    first_error.get_or_insert(error);
+                }
+                Err(error) => {
+                    batch.remove_first(done);
+                    return Err(error);
+                }
+            }
+            drop(bindings);
+            for key in part.unbound {
+                match self.unbound(key, Operation::Verdict(key)) {
+                    Error::Unbound { .. } => late += 1,
+                    error => {
+                        first_error.get_or_insert(error);
+                    }
+                }
+            }
+            done += part.entries;
+            max_entries = usize::MAX;
+            if let Err(error) = self.note_sent(part.messages) {
+                first_error.get_or_insert(error);
+            }
+        }
+        batch.clear();
+        if late > 0 {
+            self.count(|stats| stats.late_verdicts += late);
+        }
+        first_error.map_or(Ok(()), Err)
+    }
+
+    /// Counts messages that the kernel may have refused; reads once the refusals could fill a
+    /// quarter of the receive buffer
+    fn note_sent(&self, messages: u32) -> Result<()> {
+        let unread = self
+            .unread
+            .fetch_add(messages, Relaxed)
+            .saturating_add(messages);
+        if unread > self.max_unread {
+            return self.drain_to_stash();
+        }
+        Ok(())
+    }
+
+    pub(super) fn send(&self, op: Operation, message: &[u8]) -> Result<()> {
+        loop {
+            match sys::send(self.as_fd(), message) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => return Err(Error::Io { op, source }),
+            }
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Verdicts from other threads
+
+use std::sync::{Arc, Weak};
+
+use nfqnl_proto::{Decision, PacketKey, PlainVerdict};
+
+use super::SendBatch;
+use crate::engine::Engine;
+use crate::error::{Error, Operation, Result};
+
+/// Answers packets of a [`Socket`](crate::Socket) from any thread; made by
+/// [`Socket::verdict_sender`](crate::Socket::verdict_sender)
+///
+/// The kernel accepts verdicts only from the socket that bound the queue. A sender uses this
+/// socket, even while another thread receives or waits. Clones are cheap. A sender does not keep
+/// the socket open.
+///
+/// ```
+/// # fn f(socket: nfqnl::Socket, batch: &mut nfqnl::RecvBatch) -> nfqnl::Result<()> {
+/// use nfqnl::{Event, OwnedPacket, Verdict};
+///
+/// let (work, packets) = std::sync::mpsc::channel::<OwnedPacket>();
+/// let sender = socket.verdict_sender();
+/// std::thread::spawn(move || {
+///     for packet in packets {
+///         let packet = packet.packet();
+///         let verdict = if packet.payload().len() > 1000 { Verdict::Drop } else { Verdict::Accept };
+///         if let Err(error) = sender.set_verdict(packet.key(), verdict) {
+///             eprintln!("{error}");
+///         }
+///     }
+/// });
+/// for event in socket.recv(batch)? {
+///     match event {
+///         Event::Packet(packet) => drop(work.send(packet.into())),
+///         other => eprintln!("{other}"),
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct VerdictSender {
+    engine: Weak<Engine>,
+}
+
+impl VerdictSender {
+    pub(crate) fn new(engine: &Arc<Engine>) -> Self {
+        Self {
+            engine: Arc::downgrade(engine),
+        }
+    }
+
+    /// Same as [`Socket::set_verdict`](crate::Socket::set_verdict)
+    ///
+    /// # Errors
+    /// The same; [`Error::Unbound`] also when the socket is closed.
+    pub fn set_verdict<'p>(&self, key: PacketKey, decision: impl Into<Decision<'p>>) -> Result<()> {
+        let op = Operation::Verdict(key);
+        let engine = self.engine.upgrade().ok_or(Error::Unbound { op })?;
+        engine.set_verdict(key, &decision.into())
+    }
+
+    /// Same as [`Socket::set_verdict_up_to`](crate::Socket::set_verdict_up_to)
+    ///
+    /// # Errors
+    /// The same; [`Error::Unbound`] also when the socket is closed.
+    pub fn set_verdict_up_to(
+        &self,
+        last: PacketKey,
+        verdict: impl Into<PlainVerdict>,
+    ) -> Result<()> {
+        let op = Operation::BatchVerdict(last);
+        let engine = self.engine.upgrade().ok_or(Error::Unbound { op })?;
+        engine.set_plain(last, verdict.into(), true)
+    }
+
+    /// Same as [`Socket::send`](crate::Socket::send)
+    ///
+    /// # Errors
+    /// The same. If the socket is closed, the verdicts are dropped without an error: the kernel
+    /// has dropped their packets.
+    pub fn send(&self, verdicts: &mut SendBatch) -> Result<()> {
+        match self.engine.upgrade() {
+            Some(engine) => engine.send_batch(verdicts),
+            None => {
+                verdicts.clear();
+                Ok(())
+            }
+        }
+    }
+}
