@@ -212,7 +212,8 @@ impl Socket {
     ///
     /// Binding a number again takes about 10 ms, or 100 ms with one CPU: the call waits until the
     /// kernel has sent the last packets of the earlier binding. One wait is enough for all numbers
-    /// unbound so far.
+    /// unbound so far. The time of a call grows with the number of bound queues: binding all 65,536
+    /// takes about a minute.
     ///
     /// # Errors
     /// As [`bind_with`](Self::bind_with).

@@ -94,7 +94,10 @@ fn peer(style: &str) -> Result<()> {
                 handled += handle.run_once(&mut batch)?;
                 continue;
             }
-            for packet in socket.recv(&mut batch)?.filter_map(Event::packet) {
+            for event in socket.recv(&mut batch)? {
+                let Event::Packet(packet) = event else {
+                    return Err(event.to_string().into());
+                };
                 common_getters(&packet);
                 verdicts.push(packet.key(), Verdict::Accept)?;
                 if style == TWICE {

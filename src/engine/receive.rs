@@ -58,6 +58,9 @@ impl Engine {
         let mut state = self.state();
         state.meet();
         let (mut state, received) = self.receive_locked(state, slots, wait);
+        // A request of another thread read these before the messages in the slots.
+        state.stash.append(&mut slots.stash);
+        std::mem::swap(&mut slots.stash, &mut state.stash);
         if wait != Wait::No && matches!(received, Ok(true)) {
             // This call ends here, so it also takes a wake for one call.
             self.wake.take(self.wake.all());
@@ -217,6 +220,11 @@ impl Engine {
     }
 
     fn note_read(&self, bytes: usize, datagrams: u32, state: &mut State) {
+        // Here the answer to a wake message may be lost without a report: the kernel reports one
+        // overrun until the socket is empty, and other code may have received the report.
+        if state.is_in_overrun || !self.reports_overruns || self.may_be_read_elsewhere() {
+            self.wake.clear_outstanding();
+        }
         state.bytes_read += u64::try_from(bytes).unwrap_or(0);
         if self.unread.load(Relaxed) > 0 {
             let less = |unread: u32| Some(unread.saturating_sub(datagrams));

@@ -16,8 +16,9 @@
 //!
 //! Four guards end merging for the binding:
 //! * an id gap without an overrun: another process reads from the same socket, or a socket filter
-//!   hides waiting packets;
-//! * an id not newer than the newest one: a copy of the socket was used to bind the queue again;
+//!   hides waiting packets. After a fork every gap counts;
+//! * an id not newer than the newest one: a copy of the socket was used to bind the queue again.
+//!   Until the first new packet is read, the two bindings look alike;
 //! * a packet that waits while 2^29 others pass: ids wrap, and the kernel compares them as a
 //!   32-bit sequence;
 //! * more than 65,536 ranges: another program answers these packets.
