@@ -41,7 +41,7 @@ use crate::stats::Stats;
 use crate::sys;
 use crate::verdict::{Seen, SendBatch};
 
-pub(crate) use self::bindings::{Binding, Bindings};
+pub(crate) use self::bindings::{Binding, BindingId, Bindings};
 use self::receive::Reader;
 pub(crate) use self::receive::{Kind, Wait};
 use self::requests::Request;

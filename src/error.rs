@@ -180,6 +180,15 @@ impl Error {
         }
     }
 
+    /// Returns true if a verdict was not sent, and can be sent later
+    pub(crate) const fn is_unsent(&self) -> bool {
+        let op = match self {
+            Self::Io { op, .. } | Self::WrongSocket { op } => op,
+            _ => return false,
+        };
+        matches!(op, Operation::Verdict(_))
+    }
+
     /// Returns true if a send failed because its messages were too long
     pub(crate) fn is_too_long(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.raw_os_error() == Some(libc::EMSGSIZE))

@@ -248,7 +248,9 @@ impl<'cb> Handle<'cb> {
     /// The caller receives the bytes on the descriptor. A buffer of
     /// [`RecvBatch::DEFAULT_SLOT_LEN`] bytes takes any packet. The receive call may fail with
     /// `ENOBUFS` (packets were lost) or `EINTR`; neither is a reason to stop. Pass on everything,
-    /// from all threads: the bytes may be the answer to a request. The call also delivers packets
+    /// from all threads: the bytes may be the answer to a request. So do not keep the handle in a
+    /// mutex: a request that holds the mutex would wait for the thread that receives. The call also
+    /// delivers packets
     /// read by earlier requests. Each verdict is sent when its callback exits.
     ///
     /// Pass on everything received so far before you bind a queue number again. Afterwards a

@@ -212,8 +212,8 @@ impl Socket {
     ///
     /// Binding a number again takes about 10 ms, or 100 ms with one CPU: the call waits until the
     /// kernel has sent the last packets of the earlier binding. One wait is enough for all numbers
-    /// unbound so far. The time of a call grows with the number of bound queues: binding all 65,536
-    /// takes about a minute.
+    /// unbound so far. The call also waits for a thread that received and does not run. Its time
+    /// grows with the number of bound queues: binding all 65,536 takes about a minute.
     ///
     /// # Errors
     /// As [`bind_with`](Self::bind_with).
@@ -419,10 +419,11 @@ impl Socket {
     /// packets.
     ///
     /// # Errors
-    /// [`Error::WrongSocket`] for a key of another socket, and [`Error::Io`] with `EMSGSIZE` for a
-    /// verdict longer than the send buffer (its packet still waits): all other verdicts were sent,
-    /// and the batch is empty. After any other [`Error::Io`] (`ENOBUFS`: the kernel is out of
-    /// memory) the batch keeps the unsent verdicts, so call again.
+    /// [`Error::WrongSocket`] for keys of another socket: their verdicts stay in the batch, and all
+    /// others were sent. [`Error::Io`] with `EMSGSIZE` for a verdict longer than the send buffer
+    /// (its packet still waits): all others were sent, and the batch is empty. After any other
+    /// [`Error::Io`] (`ENOBUFS`: the kernel is out of memory) the batch keeps the unsent verdicts,
+    /// so call again.
     #[doc(alias = "nfq_set_verdict_batch")]
     #[doc(alias = "nfq_set_verdict_batch2")]
     pub fn send(&self, verdicts: &mut SendBatch) -> Result<()> {

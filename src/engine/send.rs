@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use nfqnl_proto::{Decision, PacketKey, PlainVerdict, Verdict};
 
-use super::Engine;
+use super::{BindingId, Engine};
 use crate::error::{Error, Operation, Result};
 use crate::sys;
 use crate::verdict::{Part, SendBatch, send_header};
@@ -89,24 +89,20 @@ impl Engine {
 
     /// Sends collected verdicts, in their order, and empties the batch
     ///
-    /// Verdicts of ended bindings are counted and dropped. If a send fails, the unsent verdicts
-    /// stay.
+    /// Verdicts of ended bindings are counted and dropped. Verdicts of another socket stay, and if
+    /// a send fails, all unsent verdicts stay.
     pub(crate) fn send_batch(&self, batch: &mut SendBatch) -> Result<()> {
         if let Some((key, verdict)) = batch.single_plain() {
             match self.set_plain(key, verdict, false) {
                 Err(Error::Unbound { .. }) => {} // counted below
-                Err(
-                    error @ Error::Io {
-                        op: Operation::Verdict(_),
-                        ..
-                    },
-                ) => return Err(error),
+                Err(error) if error.is_unsent() => return Err(error),
                 sent => {
                     batch.clear();
                     return sent;
                 }
             }
         }
+        let mut foreign: Vec<BindingId> = Vec::new();
         let mut first_error = None;
         let mut late = 0;
         let mut done = 0;
@@ -145,6 +141,7 @@ impl Engine {
                 match self.unbound(key, Operation::Verdict(key)) {
                     Error::Unbound { .. } => late += 1,
                     error => {
+                        foreign.push(key.into());
                         first_error.get_or_insert(error);
                     }
                 }
@@ -155,7 +152,7 @@ impl Engine {
                 first_error.get_or_insert(error);
             }
         }
-        batch.clear();
+        batch.keep(&foreign);
         if late > 0 {
             self.count(|stats| stats.late_verdicts += late);
         }

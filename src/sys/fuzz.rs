@@ -39,6 +39,8 @@ pub trait Kernel {
     fn longest(&self) -> usize;
     /// The monotonic clock
     fn now(&self) -> Instant;
+    /// The number of forks so far
+    fn forks(&self) -> u32;
     /// A wait for another thread; there is none, so this time must pass
     fn pass(&self, time: Duration);
 }
@@ -140,4 +142,8 @@ pub(crate) fn wait_for<'g, T>(
 
 pub(crate) fn is_single_cpu() -> bool {
     kernel().is_none() && linux::is_single_cpu()
+}
+
+pub(crate) fn forks() -> u32 {
+    kernel().map_or_else(linux::forks, |kernel| kernel.forks())
 }

@@ -221,8 +221,12 @@ impl World {
                 self.receive_all();
                 self.depth = depth;
             }
-            45 if self.is_shared && !take(&mut self.has_error) => {
-                let n = 1 + self.pick(3);
+            45 if self.is_shared => {
+                let n = if take(&mut self.has_error) {
+                    0
+                } else {
+                    1 + self.pick(3)
+                };
                 self.take_messages(n.into());
             }
             46 => {

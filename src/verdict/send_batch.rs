@@ -5,7 +5,7 @@ use nfqnl_proto::{
 };
 
 use super::outstanding::Cursor;
-use crate::engine::Bindings;
+use crate::engine::{BindingId, Bindings};
 use crate::error::{Error, Operation, Result};
 
 /// Verdicts to send together
@@ -295,6 +295,16 @@ impl SendBatch {
                 }
             }
         }
+    }
+
+    /// Removes all verdicts except those of these bindings
+    pub(crate) fn keep(&mut self, bindings: &[BindingId]) {
+        if bindings.is_empty() {
+            return self.clear();
+        }
+        let is_kept = |entry: &Entry| bindings.contains(&entry.key.into());
+        self.entries.retain(is_kept);
+        self.len = self.entries.iter().map(|entry| entry.len as usize).sum();
     }
 
     /// Removes the first `done` entries, which were sent

@@ -646,12 +646,14 @@ fn one_send_batch_with_two_sockets_is_refused() {
             matches!(error, Error::WrongSocket { op: of, .. } if of == op),
             "{error}"
         );
-        // Its own verdicts were sent, and the packet of the other socket can be answered there.
-        assert!(verdicts.is_empty());
+        // Its own verdicts were sent, and the verdict of the other socket stays for that socket.
+        assert_eq!(verdicts.len(), 1);
+        assert!(one.send(&mut verdicts).is_err());
+        assert_eq!(verdicts.len(), 1);
         assert_eq!(lab.recv().as_deref(), Some(&b"one"[..]));
         assert!(there.is_silent());
-        verdicts.push(other_key, Verdict::Accept).unwrap();
         other.send(&mut verdicts).unwrap();
+        assert!(verdicts.is_empty());
         assert_eq!(there.recv().as_deref(), Some(&b"other"[..]));
         let stats = other.stats();
         assert_eq!((stats.refused_verdicts, stats.late_verdicts), (0, 0));
