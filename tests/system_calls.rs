@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use nfqnl::{CopyMode, Event, Handle, QueueConfig, RecvBatch, SendBatch, Socket, Verdict};
 use nfqnl_testkit::netns::isolated;
@@ -21,6 +22,8 @@ const PACKETS: usize = 3 * RecvBatch::DEFAULT_SLOTS;
 /// The promise: at most 2 system calls for 32 packets
 const AT_MOST: usize = 2;
 const IN: usize = 32;
+/// On machines of 32 bits (`asm-generic/unistd.h`)
+const SYS_CLOCK_GETTIME64: libc::c_long = 403;
 const _: () = assert!(2 * IN <= AT_MOST * RecvBatch::DEFAULT_SLOTS);
 /// The variable that names the style of the program that handles packets
 const STYLE: &str = "NFQNL_TEST_STYLE";
@@ -64,14 +67,24 @@ fn two_for_32_packets_at_saturation() {
             .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
             .unwrap();
         for (name, style) in Style::ALL {
-            let calls = count(name);
+            let begin = Instant::now();
+            let mut calls = count(name);
+            let took = begin.elapsed();
+            // A machine without a clock in user space asks the kernel.
+            for clock in [libc::SYS_clock_gettime, SYS_CLOCK_GETTIME64] {
+                calls.remove(&u64::try_from(clock).unwrap());
+            }
             let total: usize = calls.values().sum();
             println!("{name}: {total} system calls for {PACKETS} packets, by number {calls:?}");
             let receives = PACKETS / RecvBatch::DEFAULT_SLOTS;
             match style {
                 Style::OneByOne => assert_eq!(total, PACKETS + receives, "{name}"),
                 // It sends earlier if the first verdict of a batch is a millisecond old.
-                Style::RunOnce => assert!(total * IN <= AT_MOST * PACKETS, "{name}"),
+                Style::RunOnce => {
+                    let slow = usize::try_from(took.as_millis()).unwrap();
+                    let most = (AT_MOST * PACKETS / IN).max(2 * receives + slow);
+                    assert!(total <= most, "{name}: {total} in {took:?}");
+                }
                 // One receive and one send per batch, whatever the verdicts are
                 _ => assert_eq!(total, 2 * receives, "{name}"),
             }

@@ -207,7 +207,7 @@ fn a_setting_wakes_a_thread_in_recv() {
 #[test]
 fn settings_are_answered_during_recv() {
     isolated(|| {
-        const N: u32 = 300;
+        const N: u32 = 100;
         let lab = Lab::new();
         let socket = Socket::open().unwrap();
         let queue = socket.bind(QUEUE).unwrap();
