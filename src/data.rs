@@ -65,6 +65,8 @@ impl<'a> QueueData<'a> {
     }
 
     /// Sets the verdict, and a new mark unless `mark` is `None`
+    ///
+    /// A `mark` of 0 sets the mark to 0. `None` keeps it, as `nfq_set_verdict` does.
     #[doc(alias = "nfq_set_verdict")]
     #[doc(alias = "nfq_set_verdict2")]
     #[doc(alias = "nfq_set_verdict_mark")]

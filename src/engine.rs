@@ -30,7 +30,7 @@ mod wake;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use netlink_sys::Socket as Netlink;
@@ -45,21 +45,19 @@ pub(crate) use self::bindings::{Binding, BindingId, Bindings};
 use self::receive::Reader;
 pub(crate) use self::receive::{Kind, Wait};
 use self::requests::Request;
-pub(crate) use self::wake::Wake;
 pub use self::wake::Waker;
+pub(crate) use self::wake::{Wake, wake_alls};
 
 /// One socket, and everything shared by its users
 #[derive(Debug)]
 pub(crate) struct Engine {
     socket: Netlink,
     /// Unique among the engines of the process
-    pub(crate) id: u64,
+    pub(crate) id: usize,
     /// The maximum number of bytes in one send
     max_send: usize,
     /// The maximum number of unread answers to sends; above it, a send reads the socket
     max_unread: u32,
-    /// The receive buffer's size as the kernel counts it
-    recv_buffer: u64,
     reports_overruns: bool,
     /// Equal verdicts are merged
     merges: AtomicBool,
@@ -74,7 +72,7 @@ pub(crate) struct Engine {
     /// The number of messages that the kernel may have refused, minus the datagrams read since
     unread: AtomicU32,
     /// Queues unbound so far
-    endings: AtomicU64,
+    endings: AtomicUsize,
     state: Mutex<State>,
     /// Signalled when the reader has left; wakes one thread that wants to read
     reader_left: Condvar,
@@ -95,22 +93,24 @@ struct State {
     /// Binding numbers that this socket has used, sorted
     issued: Vec<u16>,
     /// Unbound queues with packets that may still come; each has its place among all endings
-    ended: Vec<(u16, u64)>,
+    ended: Vec<(u16, usize)>,
     stash: VecDeque<Stashed>,
     /// The thread that waits for the socket
     reader: Option<Reader>,
     /// Threads waiting for `reader_left`
-    followers: usize,
+    waiting_readers: usize,
     /// Threads waiting for `answered`
-    askers: usize,
+    waiting_requests: usize,
     /// The count of [`Waker::wake_all`] already signalled to all waiting threads
     all_woken: u32,
     /// The thread of the last call, as [`sys::thread_mark`]
     thread: usize,
-    /// Several threads receive or send requests. A waiting thread then polls and receives under
-    /// the lock, so no call waits for the scheduling of this thread. A single thread blocks in the
-    /// receive call, which saves a system call.
-    has_company: bool,
+    /// Calls in a row by that thread
+    ///
+    /// A thread that is alone blocks in the receive call, which saves a system call. Where several
+    /// threads receive or configure, the thread that waits polls, and receives under the lock. So
+    /// no call waits for another thread to run.
+    calls_alone: u8,
     /// A request has read while a thread was blocked in the receive call
     is_out_of_order: bool,
     requests: Vec<Request>,
@@ -134,7 +134,7 @@ const SMALL_MESSAGE: u64 = 832;
 
 impl Engine {
     pub(crate) fn new(socket: Netlink, merges: bool, reports_overruns: bool) -> io::Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
+        static NEXT: AtomicUsize = AtomicUsize::new(1);
         let send_buffer = sys::send_buffer(socket.as_fd())?;
         let recv_buffer = u64::try_from(sys::recv_buffer(socket.as_fd())?).unwrap_or(0);
         let max_unread = recv_buffer / 4 / SMALL_MESSAGE;
@@ -142,7 +142,6 @@ impl Engine {
             id: NEXT.fetch_add(1, Relaxed),
             max_send: send_buffer.saturating_sub(SEND_OVERHEAD).min(MAX_SEND),
             max_unread: u32::try_from(max_unread).unwrap_or(u32::MAX),
-            recv_buffer,
             reports_overruns,
             merges: AtomicBool::new(merges),
             may_be_read_outside: AtomicBool::new(false),
@@ -150,7 +149,7 @@ impl Engine {
             is_read_outside: AtomicBool::new(false),
             overruns: AtomicU32::new(0),
             unread: AtomicU32::new(0),
-            endings: AtomicU64::new(0),
+            endings: AtomicUsize::new(0),
             state: Mutex::default(),
             reader_left: Condvar::new(),
             answered: Condvar::new(),
@@ -209,7 +208,7 @@ impl Engine {
 
     /// Returns the number of queues unbound so far; a change means that callbacks may have ended
     #[inline]
-    pub(crate) fn endings(&self) -> u64 {
+    pub(crate) fn endings(&self) -> usize {
         self.endings.load(Relaxed)
     }
 

@@ -73,7 +73,7 @@ pub enum Error {
     /// A socket accepts the keys of the packets it received, and
     /// keys from [`Queue::key`](crate::Queue::key). A key from `nfqnl::proto` belongs to no
     /// socket. A batch with events or unsent verdicts belongs to the socket that filled it.
-    #[error("{op}: belongs to another socket")]
+    #[error("{op}: the key or the batch belongs to another socket")]
     #[non_exhaustive]
     WrongSocket {
         /// The operation
@@ -387,7 +387,7 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.op, self.kind) {
             (Operation::Verdict(_) | Operation::BatchVerdict(_), ErrorKind::Invalid) => {
-                write!(f, "{}: invalid", self.op)?;
+                write!(f, "{}: the kernel refuses it as invalid", self.op)?;
             }
             (op, kind) => write!(f, "{op}: {kind}")?,
         }

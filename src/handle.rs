@@ -3,8 +3,8 @@
 use std::cell::RefCell;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use nfqnl_proto::consts::{MESSAGE_HEADER_LEN, align};
@@ -60,7 +60,7 @@ pub struct Handle<'cb> {
 struct Callbacks<'cb> {
     entries: Mutex<Vec<Arc<Entry<'cb>>>>,
     /// [`Engine::endings`](crate::engine::Engine::endings) when ended entries were last removed
-    endings: AtomicU64,
+    endings: AtomicUsize,
     on_event: Mutex<Option<EventCallback<'cb>>>,
 }
 
@@ -97,7 +97,7 @@ impl<'cb> Callbacks<'cb> {
     }
 
     /// Drops the callbacks of queues that have ended
-    fn remove_ended(&self, endings: u64) {
+    fn remove_ended(&self, endings: usize) {
         if self.endings.swap(endings, Relaxed) == endings {
             return;
         }
@@ -137,7 +137,7 @@ impl<'cb> Handle<'cb> {
         Self {
             callbacks: Callbacks {
                 entries: Mutex::default(),
-                endings: AtomicU64::new(0),
+                endings: AtomicUsize::new(0),
                 on_event: Mutex::default(),
             },
             socket,
@@ -221,7 +221,7 @@ impl<'cb> Handle<'cb> {
     /// a callback
     ///
     /// Without this callback [`Stats`](crate::Stats) counts these events, and nothing else
-    /// happens.
+    /// happens. The callback must not call this method.
     pub fn on_event(&self, callback: impl FnMut(Event<'_>) + Send + 'cb) {
         let before = lock(&self.callbacks.on_event).replace(Box::new(callback));
         drop(before);
@@ -402,15 +402,15 @@ struct Inside;
 
 thread_local! {
     /// The engines with callbacks running on this thread, outermost first
-    static INSIDE: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
+    static INSIDE: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Inside {
-    fn contains(id: u64) -> bool {
+    fn contains(id: usize) -> bool {
         INSIDE.with_borrow(|inside| inside.contains(&id))
     }
 
-    fn enter(id: u64) -> Result<Self> {
+    fn enter(id: usize) -> Result<Self> {
         INSIDE.with_borrow_mut(|inside| {
             if inside.contains(&id) {
                 return Err(Error::InCallback);
@@ -477,8 +477,17 @@ impl Turn<'_, '_> {
             _ => return engine.count(|stats| stats.after_unbind += 1),
         };
         self.packets += 1;
-        let mut data = QueueData::new(packet, self.verdicts, self.handle);
-        lock(&entry.callback)(&mut data);
+        let mut callback = match entry.callback.try_lock() {
+            Ok(callback) => callback,
+            Err(TryLockError::Poisoned(callback)) => callback.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                // Another thread runs it; packets that are decided do not wait for that.
+                self.send();
+                lock(&entry.callback)
+            }
+        };
+        callback(&mut QueueData::new(packet, self.verdicts, self.handle));
+        drop(callback);
         self.last = Some(entry);
         self.send_if_due();
     }

@@ -17,7 +17,6 @@ use crate::error::{Error, Operation, Result};
 /// After a fork(2) a drop unbinds nothing, in parent and child: the other process may still use
 /// the queue. [`destroy`](Self::destroy) unbinds it for both.
 #[must_use = "dropping a queue unbinds it"]
-#[derive(Debug)]
 #[doc(alias = "nfq_q_handle")]
 pub struct Queue {
     engine: Weak<Engine>,
@@ -131,5 +130,15 @@ impl Drop for Queue {
                 false => engine.post_unbind(self.binding.id),
             }
         }
+    }
+}
+
+impl std::fmt::Debug for Queue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Queue")
+            .field("num", &self.num())
+            .field("flags", &self.flags())
+            .field("has_ended", &self.binding.has_ended())
+            .finish()
     }
 }

@@ -8,7 +8,7 @@ use std::os::fd::BorrowedFd;
 use nfqnl_proto::consts::{MAX_PAYLOAD, align};
 use nfqnl_proto::{CopyMode, QueueConfig};
 
-use crate::engine::Kind;
+use crate::engine::{Kind, wake_alls};
 use crate::event::{Event, decode};
 use crate::sys::{self, Arena, Block, RECV_MAX};
 use crate::verdict::SendBatch;
@@ -54,7 +54,9 @@ pub(crate) struct Slots {
     /// Events read by requests; older than the slots
     pub(crate) stash: VecDeque<Stashed>,
     /// [`Engine::id`](crate::engine::Engine::id) of the socket that filled it
-    owner: u64,
+    owner: usize,
+    /// The count of [`Waker::wake_all`](crate::Waker::wake_all) that its loop knows of
+    pub(crate) all_seen: u32,
     pace: Pace,
 }
 
@@ -108,6 +110,7 @@ impl RecvBatch {
                 asked: 0,
                 stash: VecDeque::new(),
                 owner: 0,
+                all_seen: wake_alls(),
                 pace: Pace::default(),
             },
             seen: 0,
@@ -159,12 +162,12 @@ impl RecvBatch {
     }
 
     /// Returns the id of the socket that filled the batch, while it has events or verdicts
-    pub(crate) fn owner(&self) -> Option<u64> {
+    pub(crate) fn owner(&self) -> Option<usize> {
         (self.has_events() || !self.verdicts.is_empty()).then_some(self.slots.owner)
     }
 
     /// Empties the slots for a receive call of this socket
-    pub(crate) fn begin(&mut self, owner: u64) -> &mut Slots {
+    pub(crate) fn begin(&mut self, owner: usize) -> &mut Slots {
         self.seen = 0;
         self.slots.filled = 0;
         self.slots.stash.clear();

@@ -49,7 +49,9 @@ pub struct PacketKey {
 const _: () = assert!(size_of::<PacketKey>() == 8, "passed in one register");
 
 impl PacketKey {
-    /// The key of packet `id` in `queue`
+    /// The key of packet `id` in `queue`, for requests that are encoded by hand
+    ///
+    /// A `Socket` of `nfqnl` refuses it: `Queue::key` makes keys for a socket.
     #[must_use]
     #[inline]
     pub const fn new(queue: u16, id: u32) -> Self {

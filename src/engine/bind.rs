@@ -82,9 +82,15 @@ impl Engine {
         let request = ConfigRequest::bind(queue, config);
         let sent = self.begin(&mut state, op, Some(&request));
         let bound = sent.and_then(|seq| self.finish(state, op, seq));
-        match bound {
+        match &bound {
             Ok(()) => return Ok(binding),
-            Err(Error::Refused(_)) => self.end_here(binding.id),
+            Err(Error::Refused(refusal)) => {
+                let is_bound = refusal.errno() == libc::EBUSY;
+                let mut state = self.state();
+                if self.end(&mut state, binding.id) && !is_bound {
+                    state.ended.pop(); // the kernel has sent no packets of this binding
+                }
+            }
             // The kernel may have bound the queue.
             Err(_) => self.post_unbind(binding.id),
         }
@@ -167,7 +173,7 @@ impl Engine {
     /// The kernel looks up the queue of a packet, and later sends the packet, only under an RCU
     /// read lock (`nfqnl_enqueue_packet` in `net/netfilter/nfnetlink_queue.c`). So a packet may
     /// come after its queue was unbound, and even after the queue was bound again.
-    fn wait_for_last_packets(&self, op: Operation, endings: u64) -> Result<()> {
+    fn wait_for_last_packets(&self, op: Operation, endings: usize) -> Result<()> {
         /// Much longer than the kernel takes to queue a packet; used if `membarrier` does not
         /// help. With one CPU the kernel answers it at once, although a sender may have been
         /// preempted.

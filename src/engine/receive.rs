@@ -56,14 +56,15 @@ impl Engine {
     /// false at its deadline and when a waker ends it.
     pub(crate) fn receive(&self, slots: &mut Slots, wait: Wait) -> Result<bool> {
         let mut state = self.state();
-        state.meet();
+        state.note_thread();
         let (mut state, received) = self.receive_locked(state, slots, wait);
         // A request of another thread read these before the messages in the slots.
         state.stash.append(&mut slots.stash);
         std::mem::swap(&mut slots.stash, &mut state.stash);
-        if wait != Wait::No && matches!(received, Ok(true)) {
-            // This call ends here, so it also takes a wake for one call.
-            self.wake.take(self.wake.all());
+        if wait != Wait::No {
+            // Whatever ended this call, its thread goes on now: wakes so far have done their work.
+            slots.all_seen = self.wake.all_since(slots.all_seen);
+            self.wake.take(slots.all_seen);
         }
         self.pass_on(&mut state);
         received
@@ -75,7 +76,7 @@ impl Engine {
         slots: &mut Slots,
         wait: Wait,
     ) -> (MutexGuard<'s, State>, Result<bool>) {
-        let all = self.wake.all();
+        let all = slots.all_seen;
         // If the program made the descriptor non-blocking, the receive call does not block.
         let mut can_block = wait == Wait::Forever;
         loop {
@@ -85,7 +86,7 @@ impl Engine {
             }
             let is_over =
                 has_stash || wait.left().is_none() || (wait != Wait::No && self.wake.take(all));
-            let must_look = is_over || state.has_company || self.wake.is_outstanding();
+            let must_look = is_over || state.has_several_threads() || self.wake.is_outstanding();
             if must_look && !state.is_read_unlocked() {
                 match self.receive_now(&mut state, slots) {
                     Ok(true) if wait == Wait::No && !slots.has_events(0) => continue,
@@ -93,16 +94,17 @@ impl Engine {
                     received => return (state, received),
                 }
             }
-            if is_over {
+            // A wake that came before the look cleared the flag sent no message.
+            if is_over || (wait != Wait::No && self.wake.take(all)) {
                 return (state, Ok(has_stash));
             }
             if state.reader().is_some() {
-                state.followers += 1;
+                state.waiting_readers += 1;
                 state = sys::wait_for(&self.reader_left, state, wait.left().unwrap_or_default());
-                state.followers -= 1;
+                state.waiting_readers -= 1;
                 continue;
             }
-            let is_unlocked = can_block && !state.has_company;
+            let is_unlocked = can_block && !state.has_several_threads();
             state.reader = Some(Reader {
                 process: sys::generation(),
                 is_unlocked,
@@ -155,20 +157,31 @@ impl Engine {
     /// Each leaving thread calls this: it may have taken a signal meant for one thread, or read a
     /// wake message for which another thread polls.
     pub(super) fn pass_on(&self, state: &mut State) {
-        if state.askers > 0 {
+        if state.waiting_requests > 0 {
             self.answered.notify_all();
         }
-        let all = self.wake.all();
+        let all = self.wake.all_since(state.all_woken);
         match state.reader() {
-            Some(reader) if reader.all != all || self.wake.is_requested() => {
+            Some(reader)
+                if self.wake.all_since(reader.all) != reader.all || self.wake.is_requested() =>
+            {
                 self.wake.make_readable();
             }
-            None if state.followers > 0 => match std::mem::replace(&mut state.all_woken, all) {
+            None if state.waiting_readers > 0 => match std::mem::replace(&mut state.all_woken, all)
+            {
                 woken if woken == all => self.reader_left.notify_one(),
                 _ => self.reader_left.notify_all(),
             },
             _ => {}
         }
+    }
+
+    /// Does the same, and makes the descriptor readable if the stash has entries
+    pub(super) fn leave(&self, state: &mut State) {
+        if !state.stash.is_empty() {
+            self.wake.make_readable();
+        }
+        self.pass_on(state);
     }
 
     /// Records the result of a receive call; returns true if something was read
@@ -350,9 +363,7 @@ impl Engine {
 
     /// Makes the descriptor readable if packets wait in the stash
     pub(crate) fn announce_stash(&self) {
-        if !self.state().stash.is_empty() {
-            self.wake.make_readable();
-        }
+        self.leave(&mut self.state());
     }
 
     /// Receives at most one event without blocking, copied to its own memory
@@ -361,16 +372,14 @@ impl Engine {
     #[cfg(feature = "tokio")]
     pub(crate) fn receive_owned(&self, buf: &mut [u8]) -> Result<Option<Stashed>> {
         let mut state = self.state();
-        state.meet();
+        state.note_thread();
         loop {
             if let Some(stashed) = state.stash.pop_front() {
-                if !state.stash.is_empty() {
-                    self.wake.make_readable();
-                }
+                self.leave(&mut state);
                 return Ok(Some(stashed));
             }
             if state.is_read_unlocked() || !self.read_to_stash(&mut state, buf)? {
-                self.pass_on(&mut state);
+                self.leave(&mut state);
                 return Ok(None);
             }
         }
@@ -474,10 +483,22 @@ impl State {
 
     /// Records the calling thread
     #[inline]
-    pub(super) fn meet(&mut self) {
+    pub(super) fn note_thread(&mut self) {
         let thread = sys::thread_mark();
-        self.has_company |= self.thread != 0 && self.thread != thread;
+        self.calls_alone = match self.thread {
+            0 => u8::MAX, // the first thread is alone
+            last if last == thread => self.calls_alone.saturating_add(1),
+            _ => 0,
+        };
         self.thread = thread;
+    }
+
+    /// Returns true if several threads receive or configure; see [`State::calls_alone`]
+    #[inline]
+    pub(super) fn has_several_threads(&self) -> bool {
+        /// So many calls of one thread in a row, and it counts as alone
+        const ALONE: u8 = 64;
+        self.waiting_readers > 0 || self.calls_alone < ALONE
     }
 }
 

@@ -18,8 +18,8 @@ use crate::sys;
 pub(super) struct Request {
     seq: u32,
     op: Operation,
-    /// [`State::bytes_read`] when the request was sent
-    sent_at: u64,
+    /// [`State::bytes_read`] at which all messages are read that the buffer held at the send
+    lost_at: u64,
     answer: Answer,
 }
 
@@ -35,10 +35,10 @@ enum Answer {
 const REQUEST_BUFFER_LEN: usize = RecvBatch::DEFAULT_SLOT_LEN;
 
 /// The time for other code to pass on an answer that it received
-const PATIENCE: Duration = Duration::from_secs(1);
+const OUTSIDE_GRACE: Duration = Duration::from_secs(1);
 
 /// The time for a thread blocked in the receive call to come back with an answer
-const RECHECK: Duration = Duration::from_millis(5);
+const READER_GRACE: Duration = Duration::from_millis(5);
 
 impl Engine {
     /// Sends a configuration request and waits for the answer
@@ -63,10 +63,13 @@ impl Engine {
         request: Option<&ConfigRequest>,
     ) -> Result<u32> {
         let seq = self.send_request(state, op, request, true)?;
+        // The program may have set the size since the socket was opened.
+        let buffer = sys::recv_buffer(self.as_fd()).unwrap_or(libc::c_int::MAX);
+        let buffer = u64::try_from(buffer).unwrap_or(0);
         state.requests.push(Request {
             seq,
             op,
-            sent_at: state.bytes_read,
+            lost_at: state.bytes_read + buffer,
             answer: Answer::Awaited,
         });
         Ok(seq)
@@ -80,7 +83,7 @@ impl Engine {
         request: Option<&ConfigRequest>,
         ack: bool,
     ) -> Result<u32> {
-        state.meet();
+        state.note_thread();
         let seq = state.last_seq.wrapping_add(1).max(WAKE_SEQ + 1);
         state.last_seq = seq;
         let header = RequestHeader {
@@ -110,11 +113,10 @@ impl Engine {
         (state, answer) = self.wait_for_answer(state, seq, &mut has_read);
         state.requests.retain(|request| request.seq != seq);
         // Another thread may have seen the descriptor readable because of a message read here.
-        let is_for_others = has_read && state.has_company;
-        if is_for_others || !state.stash.is_empty() {
+        if has_read && state.has_several_threads() {
             self.wake.make_readable();
         }
-        self.pass_on(&mut state);
+        self.leave(&mut state);
         match answer? {
             Answer::Came(answer) => Ok(answer?),
             Answer::Awaited | Answer::Lost => Err(Error::NoAck { op }),
@@ -134,7 +136,7 @@ impl Engine {
         let mut deadline: Option<Instant> = None;
         let mut has_waited = false;
         loop {
-            match state.take_answer(seq, self.recv_buffer) {
+            match state.take_answer(seq) {
                 Answer::Awaited => {}
                 answer => return (state, Ok(answer)),
             }
@@ -157,14 +159,13 @@ impl Engine {
             }
             // Three others may have the answer: a thread blocked in the receive call, the program
             // itself, or another process with the same socket.
-            let mut left = match has_waited {
-                true => Duration::MAX,
-                false => RECHECK,
-            };
-            if self.may_be_read_elsewhere() {
+            let mut left = READER_GRACE;
+            if is_read_unlocked {
+                self.wake.make_readable(); // the thread may be blocked for good otherwise
+            } else {
                 let now = sys::now();
-                let deadline = *deadline.get_or_insert(now + PATIENCE);
-                left = left.min(deadline.saturating_duration_since(now));
+                let deadline = *deadline.get_or_insert(now + OUTSIDE_GRACE);
+                left = deadline.saturating_duration_since(now);
                 if left.is_zero() {
                     return (state, Ok(Answer::Lost));
                 }
@@ -179,19 +180,19 @@ impl Engine {
         mut state: MutexGuard<'s, State>,
         left: Duration,
     ) -> MutexGuard<'s, State> {
-        state.askers += 1;
+        state.waiting_requests += 1;
         state = sys::wait_for(&self.answered, state, left);
-        state.askers -= 1;
+        state.waiting_requests -= 1;
         state
     }
 
     /// Waits until a thread blocked in the receive call has recorded the messages it received
     pub(super) fn wait_for_reader(&self) {
         let mut state = self.state();
-        state.meet(); // other threads poll from here on
+        state.note_thread(); // other threads poll from here on
         while state.is_read_unlocked() {
             self.wake.make_readable();
-            state = self.wait_for_answers(state, RECHECK);
+            state = self.wait_for_answers(state, READER_GRACE);
         }
     }
 
@@ -202,9 +203,7 @@ impl Engine {
         let mut buf = sys::room_for(REQUEST_BUFFER_LEN);
         let mut state = self.state();
         while !state.is_read_unlocked() && self.read_to_stash(&mut state, &mut buf)? {}
-        if !state.stash.is_empty() {
-            self.wake.make_readable();
-        }
+        self.leave(&mut state);
         Ok(())
     }
 
@@ -227,24 +226,20 @@ impl Engine {
                 break;
             }
         }
-        if !state.stash.is_empty() {
-            self.wake.make_readable();
-        }
+        self.leave(&mut state);
         Ok(())
     }
 }
 
 impl State {
     /// Takes the answer to a request, if it has come
-    fn take_answer(&mut self, seq: u32, recv_buffer: u64) -> Answer {
+    fn take_answer(&mut self, seq: u32) -> Answer {
         let bytes_read = self.bytes_read;
         let Some(request) = self.requests.iter_mut().find(|request| request.seq == seq) else {
             return Answer::Lost;
         };
         // More was read since the request than the buffer holds, so the answer was not in it.
-        if matches!(request.answer, Answer::Awaited)
-            && bytes_read.saturating_sub(request.sent_at) > recv_buffer
-        {
+        if matches!(request.answer, Answer::Awaited) && bytes_read > request.lost_at {
             request.answer = Answer::Lost;
         }
         std::mem::replace(&mut request.answer, Answer::Awaited)
@@ -293,7 +288,7 @@ mod tests {
         let requests = seqs.iter().map(|&seq| Request {
             seq,
             op: Operation::Sync,
-            sent_at: 100,
+            lost_at: 600,
             answer: Answer::Awaited,
         });
         State {
@@ -306,10 +301,10 @@ mod tests {
     #[test]
     fn an_answer_is_lost_once_the_buffer_was_read() {
         let mut state = state(&[1]);
-        state.bytes_read = 100 + 500;
-        assert!(matches!(state.take_answer(1, 500), Answer::Awaited));
+        state.bytes_read = 600;
+        assert!(matches!(state.take_answer(1), Answer::Awaited));
         state.bytes_read += 1;
-        assert!(matches!(state.take_answer(1, 500), Answer::Lost));
+        assert!(matches!(state.take_answer(1), Answer::Lost));
     }
 
     /// An engine over a socket that is not netlink, and the other end
@@ -344,14 +339,11 @@ mod tests {
         acknowledge(&engine, &mut state, message_type(NFQNL_MSG_CONFIG), 2);
         acknowledge(&engine, &mut state, NLMSG_NOOP, 3);
         acknowledge(&engine, &mut state, NFQNL_MSG_CONFIG.into(), 4); // of another subsystem
-        assert!(matches!(state.take_answer(1, 500), Answer::Lost));
-        assert!(matches!(state.take_answer(2, 500), Answer::Came(Ok(()))));
-        assert!(matches!(state.take_answer(3, 500), Answer::Came(Ok(()))));
-        assert!(matches!(state.take_answer(4, 500), Answer::Awaited));
-        assert!(
-            matches!(state.take_answer(5, 500), Answer::Lost),
-            "never asked"
-        );
+        assert!(matches!(state.take_answer(1), Answer::Lost));
+        assert!(matches!(state.take_answer(2), Answer::Came(Ok(()))));
+        assert!(matches!(state.take_answer(3), Answer::Came(Ok(()))));
+        assert!(matches!(state.take_answer(4), Answer::Awaited));
+        assert!(matches!(state.take_answer(5), Answer::Lost), "never asked");
     }
 
     #[test]
@@ -369,7 +361,7 @@ mod tests {
             assert!(!engine.wake.is_outstanding());
         }
         assert!(
-            matches!(state.take_answer(1, 500), Answer::Awaited),
+            matches!(state.take_answer(1), Answer::Awaited),
             "not its answer"
         );
     }

@@ -104,7 +104,6 @@ impl Engine {
         }
         let mut foreign: Vec<BindingId> = Vec::new();
         let mut first_error = None;
-        let mut late = 0;
         let mut done = 0;
         let mut max_entries = usize::MAX;
         while batch.has_more(done) {
@@ -137,6 +136,7 @@ impl Engine {
                 }
             }
             drop(bindings);
+            let mut late = 0;
             for key in part.unbound {
                 match self.unbound(key, Operation::Verdict(key)) {
                     Error::Unbound { .. } => late += 1,
@@ -146,6 +146,9 @@ impl Engine {
                     }
                 }
             }
+            if late > 0 {
+                self.count(|stats| stats.late_verdicts += late);
+            }
             done += part.entries;
             max_entries = usize::MAX;
             if let Err(error) = self.note_sent(part.messages) {
@@ -153,9 +156,6 @@ impl Engine {
             }
         }
         batch.keep(&foreign);
-        if late > 0 {
-            self.count(|stats| stats.late_verdicts += late);
-        }
         first_error.map_or(Ok(()), Err)
     }
 

@@ -10,6 +10,7 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::time::Duration;
 
 use nfqnl_proto::{RequestHeader, consts::MESSAGE_HEADER_LEN, encode_noop};
 
@@ -18,25 +19,39 @@ use crate::sys;
 /// The sequence number of wake messages; requests count from 1
 pub(super) const WAKE_SEQ: u32 = 0;
 
+/// Calls of [`Waker::wake_all`] in this process, of all sockets
+///
+/// A batch has the count at its creation and at its last call, so each loop sees a later call of
+/// `wake_all` once, also on its way into a receive call.
+static WAKE_ALLS: AtomicU32 = AtomicU32::new(0);
+
+/// Returns the count of [`Waker::wake_all`] for a new batch
+pub(crate) fn wake_alls() -> u32 {
+    WAKE_ALLS.load(SeqCst)
+}
+
 /// State of the engine and its wakers; without locks, because signal handlers use it
 #[derive(Debug)]
 pub(crate) struct Wake {
     fd: RawFd,
+    /// [`sys::generation`] when it was made
+    process: u32,
     /// The descriptor is about to be closed
     is_closed: AtomicBool,
     /// Threads that may be using the descriptor
     users: AtomicU32,
     /// A wake not yet seen by a receive call
     is_requested: AtomicBool,
-    /// The number of calls of [`Waker::wake_all`]
+    /// The value of [`WAKE_ALLS`] at the last call of [`Waker::wake_all`] for this socket
     all: AtomicU32,
     is_outstanding: AtomicBool,
 }
 
 impl Wake {
-    pub(super) const fn new(fd: RawFd) -> Self {
+    pub(super) fn new(fd: RawFd) -> Self {
         Self {
             fd,
+            process: sys::generation(),
             is_closed: AtomicBool::new(false),
             users: AtomicU32::new(0),
             is_requested: AtomicBool::new(false),
@@ -84,26 +99,32 @@ impl Wake {
         self.is_outstanding.store(false, SeqCst);
     }
 
-    /// Returns the number of calls of [`Waker::wake_all`]
+    /// Returns the newer one of `seen` and the count at the last [`Waker::wake_all`]
     #[inline]
-    pub(super) fn all(&self) -> u32 {
-        self.all.load(SeqCst)
+    pub(super) fn all_since(&self, seen: u32) -> u32 {
+        let all = self.all.load(SeqCst);
+        match all.wrapping_sub(seen) <= u32::MAX / 2 {
+            true => all,
+            false => seen,
+        }
     }
 
-    /// Returns true if a receive call must end; `began` is [`all`](Self::all) when the call began
+    /// Returns true if a receive call must end; `seen` is the count of [`Waker::wake_all`] that its
+    /// loop knows of
     ///
     /// If there is a wake for one call, this call takes it.
     #[inline]
-    pub(super) fn take(&self, began: u32) -> bool {
+    pub(super) fn take(&self, seen: u32) -> bool {
         let is_for_one = self.is_requested.load(SeqCst) && self.is_requested.swap(false, SeqCst);
-        is_for_one || self.all() != began
+        is_for_one || self.all_since(seen) != seen
     }
 
     /// Waits until no waker uses the descriptor; later wakes leave it alone
     pub(super) fn close(&self) {
         self.is_closed.store(true, SeqCst);
-        while self.users.load(SeqCst) > 0 {
-            std::thread::yield_now();
+        // A child has a copy of the number, and not the threads.
+        while self.users.load(SeqCst) > 0 && self.process == sys::generation() {
+            std::thread::sleep(Duration::from_micros(50));
         }
     }
 }
@@ -111,15 +132,19 @@ impl Wake {
 /// Ends receive calls of a [`Socket`](crate::Socket) from other threads and from signal handlers;
 /// made by [`Socket::waker`](crate::Socket::waker)
 ///
-/// The receive call returns without events. If no call waits, the next one returns at once.
-/// Several wakes before it count as one. Clones are cheap. A waker does not keep the socket open,
-/// and does nothing once the socket is closed.
+/// The receive call returns without events. [`wake`](Self::wake) ends one call; if none waits, the
+/// next one returns at once. [`wake_all`](Self::wake_all) ends one call of each loop, that is of
+/// each [`RecvBatch`](crate::RecvBatch), waiting or next; use it to stop. Several wakes before a
+/// call count as one. Clones are cheap. A waker does not keep the socket open, and does nothing once
+/// the socket is closed.
 ///
 /// [`wake`](Self::wake) and [`wake_all`](Self::wake_all) are async-signal-safe: they take no lock,
 /// allocate nothing, and leave `errno` as it was.
 ///
 /// A wake ends a call that waits: `recv`, `recv_timeout`, `run_once` and `run_timeout`. It also
-/// makes the descriptor readable, so poll(2) returns too.
+/// makes the descriptor readable, so poll(2) returns too. If two processes receive from the socket
+/// after a fork(2), a wake may be lost: use timeouts there. It does not end a future of
+/// `AsyncSocket`: drop the future instead.
 ///
 /// ```
 /// # fn f(socket: nfqnl::Socket) -> nfqnl::Result<()> {
@@ -159,7 +184,8 @@ impl Waker {
 
     /// Ends all receive calls
     pub fn wake_all(&self) {
-        self.wake.all.fetch_add(1, SeqCst);
+        let count = WAKE_ALLS.fetch_add(1, SeqCst).wrapping_add(1);
+        self.wake.all.store(count, SeqCst);
         self.wake();
     }
 }

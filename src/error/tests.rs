@@ -347,7 +347,7 @@ fn the_common_ones_word_by_word() {
         ),
         (
             refused(verdict, libc::EINVAL),
-            "verdict on packet 42 of queue 7: invalid",
+            "verdict on packet 42 of queue 7: the kernel refuses it as invalid",
         ),
         (
             refused(bind, libc::ENOMEM),
@@ -412,7 +412,7 @@ fn the_common_ones_word_by_word() {
             "set copy mode of queue 7: the acknowledgement was lost",
             "set copy mode of queue 7: this binding of the queue has ended",
             "verdict on packet 42 of queue 7: this binding of the queue has ended",
-            "verdict on packet 42 of queue 7: belongs to another socket",
+            "verdict on packet 42 of queue 7: the key or the batch belongs to another socket",
             "receive: called by a callback of the same handle",
             "verdict on packet 42 of queue 7: only 65531 of 65535 bytes were copied",
             "verdict on packet 42 of queue 7: the payload has 59 bytes, its network header needs 60",

@@ -107,9 +107,10 @@ impl Outstanding {
         }
         let missing = first.wrapping_sub(self.newest) - 1;
         self.newest = last;
-        // With two processes, a gap may hold packets of the other one beside those that were lost.
+        // Another process, or a thread that does not run, may have packets of the gap beside those
+        // that were lost.
         let may_be_lost = self.overruns != seen.overruns || !seen.reports_overruns;
-        let is_explained = missing == 0 || (may_be_lost && !seen.is_shared);
+        let is_explained = missing == 0 || (may_be_lost && seen.in_order && !seen.is_shared);
         if !is_explained || missing > MAX_SPAN {
             self.end_merging();
         }
@@ -379,6 +380,21 @@ mod tests {
         };
         list.record(2, 2, seen);
         assert!(!list.merges());
+    }
+
+    #[test]
+    fn a_gap_beside_a_thread_with_packets_ends_merging() {
+        for reports_overruns in [false, true] {
+            let mut list = Outstanding::new(0, true);
+            let seen = Seen {
+                overruns: 1,
+                in_order: false,
+                reports_overruns,
+                ..SEEN
+            };
+            list.record(4, 10, seen);
+            assert!(!list.merges());
+        }
     }
 
     #[test]

@@ -83,6 +83,33 @@ fn a_wake_ends_one_recv() {
     });
 }
 
+/// A loop that is about to call `recv` ends too, however many loops there are
+#[test]
+fn wake_all_reaches_loops_outside_recv() {
+    isolated(|| {
+        let _lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
+        let waker = socket.waker();
+        let mut batches = [(); 3].map(|()| RecvBatch::default());
+        for _ in 0..3 {
+            waker.wake_all();
+            for batch in &mut batches {
+                assert!(socket.recv(batch).unwrap().next().is_none());
+            }
+            for batch in &mut batches {
+                let begin = Instant::now();
+                let wait = Duration::from_millis(20);
+                assert!(socket.recv_timeout(batch, wait).unwrap().next().is_none());
+                assert!(
+                    begin.elapsed() >= wait,
+                    "a loop ends once for each wake_all"
+                );
+            }
+        }
+    });
+}
+
 #[test]
 fn wake_all_ends_every_recv() {
     isolated(|| {
