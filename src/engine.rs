@@ -3,20 +3,22 @@
 //! The kernel ties a queue to the socket that bound it, so answers to requests and packets arrive
 //! in one stream. These rules keep them apart without losing any:
 //!
-//! * **One reader.** Only one thread at a time reads the socket, and it records each datagram
-//!   before the next read. A thread reads under the lock on [`State`]. A thread that waits for the
-//!   socket releases the lock and sets `State::reader`. Other threads then wait for `reader_left`,
-//!   which wakes one of them.
+//! * **One reader.** A thread reads under the lock on [`State`], and records each datagram before
+//!   it releases the lock. A thread that waits for the socket releases the lock and sets
+//!   `State::reader`. Other threads then wait for `reader_left`, which wakes one of them.
+//! * **One exception.** A thread that is alone blocks in the receive call without the lock. If
+//!   another thread's request finds it there, and it does not come back in 5 ms, the request reads
+//!   too. Packets may then be recorded out of order, and an id gap ends merging.
 //! * **Requests read too.** A request reads until its answer is there. If another thread is
-//!   blocked in the receive call, the answer wakes this thread, and it records the answer. Packets
+//!   blocked in the receive call, the answer wakes the blocked thread, which records it. Packets
 //!   read by a request go to the stash. The stash is served before the socket.
-//! * **The descriptor tells the truth.** While the stash has entries, a wake message makes the
-//!   descriptor readable (`wake.rs`).
+//! * **The descriptor is readable whenever a receive call would return something.** While the
+//!   stash has entries, a wake message makes it readable (`wake.rs`).
 //!
 //! A thread takes locks in this order: [`State`], then [`Engine::bindings`], then one binding's
 //! `outstanding`. Senders hold `bindings` shared across their system call, so no binding ends
-//! during a send. No thread holds these locks while it waits for the kernel or for another thread,
-//! or while it runs a callback.
+//! during a send; a bind and an unbind wait for the sends under way. No thread holds these locks
+//! while it waits for a message, or while it runs a callback.
 //!
 //! `docs/architecture.md` has the picture.
 

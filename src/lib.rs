@@ -52,8 +52,9 @@
 //!
 //! # Fork
 //! After fork(2) both processes have the socket. A drop then unbinds nothing in either process;
-//! see [`Queue`]. Both may receive, and each one answers the packets it received. Fork while no
-//! other thread uses the socket.
+//! see [`Queue`]. Both may receive from queues that were bound before the fork, and each one
+//! answers the packets it received. A process skips packets of queues that the other one bound
+//! later. Fork while no other thread uses the socket, and after all events were read.
 //!
 //! # Features
 //! mio, async-io and other runtimes need no feature: a [`Socket`] has a descriptor to wait for

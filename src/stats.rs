@@ -33,8 +33,8 @@ pub struct Stats {
     pub refused_verdicts: u64,
     /// Verdicts not sent because their queue was unbound, and their packets were dropped
     pub late_verdicts: u64,
-    /// Packets of queues not bound by this socket, or already unbound; the kernel drops them with
-    /// the queue
+    /// Packets of queues that this socket has not bound, or has unbound. The kernel drops them when
+    /// the queue is unbound, if it was not yet
     pub after_unbind: u64,
     /// Packets given to a [`Handle`](crate::Handle) without a callback for their queue; they keep
     /// waiting

@@ -91,7 +91,7 @@ impl AsyncSocket {
 
     /// Binds a queue, as [`Socket::bind`] does
     ///
-    /// If the future is dropped, the queue is unbound again.
+    /// If the future is dropped, the queue is unbound after the bind, as a dropped [`Queue`] is.
     ///
     /// # Errors
     /// As [`Socket::bind_with`].

@@ -181,8 +181,8 @@ impl Engine {
         if sys::wait_for_rcu().is_err() || sys::is_single_cpu() {
             std::thread::sleep(LONG);
         }
-        self.wait_for_reader();
         self.sync(op)?; // reads the last packets, which belong to no binding
+        self.wait_for_reader(); // may have some of them
         self.state().ended.retain(|&(_, place)| place > endings);
         Ok(())
     }

@@ -7,7 +7,8 @@
 //! 1. The kernel numbers the packets of a binding and sends them in one order.
 //! 2. A packet does not wait if there was no room for its message: the kernel dropped the packet
 //!    or let it by.
-//! 3. One thread reads at a time, and records its datagrams before the next thread reads.
+//! 3. A thread records its datagrams before another thread reads, or else `Seen::in_order` is
+//!    false, and then every gap ends merging.
 //! 4. So this list has each waiting packet with an id up to the newest recorded one. A packet
 //!    stays in the list until its verdict was *sent*: another thread may be about to send it.
 //! 5. A batch verdict is sent only on consecutive entries from the oldest one on.

@@ -1,192 +1,166 @@
-//! The kernel's side of one socket, as far as the queue subsystem goes, and a ledger of what the library and the program
-//! have done with each packet
+//! A model of the kernel's side of one socket, with a record of what each packet waits for
 //!
-//! It does what `nfnetlink_queue.c`, `nfnetlink.c` and `af_netlink.c` do, when the fuzzer says: packets come and get lost,
-//! queues end, the receive buffer overflows, the capability comes and goes. It tells no lies: it acknowledges what it has
-//! done. What wrong answers there are name no request that is waited for.
+//! It does what `nfnetlink_queue.c`, `nfnetlink.c` and `af_netlink.c` do, and the fuzzer's bytes say
+//! when: packets come and get lost, queues end, the receive buffer overflows, the capability goes.
+//! The model does not lie: it acknowledges what it has done. Its other answers name requests that do
+//! not wait any more.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io;
+use std::{io, mem};
 
 use nfqnl::PacketKey;
-use nfqnl_proto::Attrs;
+use nfqnl::consts::{
+    NFQA_CFG_CMD, NFQA_CFG_FLAGS, NFQA_CFG_MASK, NFQA_CFG_PARAMS, NFQA_MARK, NFQA_PACKET_HDR,
+    NFQA_PAYLOAD, NFQA_VERDICT_HDR, NFQNL_MSG_CONFIG, NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT,
+    NFQNL_MSG_VERDICT_BATCH, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_REQUEST, NLMSG_DONE,
+    NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, NLMSGERR_ATTR_MSG, message_type,
+};
+use nfqnl::proto::Attrs;
 
 pub const QUEUES: usize = 3;
 
-/// No message is longer
+/// The length of the longest message
 pub const LONGEST: usize = 512;
 
-/// So many come in one datagram at most
-pub const JOINED: usize = 4;
+/// The kernel's charge for a message in the receive buffer
+const CHARGE: usize = 832;
 
-/// More bindings than this there are never
-pub const GENERATIONS: usize = 64;
+/// The part of the program that decides on a packet
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Sender {
+    Batch(usize),
+    Callback,
+    Alone,
+    /// A verdict on everything up to a packet
+    UpTo,
+    /// A process that shares the socket
+    OtherProcess,
+}
 
-/// Who decides on packets: two batches, callbacks, and verdicts that are sent alone
-pub const BATCHES: usize = 2;
-pub const CALLBACKS: usize = 2;
-pub const ALONE: usize = 3;
-
-/// What verdicts are told apart by: verdict, mark, length of the new payload
+/// The parts of a verdict that tell it from others: verdict, mark, length of the new payload
 pub type Given = (u32, Option<u32>, Option<usize>);
 
-/// The fuzzer's bytes, taken one at a time; zeroes when they are used up
-#[derive(Default)]
-pub struct Bytes {
-    data: Vec<u8>,
-    at: usize,
-}
-
-impl Bytes {
-    pub fn new(data: &[u8]) -> Self {
-        let (data, at) = (data.to_vec(), 0);
-        Self { data, at }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.at >= self.data.len()
-    }
-
-    pub fn next(&mut self) -> u8 {
-        let byte = self.data.get(self.at).copied();
-        self.at += 1;
-        byte.unwrap_or(0)
-    }
-
-    pub fn below(&mut self, n: usize) -> usize {
-        usize::from(self.next()) % n
-    }
-
-    fn some(&mut self, most: usize) -> Vec<u8> {
-        let n = self.below(most + 1);
-        (0..n).map(|_| self.next()).collect()
-    }
-}
-
-/// What a packet in the kernel waits for
+/// The state of a packet that waits in the kernel
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fate {
-    /// Nothing is decided
-    Held,
-    /// This verdict, by one of those who decide
-    Decided(usize, Given),
-    /// It was given this verdict, and the kernel refused it for want of the capability
-    Refused(Given),
+    Undecided,
+    Decided(Sender, Given),
 }
 
 /// One binding of a queue
+#[derive(Default)]
 pub struct Bound {
+    /// The count of bindings when it was made
     pub generation: u32,
+    flags: u32,
     last_id: u32,
-    /// Lost one after the other, the newest
+    /// The number of packets that were lost behind the last one that was not
     lost: u32,
-    /// Not `NFQNL_COPY_NONE`
+    /// The copy mode is not `NFQNL_COPY_NONE`
     copies: bool,
     /// Oldest first
     pub waiting: VecDeque<(u32, Fate)>,
-    /// Gone without a verdict
-    flushed: BTreeSet<u32>,
+    /// Packets that the kernel dropped, or that a verdict on others has answered
+    gone: BTreeSet<u32>,
 }
 
 impl Bound {
-    pub fn fate(&mut self, id: u32) -> Option<&mut Fate> {
+    fn fate(&mut self, id: u32) -> Option<&mut Fate> {
         let packet = self.waiting.iter_mut().find(|packet| packet.0 == id);
         packet.map(|packet| &mut packet.1)
     }
 }
 
-/// A packet that the library has been handed
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Name {
-    pub queue: u16,
-    pub generation: u32,
-    pub id: u32,
-}
+/// Queue, generation and id of a packet
+pub type Name = (u16, u32, u32);
 
+#[derive(Default)]
 struct Datagram {
     bytes: Vec<u8>,
     packet: Option<Name>,
-    /// Whether it is a message of the right length; so others can follow in the same datagram
-    is_whole: bool,
-    /// Whether the packet can be read
-    is_sound: bool,
-    /// Whether the next message comes in the same datagram, if the receiver has room
-    joins: bool,
+    /// A packet with a broken attribute
+    is_broken: bool,
+    /// The number of the request that it answers; 0 for a wake message
+    answers: Option<u32>,
+    /// The refusal of a verdict after which packets may still wait
+    ends_merging: bool,
 }
 
-impl Datagram {
-    fn new(bytes: Vec<u8>) -> Self {
-        Self {
-            is_whole: bytes.len() >= 16 && ne32(&bytes, 0) as usize == bytes.len(),
-            bytes,
-            packet: None,
-            is_sound: true,
-            joins: false,
-        }
-    }
-}
-
-/// What has become of a packet that the library has been handed
+/// A packet that the library has received
 pub struct Handed {
     /// How often it was yielded
     pub times: u32,
-    /// Whether it came uncut, and can be read
+    /// It was neither cut nor broken
     pub is_sound: bool,
 }
 
+#[derive(Default)]
 pub struct World {
-    pub bytes: Bytes,
+    /// The fuzzer's bytes; zeros follow
+    pub bytes: std::vec::IntoIter<u8>,
     pub queues: [Option<Bound>; QUEUES],
     generations: u32,
-    /// Whether somebody else has the socket too, and had it before, who may bind and unbind any queue
-    pub is_shared: bool,
-
-    receive_buffer: VecDeque<Datagram>,
-    capacity: usize,
-    /// `NETLINK_NO_ENOBUFS`
-    hides_overruns: bool,
-    /// Since an overrun, until the buffer is empty
-    is_congested: bool,
-    error: Option<i32>,
-    pub dropped: u32,
-    /// Of these, how many since the buffer was last empty, where that ends an overrun
-    pub dropped_at_once: u32,
-    /// Whether so many were lost that runs may end for that, which waits for all sends that are on their way
-    pub may_end_runs: bool,
-    pub interruptions: u8,
-    /// How many of the next messages come in one datagram with what follows them
-    pub joins: usize,
-    /// Of the last request
-    last_seq: u32,
-    /// Sent while their queue was unbound, and not there yet
+    /// Flags that the kernel does not support
+    pub unsupported: u32,
+    /// Packets of queues that were unbound, and that are not in the socket yet
     flying: Vec<Name>,
 
-    pub is_capable: bool,
-    /// Whether that changes before and after the kernel's next work
-    pub changes: [bool; 2],
-    /// The next send of verdicts fails
-    pub send_error: Option<i32>,
-    /// The next configuration request is refused
-    pub refusal: Option<i32>,
-    pub send_limit: usize,
-    /// Whether a send was too long since this was last asked
-    pub was_too_long: bool,
+    buffer: VecDeque<Datagram>,
+    /// In datagrams
+    capacity: usize,
+    /// `NETLINK_NO_ENOBUFS`
+    pub hides_overruns: bool,
+    /// An overrun has happened, and the buffer was not empty since
+    is_congested: bool,
+    /// The next receive call reports an overrun
+    has_overrun: bool,
+    /// An overrun was reported, and the library has not seen the buffer empty since
+    is_in_overrun: bool,
+    /// Overruns reported to the library
+    pub overruns: u64,
+    /// So many packets were lost that ids may have wrapped
+    pub has_lost_many: bool,
 
-    /// Whether nothing happens by itself any more
-    pub is_frozen: bool,
-    /// Who sends verdicts, innermost last
-    pub senders: Vec<usize>,
-    /// What the library has been handed, and how often it has yielded that
+    /// A process that will be forked has the socket too: it receives, answers, and unbinds
+    pub is_shared: bool,
+    pub has_forked: bool,
+    /// The packets that it has received
+    taken: Vec<Name>,
+
+    pub lacks_capability: bool,
+    /// Verdicts were refused for this
+    were_refused: bool,
+    /// The library must not merge verdicts any more
+    pub merging_ended: bool,
+    /// The error of the next send of verdicts
+    pub send_error: Option<i32>,
+    pub send_limit: Option<usize>,
+    /// The error of the next configuration request
+    pub refusal: Option<i32>,
+    /// How often a wait is interrupted
+    pub interruptions: u8,
+    /// The program may receive too, so the library does not know when the socket is empty
+    pub is_read_by_program: bool,
+    /// A wake message was sent, and nothing has happened since that allows another
+    wake_is_outstanding: bool,
+    last_seq: u32,
+
+    /// The senders of verdicts whose calls are under way, innermost last
+    pub senders: Vec<Sender>,
+    /// Packets whose verdict was refused and that wait on
+    pub again: Vec<PacketKey>,
     pub handed: BTreeMap<Name, Handed>,
-    /// Which binding of the kernel the library means by a queue and a number
-    pub bindings: BTreeMap<(u16, u16), u32>,
+    /// Yielded packets whose generation neither they nor their keys tell
+    pub yielded_unread: u64,
+    /// The generation behind the library's number for a binding
+    bindings: BTreeMap<(u16, u16), u32>,
 }
 
-fn fail<T>(errno: i32) -> io::Result<T> {
+pub fn fail<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
 }
 
-/// Whether `a` was numbered after `b`
+/// Whether the kernel numbered `a` after `b`
 fn is_after(a: u32, b: u32) -> bool {
     a.wrapping_sub(b).cast_signed() > 0
 }
@@ -203,346 +177,312 @@ fn be32(bytes: &[u8]) -> u32 {
     u32::from_be_bytes(*bytes.first_chunk().expect("four bytes"))
 }
 
-/// A message in the making; all in one piece of memory, since many are made
-struct Message(Vec<u8>);
-
-impl Message {
-    fn new(kind: u16, flags: u16) -> Self {
-        let mut bytes = Vec::with_capacity(LONGEST);
-        bytes.extend_from_slice(&[0; 16]);
-        bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
-        bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
-        Self(bytes)
-    }
-
-    fn put(mut self, bytes: &[u8]) -> Self {
-        self.0.extend_from_slice(bytes);
-        self
-    }
-
-    /// The header of an attribute, and the padding of what was before
-    fn attr(mut self, kind: u16, len: usize) -> Self {
-        self.0.resize(self.0.len().div_ceil(4) * 4, 0);
-        let len = u16::try_from(4 + len).expect("short");
-        self.put(&len.to_ne_bytes()).put(&kind.to_ne_bytes())
-    }
-
-    fn end(mut self) -> Vec<u8> {
-        let len = u32::try_from(self.0.len()).expect("short");
-        self.0[..4].copy_from_slice(&len.to_ne_bytes());
-        self.0
-    }
+/// Whether a datagram is one message of the right length
+pub fn is_whole(bytes: &[u8]) -> bool {
+    bytes.len() >= 16 && ne32(bytes, 0) as usize == bytes.len()
 }
 
-fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
-    Message::new(kind, flags).put(body).end()
+fn is_batch(message: &[u8]) -> bool {
+    ne16(message, 4) == message_type(NFQNL_MSG_VERDICT_BATCH)
 }
 
-const PACKET: u16 = 0x0300;
-pub const VERDICT: u16 = 0x0301;
-const CONFIG: u16 = 0x0302;
-pub const VERDICT_BATCH: u16 = 0x0303;
-const NOOP: u16 = 1;
+pub fn is_verdict(message: &[u8]) -> bool {
+    is_batch(message) || ne16(message, 4) == message_type(NFQNL_MSG_VERDICT)
+}
 
-const REQUEST: u16 = 1;
-const ACK: u16 = 4;
-/// Looked at by nobody: how the library marks what it says again
-const ECHO: u16 = 8;
+fn split(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let len = ne32(bytes.get(..4)?, 0) as usize;
+        let message = &bytes[..len];
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or(&[]);
+        Some(message)
+    })
+}
+
+fn message(kind: u16, flags: u16, parts: &[&[u8]]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(LONGEST);
+    bytes.extend([0; 16]);
+    parts.iter().for_each(|part| bytes.extend_from_slice(part));
+    let len = u32::try_from(bytes.len()).expect("short");
+    bytes[..4].copy_from_slice(&len.to_ne_bytes());
+    bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
+    bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+    bytes
+}
+
+/// The header of an attribute
+fn attr(kind: u16, len: usize) -> [u8; 4] {
+    let len = u16::try_from(4 + len).expect("short").to_ne_bytes();
+    let kind = kind.to_ne_bytes();
+    [len[0], len[1], kind[0], kind[1]]
+}
+
+/// `netlink_ack`
+fn reply(errno: i32, request: &[u8], has_text: bool) -> Vec<u8> {
+    const TEXT: &[u8] = b"why not\0";
+    let error = (-errno).to_ne_bytes();
+    let parts: [&[u8]; 4] = [
+        &error,
+        &request[..16],
+        &attr(NLMSGERR_ATTR_MSG, TEXT.len()),
+        TEXT,
+    ];
+    match has_text {
+        true => message(NLMSG_ERROR, NLM_F_CAPPED | NLM_F_ACK_TLVS, &parts),
+        false => message(NLMSG_ERROR, NLM_F_CAPPED, &parts[..2]),
+    }
+}
 
 impl World {
-    pub fn new(mut bytes: Bytes, hides_overruns: bool) -> Self {
-        let byte = bytes.next();
+    pub fn new(bytes: std::vec::IntoIter<u8>, recv_buffer: usize) -> Self {
+        let capacity = recv_buffer / CHARGE + 1;
         Self {
-            capacity: 4 + usize::from(byte % 32),
             bytes,
-            queues: [const { None }; QUEUES],
-            generations: 0,
-            is_shared: byte >= 192,
-            receive_buffer: VecDeque::new(),
-            hides_overruns,
-            is_congested: false,
-            error: None,
-            dropped: 0,
-            dropped_at_once: 0,
-            may_end_runs: false,
-            interruptions: 0,
-            joins: 0,
-            last_seq: 0,
-            flying: Vec::new(),
-            is_capable: true,
-            changes: [false; 2],
-            send_error: None,
-            refusal: None,
-            send_limit: usize::MAX,
-            was_too_long: false,
-            is_frozen: false,
-            senders: Vec::new(),
-            handed: BTreeMap::new(),
-            bindings: BTreeMap::new(),
+            capacity,
+            ..Self::default()
         }
+    }
+
+    pub fn byte(&mut self) -> u8 {
+        self.bytes.next().unwrap_or(0)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        usize::from(self.byte()) % n
+    }
+
+    fn some(&mut self, most: usize) -> Vec<u8> {
+        let n = self.below(most + 1);
+        (0..n).map(|_| self.byte()).collect()
     }
 
     pub fn is_readable(&self) -> bool {
-        self.error.is_some() || !self.receive_buffer.is_empty()
+        self.has_overrun || !self.buffer.is_empty()
     }
 
-    /// The bound queue that this key belongs to, if it is that binding of it
-    pub fn bound(&mut self, key: PacketKey) -> Option<&mut Bound> {
-        let generation = *self.bindings.get(&(key.queue, key.binding))?;
-        let bound = self.queues[usize::from(key.queue)].as_mut()?;
-        (bound.generation == generation).then_some(bound)
+    /// Whether the answer to a request is in the socket
+    pub fn has_answer(&self) -> bool {
+        let is_answer = |datagram: &Datagram| datagram.answers.is_some_and(|seq| seq != 0);
+        self.buffer.iter().any(is_answer)
     }
 
-    /// What the library calls a packet; it has yielded one of the same binding
-    pub fn key(&self, queue: u16, generation: u32, id: u32) -> Option<PacketKey> {
-        let mut all = self.bindings.iter();
-        let (&(_, binding), _) = all.find(|(name, of)| name.0 == queue && **of == generation)?;
-        Some(PacketKey { queue, binding, id })
+    /// The process gets the capability back, unless the library may not know of refused verdicts
+    pub fn regain_capability(&mut self) {
+        self.lacks_capability &= self.were_refused && !self.merging_ended;
     }
 
-    /// Whether a message that asks for the capability in the receive buffer, or might, makes the library take locks that
-    /// a sender has
-    pub fn has_bad_news(&self) -> bool {
-        let is_bad = |datagram: &Datagram| datagram.packet.is_none();
-        self.receive_buffer.iter().any(is_bad)
+    /// Whether the kernel has this binding
+    pub fn is_bound(&mut self, queue: u16, generation: u32) -> bool {
+        self.of(queue, generation).is_some()
+    }
+
+    fn of(&mut self, queue: u16, generation: u32) -> Option<&mut Bound> {
+        let bound = self.queues[usize::from(queue)].as_mut();
+        bound.filter(|bound| bound.generation == generation)
+    }
+
+    /// The queue of this key, if that binding of it stands
+    fn bound(&mut self, key: PacketKey) -> Option<&mut Bound> {
+        let generation = *self.bindings.get(&(key.queue(), key.binding()))?;
+        self.of(key.queue(), generation)
+    }
+
+    pub fn decide(&mut self, key: PacketKey, fate: Fate) {
+        if let Some(before) = self.bound(key).and_then(|bound| bound.fate(key.id())) {
+            *before = fate;
+        }
+    }
+
+    /// Records the library's number for the present binding; returns its generation
+    pub fn note_binding(&mut self, key: PacketKey, flags: u32) -> u32 {
+        let bound = self.queues[usize::from(key.queue())].as_ref();
+        let bound = bound.expect("it was acknowledged");
+        assert_eq!(bound.flags, flags);
+        let number = (key.queue(), key.binding());
+        let known = self.bindings.insert(number, bound.generation);
+        assert!(known.is_none_or(|known| known == bound.generation));
+        bound.generation
+    }
+
+    /// Records that a packet was yielded, with its generation if it could be read
+    pub fn note(&mut self, key: PacketKey, generation: Option<u32>) {
+        let number = (key.queue(), key.binding());
+        let known = self.bindings.get(&number).copied();
+        let Some(generation) = generation.or(known) else {
+            // The acknowledgement of its binding was lost.
+            self.yielded_unread += 1;
+            return;
+        };
+        let name = (key.queue(), generation, key.id());
+        let is_its = known.is_none_or(|known| known == generation);
+        assert!(is_its, "{name:?} under another binding");
+        self.bindings.insert(number, generation);
+        let handed = self.handed.get_mut(&name).expect("it was received");
+        handed.times += 1;
+        assert_eq!(handed.times, 1, "{name:?} again");
     }
 }
 
-/// What comes
+/// What the kernel sends
 impl World {
-    /// `netlink_unicast` and `netlink_overrun`
-    fn deliver(&mut self, mut datagram: Datagram) {
-        if self.is_congested || self.receive_buffer.len() >= self.capacity {
-            self.dropped = self.dropped.wrapping_add(1);
-            return self.overrun();
+    /// `netlink_unicast`; returns whether there was room
+    fn deliver(&mut self, datagram: Datagram) -> bool {
+        let has_room = !self.is_congested && self.buffer.len() < self.capacity;
+        match has_room {
+            true => self.buffer.push_back(datagram),
+            false => self.overrun(),
         }
-        if datagram.is_whole && self.joins > 0 {
-            self.joins -= 1;
-            datagram.joins = true;
-        }
-        self.receive_buffer.push_back(datagram);
-    }
-
-    fn send_packet(&mut self, packet: Name) {
-        let Name {
-            queue,
-            generation,
-            id,
-        } = packet;
-        let mut message = Message::new(PACKET, 0)
-            .put(&[2, 0])
-            .put(&queue.to_be_bytes())
-            .attr(1, 7)
-            .put(&id.to_be_bytes())
-            .put(&[8, 0, 1]);
-        let shape = self.bytes.next();
-        if (1..4).contains(&(shape % 16)) {
-            message = message.attr(3, 4).put(&[0, 0, 0, 7]);
-        }
-        let more = match shape >> 4 {
-            0 => 300,
-            1 => 61,
-            n => usize::from(n),
-        };
-        let payload = message.0.len().div_ceil(4) * 4 + 4;
-        let len = payload + 8 + more;
-        // Which generation it is of, its length says, for one that is cut
-        let missing = (GENERATIONS + generation as usize - len % GENERATIONS) % GENERATIONS;
-        let len = len + missing;
-        let mut bytes = message
-            .attr(10, len - payload)
-            .put(&generation.to_be_bytes())
-            .put(&id.to_be_bytes())
-            .put(&[0x45; LONGEST][..len - payload - 8])
-            .end();
-        if shape.is_multiple_of(16) {
-            // And its error, for one that is broken: an attribute of this number is shorter than its header.
-            let kind = u16::try_from(generation).expect("few");
-            bytes[payload - 4..payload - 2].copy_from_slice(&3_u16.to_ne_bytes());
-            bytes[payload - 2..payload].copy_from_slice(&kind.to_ne_bytes());
-        }
-        self.deliver(Datagram {
-            packet: Some(packet),
-            is_sound: !shape.is_multiple_of(16),
-            ..Datagram::new(bytes)
-        });
-    }
-
-    /// A packet is queued and sent; says whether there is such a queue
-    pub fn arrive(&mut self, queue: usize) -> bool {
-        let Some(bound) = self.queues[queue].as_mut().filter(|bound| bound.copies) else {
-            return false;
-        };
-        bound.last_id = bound.last_id.wrapping_add(1);
-        let (generation, id) = (bound.generation, bound.last_id);
-        let queue = u16::try_from(queue).expect("few queues");
-        let before = self.dropped;
-        self.send_packet(Name {
-            queue,
-            generation,
-            id,
-        });
-        let is_lost = self.dropped != before;
-        if let Some(bound) = &mut self.queues[usize::from(queue)] {
-            match is_lost {
-                true => bound.lost += 1,
-                false => {
-                    bound.lost = 0;
-                    bound.waiting.push_back((id, Fate::Held));
-                }
-            }
-        }
-        true
-    }
-
-    /// Many packets are lost, so that numbers come to wrap
-    pub fn lose(&mut self, queue: usize, n: u32) {
-        // A buffer that is full has something in it.
-        if self.receive_buffer.is_empty() {
-            return;
-        }
-        let Some(bound) = self.queues[queue].as_mut().filter(|bound| bound.copies) else {
-            return;
-        };
-        // The kernel can't tell packets apart that have the same number, and nobody how often the count has wrapped.
-        let oldest = bound
-            .waiting
-            .front()
-            .map_or(bound.last_id, |packet| packet.0);
-        let span = bound.last_id.wrapping_sub(oldest).max(bound.lost);
-        let most = span.max(self.dropped_at_once);
-        if most.saturating_add(n) < u32::MAX - (1 << 16) {
-            bound.lost += n;
-            bound.last_id = bound.last_id.wrapping_add(n);
-            self.dropped = self.dropped.wrapping_add(n);
-            self.dropped_at_once += n;
-            self.may_end_runs |= n > 1 << 20;
-            self.overrun();
-        }
+        has_room
     }
 
     /// `netlink_overrun`
     fn overrun(&mut self) {
         if !self.hides_overruns && !self.is_congested {
             self.is_congested = true;
-            self.error = Some(libc::ENOBUFS);
+            self.has_overrun = true;
         }
     }
 
-    /// Some packets come while the kernel does something else
-    pub fn arrive_meanwhile(&mut self) {
-        if self.is_frozen {
-            return;
+    fn send_packet(&mut self, name: Name) -> bool {
+        const MARK: &[u8] = &[8, 0, 3, 0, 0, 0, 0, 7];
+        let (queue, generation, id) = name;
+        let shape = self.byte();
+        let payload = [0, 20, 61, 300][usize::from(shape >> 6)];
+        let mut payload_attr = attr(NFQA_PAYLOAD, 8 + payload);
+        let is_broken = shape % 16 == 15;
+        if is_broken {
+            payload_attr[..2].copy_from_slice(&3_u16.to_ne_bytes()); // less than its header
         }
-        let byte = self.bytes.next();
+        let parts: [&[u8]; 10] = [
+            &[2, 0],
+            &queue.to_be_bytes(),
+            &attr(NFQA_PACKET_HDR, 7),
+            &id.to_be_bytes(),
+            &[8, 0, 1, 0],
+            if shape % 4 == 1 { MARK } else { &[] },
+            &payload_attr,
+            &generation.to_be_bytes(),
+            &id.to_be_bytes(),
+            &[0x45; LONGEST][..payload],
+        ];
+        self.deliver(Datagram {
+            bytes: message(message_type(NFQNL_MSG_PACKET), 0, &parts),
+            packet: Some(name),
+            is_broken,
+            ..Datagram::default()
+        })
+    }
+
+    /// A packet comes to the queue
+    pub fn arrive(&mut self, queue: usize) {
+        let Some(bound) = self.queues[queue].as_mut().filter(|bound| bound.copies) else {
+            return;
+        };
+        bound.last_id = bound.last_id.wrapping_add(1);
+        let (generation, id) = (bound.generation, bound.last_id);
+        let queue = u16::try_from(queue).expect("few queues");
+        let waits = self.send_packet((queue, generation, id));
+        let bound = self.of(queue, generation).expect("it is bound");
+        if waits {
+            bound.waiting.push_back((id, Fate::Undecided));
+        }
+        bound.lost = if waits { 0 } else { bound.lost + 1 };
+    }
+
+    /// Packets come while the kernel does something else
+    pub fn arrive_meanwhile(&mut self) {
+        let byte = self.byte();
         for _ in 0..(byte >> 6).saturating_sub(1) {
             self.arrive(usize::from(byte) % QUEUES);
         }
     }
 
-    /// The kernel drops a waiting packet
+    /// Many packets are lost, so that ids wrap
+    pub fn lose(&mut self, queue: usize, n: u32) {
+        const MARGIN: u32 = 1 << 16;
+        let Some(bound) = self.queues[queue].as_mut().filter(|bound| bound.copies) else {
+            return;
+        };
+        // Two packets that wait must not have one id. A program that hides overruns promises that
+        // less than half a round passes.
+        let received = bound.last_id.wrapping_sub(bound.lost);
+        let oldest = bound.waiting.front().map_or(received, |packet| packet.0);
+        let (oldest, most) = match self.hides_overruns {
+            true => (0, u32::MAX / 2 - MARGIN),
+            false => (oldest, u32::MAX - MARGIN),
+        };
+        let span = bound.last_id.wrapping_sub(oldest);
+        // A full buffer has something in it.
+        if !self.buffer.is_empty() && span.saturating_add(n) < most {
+            bound.lost += n;
+            bound.last_id = bound.last_id.wrapping_add(n);
+            self.has_lost_many |= n > 1 << 20;
+            self.overrun();
+        }
+    }
+
+    /// The kernel drops a packet that waits
     pub fn flush(&mut self, queue: usize, place: usize) {
         if let Some(bound) = &mut self.queues[queue]
             && let Some((id, _)) = bound.waiting.remove(place)
         {
-            bound.flushed.insert(id);
+            bound.gone.insert(id);
         }
     }
 
+    /// The last packets of queues that were unbound come
     pub fn land(&mut self) {
-        for packet in std::mem::take(&mut self.flying) {
+        for packet in mem::take(&mut self.flying) {
             self.send_packet(packet);
         }
     }
 
-    /// The queue is bound; says whether it could be
-    pub fn bind(&mut self, queue: usize, copies: bool) -> bool {
-        let is_free = self.queues[queue].is_none() && self.generations as usize + 1 < GENERATIONS;
-        if is_free {
-            self.generations += 1;
-            self.queues[queue] = Some(Bound {
-                generation: self.generations,
-                last_id: 0,
-                lost: 0,
-                copies,
-                waiting: VecDeque::new(),
-                flushed: BTreeSet::new(),
-            });
-        }
-        is_free
-    }
-
-    /// The queue ends, with packets on their way
-    pub fn unbind(&mut self, queue: usize) -> bool {
-        let Some(bound) = self.queues[queue].take() else {
-            return false;
-        };
-        let flying = if bound.copies && !self.is_frozen {
-            self.bytes.next() % 4
-        } else {
-            0
-        };
-        for n in 1..=flying.saturating_sub(1) {
-            self.flying.push(Name {
-                queue: u16::try_from(queue).expect("few queues"),
-                generation: bound.generation,
-                id: bound.last_id.wrapping_add(n.into()),
-            });
-        }
-        true
-    }
-
-    /// Something that is no packet, and answers no request that is waited for
+    /// Something that is neither a packet of a bound queue nor the answer to a request that waits
     pub fn send_junk(&mut self) {
-        let bytes = match self.bytes.next() % 10 {
-            0 => message(4, 0, &[]), // NLMSG_OVERRUN
-            8 => {
-                // A packet of a queue that nobody has bound, or no packet
-                let queue = u16::try_from(QUEUES).expect("few") + u16::from(self.bytes.next());
-                let body = [&[2, 0][..], &queue.to_be_bytes(), &self.bytes.some(31)].concat();
-                message(PACKET, 0, &body)
+        let mut datagram = Datagram::default();
+        let kind = self.byte();
+        datagram.bytes = match kind % 9 {
+            0 => message(NLMSG_OVERRUN, 0, &[]),
+            1 => message(NLMSG_NOOP, 0, &[]),
+            2 => message(NLMSG_DONE, 0, &[&[0; 4]]),
+            3 => message(NLMSG_ERROR, 0, &[&self.some(19)]),
+            4 => self.some(15), // too short for a header
+            5 => {
+                let mut broken = message(u16::from(kind) | 0x0400, 0, &[&self.some(15)]);
+                let len = [16_u32, 20, 15, 0, u32::MAX][self.below(5)];
+                broken[..4].copy_from_slice(&len.to_ne_bytes());
+                broken
             }
-            9 => {
-                // Several messages of no kind, and a break
-                let len = [16_u32, 20, 15, 0, u32::MAX][self.bytes.below(5)];
-                let mut head = message(0x0405, 0, &[]);
-                head[..4].copy_from_slice(&len.to_ne_bytes());
-                [message(NOOP, 0, &[]), head, self.bytes.some(31)].concat()
-            }
-            1 => message(NOOP, 0, &[]),
-            2 => message(3, 0, &[0; 4]), // NLMSG_DONE
-            3 => self.bytes.some(15),    // no header
-            4 => {
-                let kind = u16::from(self.bytes.next()) | 0x0400;
-                message(kind, 0, &self.bytes.some(15))
-            }
-            5 => message(2, 0, &self.bytes.some(19)), // too short an error
             6 => {
-                // A refusal of some verdict, which may never have been
-                let errno = [
-                    libc::ENOENT,
-                    libc::EINVAL,
-                    libc::EPERM,
-                    libc::ENODEV,
-                    0,
-                    524,
-                ];
-                let errno = errno[self.bytes.below(6)];
-                let kind = [VERDICT, VERDICT_BATCH][self.bytes.below(2)];
-                let head = [&[0; 4][..], &kind.to_ne_bytes(), &[0; 2]].concat();
-                let key = [0, 0, 0, self.bytes.next(), 0, 0, 0, 1];
-                reply(-errno, &[&head[..], &key].concat(), true, None)
+                // The packet of a queue that is not bound, or less
+                let body = [&[2, 0, 1, kind], &self.some(31)[..]].concat();
+                message(message_type(NFQNL_MSG_PACKET), 0, &[&body])
+            }
+            7 => {
+                let errno = [libc::ENOENT, libc::EPERM, 524][self.below(3)];
+                datagram.ends_merging = errno != libc::ENOENT;
+                let mut request = message(message_type(NFQNL_MSG_VERDICT), 0, &[]);
+                request[8..].copy_from_slice(&[0, 0, 0, self.byte(), 0, 0, 0, 1]);
+                reply(errno, &request, false)
             }
             _ => {
-                // An answer to no request, or to one that has given up
-                let kind = [CONFIG, NOOP, 0x77][self.bytes.below(3)];
-                let seq = self.last_seq.saturating_sub(self.bytes.next().into());
-                let head = [&[16, 0, 0, 0][..], &kind.to_ne_bytes(), &[0; 2]].concat();
-                let head = [&head[..], &seq.to_ne_bytes(), &[0; 4]].concat();
-                reply(-i32::from(self.bytes.next()), &head, false, Some("no"))
+                // The late answer to a request; 0 is the number of wake messages
+                let seq = self.last_seq.saturating_sub(self.byte().into());
+                let config = message_type(NFQNL_MSG_CONFIG);
+                let config = if seq == 0 { 0x77 } else { config };
+                let mut request = message(config, 0, &[]);
+                request[8..12].copy_from_slice(&seq.to_ne_bytes());
+                reply(self.byte().into(), &request, true)
             }
         };
-        self.deliver(Datagram::new(bytes));
+        self.deliver(datagram);
+    }
+
+    /// The oldest datagram of the buffer
+    fn take(&mut self) -> Option<Datagram> {
+        let datagram = self.buffer.pop_front();
+        self.is_congested &= !self.buffer.is_empty();
+        datagram
     }
 
     /// `netlink_recvmsg`, once or as often as there are slots
@@ -551,99 +491,141 @@ impl World {
         slots: &mut dyn Iterator<Item = &mut [u8]>,
         lens: &mut [usize],
     ) -> io::Result<usize> {
-        if self.interruptions > 0 {
-            self.interruptions -= 1;
-            return fail(libc::EINTR);
-        }
-        if let Some(errno) = self.error.take() {
-            return fail(errno);
+        if mem::take(&mut self.has_overrun) {
+            self.is_congested &= !self.buffer.is_empty();
+            self.is_in_overrun = true;
+            self.wake_is_outstanding = false;
+            self.overruns += 1;
+            return fail(libc::ENOBUFS);
         }
         let mut n = 0;
         for (len, slot) in lens.iter_mut().zip(slots) {
-            let Some(mut datagram) = self.receive_buffer.pop_front() else {
+            let Some(datagram) = self.take() else {
+                self.is_in_overrun = false;
+                self.wake_is_outstanding = false;
                 break;
             };
-            let mut begin = 0;
-            loop {
-                let room = &mut slot[begin..];
-                let cut = datagram.bytes.len().min(room.len());
-                room[..cut].copy_from_slice(&datagram.bytes[..cut]);
-                *len = begin + cut;
-                if let Some(name) = datagram.packet {
-                    let is_sound = datagram.is_sound && cut == datagram.bytes.len();
-                    let before = self.handed.insert(name, Handed { times: 0, is_sound });
-                    assert!(before.is_none(), "ids are given once");
-                }
-                begin = len.div_ceil(4) * 4;
-                let fits = |next: &Datagram| begin + next.bytes.len() <= slot.len();
-                if !datagram.joins || !self.receive_buffer.front().is_some_and(fits) {
-                    break;
-                }
-                datagram = self.receive_buffer.pop_front().expect("it is there");
+            *len = datagram.bytes.len().min(slot.len());
+            slot[..*len].copy_from_slice(&datagram.bytes[..*len]);
+            if let Some(name) = datagram.packet {
+                let is_sound = !datagram.is_broken && *len == datagram.bytes.len();
+                let before = self.handed.insert(name, Handed { times: 0, is_sound });
+                assert!(before.is_none(), "ids are given once");
             }
+            // The kernel may have dropped the answer without a report.
+            let may_be_lost = self.hides_overruns || self.is_in_overrun;
+            self.wake_is_outstanding &= datagram.answers != Some(0) && !may_be_lost;
+            self.merging_ended |= datagram.ends_merging;
             n += 1;
         }
-        if self.receive_buffer.is_empty() {
-            self.is_congested = false;
-            if !self.hides_overruns {
-                self.dropped_at_once = 0;
+        if n == 0 { fail(libc::EAGAIN) } else { Ok(n) }
+    }
+
+    /// The process that shares the socket receives, answers, or unbinds
+    pub fn run_other_process(&mut self) {
+        if !mem::replace(&mut self.has_forked, true) {
+            return;
+        }
+        let byte = self.byte();
+        match byte % 4 {
+            0 if !self.taken.is_empty() => {
+                let (queue, generation, id) = self.taken.remove(0);
+                if let Some(bound) = self.of(queue, generation) {
+                    bound.waiting.retain(|packet| packet.0 != id);
+                }
+            }
+            1 if byte >= 192 => drop(self.unbind(usize::from(byte) % QUEUES)),
+            _ if mem::take(&mut self.has_overrun) => {}
+            _ => {
+                for _ in 0..=byte >> 6 {
+                    let name = self.take().and_then(|datagram| datagram.packet);
+                    let Some(name @ (queue, generation, id)) = name else {
+                        continue;
+                    };
+                    let bound = self.of(queue, generation);
+                    if let Some(fate) = bound.and_then(|bound| bound.fate(id)) {
+                        *fate = Fate::Decided(Sender::OtherProcess, (1, None, None));
+                        self.taken.push(name);
+                    }
+                }
             }
         }
-        match n {
-            0 => fail(libc::EAGAIN),
-            n => Ok(n),
-        }
     }
 }
 
-/// `netlink_ack`
-fn reply(code: i32, header: &[u8], is_capped: bool, text: Option<&str>) -> Vec<u8> {
-    let flags = if is_capped { 0x100 } else { 0 } | if text.is_some() { 0x200 } else { 0 };
-    let reply = Message::new(2, flags)
-        .put(&code.to_ne_bytes())
-        .put(&header[..16]);
-    match text {
-        Some(text) => reply
-            .attr(1, text.len() + 1)
-            .put(text.as_bytes())
-            .put(&[0])
-            .end(),
-        None => reply.end(),
-    }
-}
-
-/// What is sent
+/// What is sent to the kernel
 impl World {
-    fn answer(&mut self, header: &[u8], errno: i32) {
-        let text = (errno != 0 && self.bytes.next() % 2 == 1).then_some("why not");
-        self.deliver(Datagram::new(reply(-errno, header, true, text)));
+    /// The error of a send of verdicts, before the kernel does anything
+    pub fn send_error(&mut self, messages: &[u8]) -> Option<i32> {
+        let sender = self.senders.last();
+        let is_merged = split(messages).any(is_batch) && sender != Some(&Sender::UpTo);
+        assert!(!is_merged || !self.merging_ended, "merging has ended");
+        let is_too_long = self.send_limit.is_some_and(|limit| messages.len() > limit);
+        let too_long = is_too_long.then_some(libc::EMSGSIZE);
+        let errno = self.send_error.take().or(too_long)?;
+        // The library does not try these again.
+        let is_given_up = match errno {
+            libc::EMSGSIZE => split(messages).count() == 1,
+            libc::ENOBUFS => sender == Some(&Sender::Alone),
+            _ => false,
+        };
+        if is_given_up {
+            self.give_back(messages);
+        }
+        Some(errno)
     }
 
     /// `nfnetlink_rcv`
     pub fn carry_out(&mut self, bytes: &[u8]) {
-        if !self.is_capable {
-            self.refuse(bytes);
+        if self.lacks_capability {
+            split(bytes).for_each(|message| self.give_back(message));
+            self.were_refused |= is_verdict(bytes);
             return self.answer(bytes, libc::EPERM);
         }
         for message in split(bytes) {
-            let (kind, flags) = (ne16(message, 4), ne16(message, 6));
-            assert_eq!(
-                flags & !(ACK | ECHO),
-                REQUEST,
-                "a request, and nothing beyond an acknowledgement and a mark of one's own"
-            );
-            if [NOOP, CONFIG].contains(&kind) {
-                self.last_seq = ne32(message, 8);
-            }
-            let errno = match kind {
-                NOOP => 0,
-                CONFIG => self.configure(message),
-                _ => self.execute(message),
+            let flags = ne16(message, 6);
+            assert_eq!(flags & !NLM_F_ACK, NLM_F_REQUEST, "other flags");
+            let errno = match ne16(message, 4) {
+                NLMSG_NOOP => 0,
+                _ if is_verdict(message) => self.execute(message),
+                _ => self.configure(message),
             };
-            if errno != 0 || flags & ACK != 0 {
+            if errno != 0 || flags & NLM_F_ACK != 0 {
                 self.answer(message, errno);
             }
         }
+    }
+
+    fn answer(&mut self, request: &[u8], errno: i32) {
+        let is_asked_for = ne16(request, 6) & NLM_F_ACK != 0;
+        let answers = is_asked_for.then_some(ne32(request, 8));
+        self.last_seq = answers.unwrap_or(self.last_seq);
+        if answers == Some(0) {
+            let may_be_second = self.is_read_by_program || self.has_forked;
+            let is_second = mem::replace(&mut self.wake_is_outstanding, true);
+            assert!(!is_second || may_be_second, "a second wake message");
+        }
+        let has_text = errno != 0 && self.byte() % 2 == 1;
+        self.deliver(Datagram {
+            bytes: reply(errno, request, has_text),
+            answers,
+            ends_merging: is_verdict(request) && errno == libc::EPERM,
+            ..Datagram::default()
+        });
+    }
+
+    /// Returns whether the queue was bound
+    fn unbind(&mut self, queue: usize) -> bool {
+        let Some(bound) = self.queues[queue].take() else {
+            return false;
+        };
+        let flying = if bound.copies { self.byte() % 4 } else { 0 };
+        let queue = u16::try_from(queue).expect("few queues");
+        for n in 1..=flying.saturating_sub(1) {
+            let id = bound.last_id.wrapping_add(n.into());
+            self.flying.push((queue, bound.generation, id));
+        }
+        true
     }
 
     /// `nfqnl_recv_config`
@@ -654,131 +636,124 @@ impl World {
         let queue = usize::from(u16::from_be_bytes([message[18], message[19]]));
         let attrs = Attrs::new(&message[20..]);
         let value = |kind| attrs.clone().last(kind).map(|attr| attr.value);
-        match value(1).map(|cmd| cmd[0]) {
-            Some(1) if self.queues[queue].is_some() => return libc::EBUSY,
-            Some(1) if !self.bind(queue, false) => return libc::ENOMEM,
-            Some(2) => return if self.unbind(queue) { 0 } else { libc::ENODEV },
-            Some(3 | 4) => return 0,
-            _ => {}
+        let number = |kind| value(kind).map_or(0, be32);
+        let (mask, flags) = (number(NFQA_CFG_MASK), number(NFQA_CFG_FLAGS));
+        if flags & mask & self.unsupported != 0 {
+            return libc::EOPNOTSUPP;
         }
-        let Some(bound) = &mut self.queues[queue] else {
+        let Some(place) = self.queues.get_mut(queue) else {
             return libc::ENODEV;
         };
-        if let Some(params) = value(2) {
+        match value(NFQA_CFG_CMD).map(|command| command[0]) {
+            Some(1) if place.is_some() => return libc::EBUSY,
+            Some(1) => {
+                self.generations += 1;
+                place.get_or_insert_default().generation = self.generations;
+            }
+            Some(2) => return if self.unbind(queue) { 0 } else { libc::ENODEV },
+            _ => {}
+        }
+        let Some(bound) = place else {
+            return libc::ENODEV;
+        };
+        if let Some(params) = value(NFQA_CFG_PARAMS) {
             bound.copies = params[4] != 0;
         }
+        bound.flags = bound.flags & !mask | flags & mask;
         0
     }
 
-    fn refuse(&mut self, bytes: &[u8]) {
-        for message in split(bytes) {
-            if ![VERDICT, VERDICT_BATCH].contains(&ne16(message, 4)) {
-                continue;
-            }
-            let sent = Sent::read(message);
-            let sender = *self.senders.last().expect("somebody sends");
-            let Some(bound) = self.bound(sent.key) else {
-                continue;
-            };
-            for (id, fate) in &mut bound.waiting {
-                let is_meant = *id == sent.key.id || sent.is_batch && !is_after(*id, sent.key.id);
-                if is_meant && *fate == Fate::Decided(sender, sent.given) {
-                    *fate = Fate::Refused(sent.given);
+    /// The packets of a verdict that was not executed are undecided again
+    fn give_back(&mut self, message: &[u8]) {
+        if !is_verdict(message) {
+            return;
+        }
+        let sent = Sent::read(message);
+        let fate = Fate::Decided(*self.senders.last().expect("a sender"), sent.given);
+        let mut again = Vec::new();
+        if let Some(bound) = self.bound(sent.key) {
+            for (id, found) in &mut bound.waiting {
+                if *found == fate && (*id == sent.key.id() || sent.covers(*id)) {
+                    *found = Fate::Undecided;
+                    again.push(sent.key.with_id(*id));
                 }
             }
         }
+        self.again.append(&mut again);
     }
 
-    /// `nfqnl_recv_verdict` and `nfqnl_recv_verdict_batch`, which must find what was meant
+    /// `nfqnl_recv_verdict` and `nfqnl_recv_verdict_batch`; the packets must wait for this verdict
     fn execute(&mut self, message: &[u8]) -> i32 {
         let sent = Sent::read(message);
-        let Sent { key, given, .. } = sent;
-        let sender = *self.senders.last().expect("somebody sends");
-        let generation = self.bindings.get(&(key.queue, key.binding)).copied();
-        let generation = generation.expect("a verdict on a packet that was yielded");
-        let Some(bound) = &mut self.queues[usize::from(key.queue)] else {
+        let (queue, id) = (sent.key.queue(), sent.key.id());
+        let sender = *self.senders.last().expect("a sender");
+        let fate = Fate::Decided(sender, sent.given);
+        let generation = self.bindings.get(&(queue, sent.key.binding()));
+        let generation = *generation.expect("a verdict on a packet that was yielded");
+        let Some(bound) = &mut self.queues[usize::from(queue)] else {
             return libc::ENODEV;
         };
-        if !bound.copies {
-            // Bound once more after another descriptor had unbound it, and the answer was lost: no packet comes.
-            return libc::ENOENT;
+        assert_eq!(bound.generation, generation, "{sent:?}");
+        match bound.fate(id) {
+            _ if sender == Sender::UpTo => {}
+            Some(found) => assert_eq!(*found, fate, "{sent:?}"),
+            None => assert!(bound.gone.contains(&id), "{sent:?} again"),
         }
-        assert_eq!(
-            bound.generation, generation,
-            "{sent:?} is for an earlier binding"
-        );
-        let is_meant =
-            |fate: Fate| [Fate::Decided(sender, given), Fate::Refused(given)].contains(&fate);
-        let named = bound.waiting.iter().find(|packet| packet.0 == key.id);
-        match named {
-            Some(&(_, fate)) => assert!(is_meant(fate), "{sent:?} on {fate:?}"),
-            None if sent.is_said_again => {}
-            None => assert!(bound.flushed.contains(&key.id), "{sent:?} twice"),
-        }
-        if given.0 == 2 {
+        if sent.given.0 == 2 {
             assert!(!sent.is_batch);
-            if let Some(fate) = bound.fate(key.id) {
-                *fate = Fate::Held;
-            }
+            self.give_back(message);
             return libc::EINVAL;
         }
-        let mut hit = 0;
-        if sent.is_batch {
-            while let Some(&(id, fate)) = bound.waiting.front()
-                && !is_after(id, key.id)
-            {
-                assert!(is_meant(fate), "{sent:?} on packet {id}, which is {fate:?}");
-                bound.waiting.pop_front();
-                hit += 1;
-            }
-        } else if let Some(place) = bound.waiting.iter().position(|packet| packet.0 == key.id) {
-            bound.waiting.remove(place);
-            hit = 1;
+        let before = bound.waiting.len();
+        if !sent.is_batch {
+            bound.waiting.retain(|packet| packet.0 != id);
         }
-        if hit == 0 { libc::ENOENT } else { 0 }
+        while let Some(&(hit, found)) = bound.waiting.front()
+            && sent.covers(hit)
+        {
+            match sender {
+                Sender::UpTo => drop(bound.gone.insert(hit)),
+                _ => assert_eq!(found, fate, "{sent:?} on packet {hit}"),
+            }
+            bound.waiting.pop_front();
+        }
+        if bound.waiting.len() < before {
+            0
+        } else {
+            libc::ENOENT
+        }
     }
-}
-
-fn split(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
-    std::iter::from_fn(move || {
-        let len = ne32(bytes.get(..4)?, 0) as usize;
-        let message = &bytes[..len];
-        bytes = bytes.get(len.div_ceil(4) * 4..).unwrap_or(&[]);
-        Some(message)
-    })
 }
 
 /// A verdict as it was sent
 #[derive(Debug)]
 struct Sent {
     is_batch: bool,
-    is_said_again: bool,
     key: PacketKey,
     given: Given,
 }
 
 impl Sent {
     fn read(message: &[u8]) -> Self {
-        let is_batch = ne16(message, 4) == VERDICT_BATCH;
         let attrs = Attrs::new(&message[20..]);
         assert!(attrs.clone().all(|attr| attr.is_ok()));
         let value = |kind| attrs.clone().last(kind).map(|attr| attr.value);
-        let header = value(2).expect("a verdict header");
+        let header = value(NFQA_VERDICT_HDR).expect("a verdict header");
         let [b0, b1, q0, q1] = ne32(message, 12).to_be_bytes();
         assert_eq!([q0, q1], message[18..20]);
-        let key = PacketKey {
-            queue: u16::from_be_bytes([q0, q1]),
-            binding: u16::from_be_bytes([b0, b1]),
-            id: be32(&header[4..]),
-        };
-        let is_said_again = ne16(message, 6) & ECHO != 0;
-        assert!(is_batch || !is_said_again);
-        assert!(is_said_again || ne32(message, 8) == key.id);
+        let id = be32(&header[4..]);
+        assert_eq!(ne32(message, 8), id);
+        let key = PacketKey::new(u16::from_be_bytes([q0, q1]), id);
+        let payload = value(NFQA_PAYLOAD).map(<[u8]>::len);
         Self {
-            is_batch,
-            is_said_again,
-            key,
-            given: (be32(header), value(3).map(be32), value(10).map(<[u8]>::len)),
+            is_batch: is_batch(message),
+            key: key.with_binding(u16::from_be_bytes([b0, b1])),
+            given: (be32(header), value(NFQA_MARK).map(be32), payload),
         }
+    }
+
+    /// Whether it is a batch verdict that answers this packet, if the packet waits
+    fn covers(&self, id: u32) -> bool {
+        self.is_batch && !is_after(id, self.key.id())
     }
 }
