@@ -1,8 +1,8 @@
 //! A whole socket in each style, over a kernel that does what the fuzzer says ([`world`])
 //!
-//! What must hold: each packet that the library receives is yielded once, under its binding, or is
-//! counted if its queue was not bound. No packet gets a verdict that was not meant for it. In the end
-//! each packet that was decided on has its verdict. Nothing hangs, and only callbacks panic.
+//! The target asserts: each packet received by the library is yielded once, under its binding, or
+//! counted if its queue was not bound. No packet gets a verdict meant for another. In the end each
+//! decided packet has its verdict. Nothing hangs, and only callbacks panic.
 #![no_main]
 
 mod world;
@@ -71,7 +71,7 @@ struct Fuzz {
     held: RefCell<Vec<PacketKey>>,
     refusals: Cell<u64>,
     late_verdicts: Cell<u64>,
-    /// A callback's verdict may have been dropped, after an error
+    /// A callback's verdict may have been dropped after an error
     gave_up: Cell<bool>,
     /// Sends of verdicts that are under way
     sends: Cell<u32>,
@@ -79,7 +79,7 @@ struct Fuzz {
     polls: Cell<u32>,
     /// Threads that wait in a receive call
     receives: Cell<u32>,
-    /// Receive calls so far
+    /// Calls so far that may read: receive calls, and sends of verdicts
     calls: Cell<u32>,
     /// A waker was used, and no receive call that waits has returned since
     is_woken: Cell<bool>,
@@ -159,6 +159,7 @@ impl Kernel for Fuzz {
         let is_verdict = is_verdict(messages);
         let sends = is_verdict.then_some(&self.sends);
         if is_verdict {
+            add(&self.calls);
             let error = self.world().send_error(messages);
             self.hold_again();
             if let Some(errno) = error {
@@ -234,7 +235,7 @@ fn add(count: &Cell<u32>) -> u32 {
     count.get()
 }
 
-/// What the fuzzer chooses
+/// Steps, chosen by the fuzzer
 impl Fuzz {
     fn world(&self) -> RefMut<'_, World> {
         self.world.borrow_mut()
@@ -421,7 +422,7 @@ impl Fuzz {
         }
     }
 
-    /// Whether the binding of this key stands
+    /// Returns true if the binding of this key stands
     fn is_bound(&self, key: PacketKey) -> bool {
         let queue = &self.queues.borrow()[usize::from(key.queue())];
         let binding = queue.as_ref().map(|(queue, _)| queue.key(0).binding());
@@ -501,7 +502,7 @@ impl Fuzz {
         if byte % 2 == 1 {
             messages.reverse();
         }
-        // Nothing can follow a message whose length is wrong.
+        // A message with a wrong length must be the last one.
         for messages in messages.chunk_by(|message, _| is_whole(message)) {
             let mut buffer = Vec::new();
             for message in messages {
@@ -553,7 +554,7 @@ impl Fuzz {
     }
 }
 
-/// Whether `run_once` or `handle_packet` may report this
+/// Returns true if `run_once` or `handle_packet` may report this
 fn is_of_callbacks(error: &Error) -> bool {
     match error {
         Error::Io { .. } | Error::BufferTooSmall { .. } | Error::Decode { .. } => true,

@@ -1,9 +1,9 @@
 //! A model of the kernel's side of one socket, with a record of what each packet waits for
 //!
-//! It does what `nfnetlink_queue.c`, `nfnetlink.c` and `af_netlink.c` do, and the fuzzer's bytes say
+//! It does what `nfnetlink_queue.c`, `nfnetlink.c` and `af_netlink.c` do. The fuzzer's bytes say
 //! when: packets come and get lost, queues end, the receive buffer overflows, the capability goes.
-//! The model does not lie: it acknowledges what it has done. Its other answers name requests that do
-//! not wait any more.
+//! The model does not lie: it acknowledges what it has done. Its other answers name only requests
+//! that do not wait any more.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::{io, mem};
@@ -118,7 +118,7 @@ pub struct World {
     is_in_overrun: bool,
     /// Overruns reported to the library
     pub overruns: u64,
-    /// So many packets were lost that ids may have wrapped
+    /// Ids may have wrapped, because many packets were lost
     pub has_lost_many: bool,
 
     /// A process that will be forked has the socket too: it receives, answers, and unbinds
@@ -145,12 +145,12 @@ pub struct World {
     wake_is_outstanding: bool,
     last_seq: u32,
 
-    /// The senders of verdicts whose calls are under way, innermost last
+    /// The senders of verdicts in calls that are under way, innermost last
     pub senders: Vec<Sender>,
-    /// Packets whose verdict was refused and that wait on
+    /// Packets that wait on after their verdict was refused
     pub again: Vec<PacketKey>,
     pub handed: BTreeMap<Name, Handed>,
-    /// Yielded packets whose generation neither they nor their keys tell
+    /// Packets that were yielded with an unknown generation
     pub yielded_unread: u64,
     /// The generation behind the library's number for a binding
     bindings: BTreeMap<(u16, u16), u32>,
@@ -160,7 +160,7 @@ pub fn fail<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
 }
 
-/// Whether the kernel numbered `a` after `b`
+/// Returns true if the kernel numbered `a` after `b`
 fn is_after(a: u32, b: u32) -> bool {
     a.wrapping_sub(b).cast_signed() > 0
 }
@@ -177,7 +177,7 @@ fn be32(bytes: &[u8]) -> u32 {
     u32::from_be_bytes(*bytes.first_chunk().expect("four bytes"))
 }
 
-/// Whether a datagram is one message of the right length
+/// Returns true if a datagram is one message of the right length
 pub fn is_whole(bytes: &[u8]) -> bool {
     bytes.len() >= 16 && ne32(bytes, 0) as usize == bytes.len()
 }
@@ -260,7 +260,7 @@ impl World {
         self.has_overrun || !self.buffer.is_empty()
     }
 
-    /// Whether the answer to a request is in the socket
+    /// Returns true if the answer to a request is in the socket
     pub fn has_answer(&self) -> bool {
         let is_answer = |datagram: &Datagram| datagram.answers.is_some_and(|seq| seq != 0);
         self.buffer.iter().any(is_answer)
@@ -271,7 +271,7 @@ impl World {
         self.lacks_capability &= self.were_refused && !self.merging_ended;
     }
 
-    /// Whether the kernel has this binding
+    /// Returns true if the kernel has this binding
     pub fn is_bound(&mut self, queue: u16, generation: u32) -> bool {
         self.of(queue, generation).is_some()
     }
@@ -323,7 +323,7 @@ impl World {
     }
 }
 
-/// What the kernel sends
+/// Messages from the kernel
 impl World {
     /// `netlink_unicast`; returns whether there was room
     fn deliver(&mut self, datagram: Datagram) -> bool {
@@ -553,7 +553,7 @@ impl World {
     }
 }
 
-/// What is sent to the kernel
+/// Messages to the kernel
 impl World {
     /// The error of a send of verdicts, before the kernel does anything
     pub fn send_error(&mut self, messages: &[u8]) -> Option<i32> {
@@ -752,7 +752,7 @@ impl Sent {
         }
     }
 
-    /// Whether it is a batch verdict that answers this packet, if the packet waits
+    /// Returns true if it is a batch verdict on this packet too
     fn covers(&self, id: u32) -> bool {
         self.is_batch && !is_after(id, self.key.id())
     }
