@@ -513,10 +513,10 @@ impl fmt::Display for ErrorKind {
                     unknown => write!(f, " {unknown:#x}"),
                 };
             }
-            Self::Unsupported => "not supported by this kernel",
+            Self::Unsupported => "unknown to this kernel",
             Self::NoSuchPacket => "the packet does not wait any more",
             Self::NoBuffers => "no buffer space",
-            Self::OutOfMemory => "the kernel is out of memory",
+            Self::OutOfMemory => "the kernel has no memory left",
             Self::OutOfRange => "an attribute is too short for this kernel",
             Self::Other => "refused by the kernel",
         })
@@ -529,7 +529,7 @@ fn io_cause(op: Operation, error: &io::Error) -> &'static str {
         (Some(libc::EPROTONOSUPPORT), _) => "no netfilter netlink in this kernel",
         (Some(libc::EMFILE | libc::ENFILE), _) => "no file descriptor is left",
         (Some(libc::EMSGSIZE), _) => "longer than the send buffer",
-        (Some(libc::ENOBUFS | libc::ENOMEM), _) => "the kernel is out of memory",
+        (Some(libc::ENOBUFS | libc::ENOMEM), _) => "the kernel has no memory left",
         (Some(libc::EPERM | libc::EACCES), Operation::ReadStats) => {
             "only root of the initial user namespace may"
         }

@@ -335,7 +335,7 @@ fn the_common_ones_word_by_word() {
         ),
         (
             refused(flags, libc::EOPNOTSUPP),
-            "set flags of queue 7: not supported by this kernel",
+            "set flags of queue 7: unknown to this kernel",
         ),
         (
             refused(verdict, libc::ENOENT),
@@ -351,7 +351,7 @@ fn the_common_ones_word_by_word() {
         ),
         (
             refused(bind, libc::ENOMEM),
-            "bind queue 7: the kernel is out of memory",
+            "bind queue 7: the kernel has no memory left",
         ),
         (
             refused(bind, libc::EXDEV),
@@ -371,7 +371,7 @@ fn the_common_ones_word_by_word() {
         ),
         (
             failed(verdict, libc::ENOBUFS),
-            "verdict on packet 42 of queue 7: the kernel is out of memory",
+            "verdict on packet 42 of queue 7: the kernel has no memory left",
         ),
         (
             failed(Operation::Receive, libc::EBADF),
@@ -415,7 +415,8 @@ fn the_common_ones_word_by_word() {
             "verdict on packet 42 of queue 7: the key or the batch belongs to another socket",
             "receive: called by a callback of the same handle",
             "verdict on packet 42 of queue 7: only 65531 of 65535 bytes were copied",
-            "verdict on packet 42 of queue 7: the payload has 59 bytes, its network header needs 60",
+            "verdict on packet 42 of queue 7: the payload has 59 bytes, \
+                its network header needs 60",
             "receive: packet 42 of queue 7: needs a buffer of 262144 bytes, had 65536",
             "receive: needs a buffer of 262144 bytes, had 65536",
             "receive: packet 42 of queue 7: malformed message",

@@ -109,8 +109,8 @@ struct World {
     tape: std::vec::IntoIter<u16>,
     /// Another process reads from the socket too
     is_shared: bool,
-    /// Packets are lost; then the engine must know of the other process, since an overrun would
-    /// explain the gap of the packets that that process has read
+    /// Packets are lost. The engine then knows of the other process, or an overrun would explain
+    /// the gap of the packets in its hands.
     has_losses: bool,
     queues: [Queue; 2],
     buffer: VecDeque<Packet>,
