@@ -113,6 +113,8 @@ struct State {
     /// threads receive or configure, the thread that waits polls, and receives under the lock. So
     /// no call waits for another thread to run.
     calls_alone: u8,
+    /// Two threads have received or configured; one of them may be in poll(2)
+    has_met_others: bool,
     /// A request has read while a thread was blocked in the receive call
     is_out_of_order: bool,
     requests: Vec<Request>,

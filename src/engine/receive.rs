@@ -488,7 +488,10 @@ impl State {
         self.calls_alone = match self.thread {
             0 => u8::MAX, // the first thread is alone
             last if last == thread => self.calls_alone.saturating_add(1),
-            _ => 0,
+            _ => {
+                self.has_met_others = true;
+                0
+            }
         };
         self.thread = thread;
     }

@@ -113,7 +113,7 @@ impl Engine {
         (state, answer) = self.wait_for_answer(state, seq, &mut has_read);
         state.requests.retain(|request| request.seq != seq);
         // Another thread may have seen the descriptor readable because of a message read here.
-        if has_read && state.has_several_threads() {
+        if has_read && state.has_met_others {
             self.wake.make_readable();
         }
         self.leave(&mut state);
