@@ -393,8 +393,8 @@ mod tokio {
     fn a_stream_made_anew_per_packet_loses_none() {
         isolated(|| {
             const N: u32 = 2000;
-            // This many fill most of the buffer.
-            const CASES: [(u32, usize); 2] = [(50, 1400), (100, 4)];
+            // This many fill most of the buffer on s390x, where a message takes more of it.
+            const CASES: [(u32, usize); 2] = [(40, 1400), (100, 4)];
             let lab = Lab::new();
             one_thread().block_on(async {
                 for (backlog, len) in CASES {
