@@ -14,8 +14,9 @@ use crate::error::{Error, Operation, Result};
 /// [`destroy`](Self::destroy) waits, and reports errors. When the socket is closed first, its
 /// queues end with it.
 ///
-/// `std::process::Command` forks if it sets a user, a group or `pre_exec`. After a fork(2) a drop unbinds nothing, in parent and child: the other process may still use
-/// the queue. [`destroy`](Self::destroy) unbinds it for both.
+/// After a fork(2) a drop unbinds nothing, in parent and child: the other process may serve the
+/// queue with its copy of the socket. [`destroy`](Self::destroy) unbinds it in either process.
+/// `std::process::Command` forks if it sets a user, a group or `pre_exec`.
 #[must_use = "dropping a queue unbinds it"]
 #[doc(alias = "nfq_q_handle")]
 pub struct Queue {

@@ -499,7 +499,7 @@ impl State {
     /// Returns true if several threads receive or configure; see [`State::calls_alone`]
     #[inline]
     pub(super) fn has_several_threads(&self) -> bool {
-        /// So many calls of one thread in a row, and it counts as alone
+        /// A thread counts as alone after this number of calls in a row
         const ALONE: u8 = 64;
         self.waiting_readers > 0 || self.calls_alone < ALONE
     }

@@ -135,8 +135,8 @@ impl Wake {
 /// The receive call returns without events. [`wake`](Self::wake) ends one call; if none waits, the
 /// next one returns at once. [`wake_all`](Self::wake_all) ends one call of each loop, that is of
 /// each [`RecvBatch`](crate::RecvBatch), waiting or next; use it to stop. Several wakes before a
-/// call count as one. Clones are cheap. A waker does not keep the socket open, and does nothing once
-/// the socket is closed.
+/// call count as one. Clones are cheap. A waker does not keep the socket open. It does nothing
+/// once the socket is closed.
 ///
 /// [`wake`](Self::wake) and [`wake_all`](Self::wake_all) are async-signal-safe: they take no lock,
 /// allocate nothing, and leave `errno` as it was.

@@ -232,7 +232,10 @@ fn settings_are_answered_during_recv() {
                 lab.expect_numbered([number]);
             }
             let took = begin.elapsed();
-            assert!(took < TIMEOUT, "{took:?}: some call waited for an answer");
+            assert!(
+                took < TIMEOUT / 3,
+                "{took:?}: some call waited for an answer"
+            );
             receiver.join().unwrap();
         });
     });
