@@ -229,10 +229,6 @@ impl Engine {
         count(&mut self.state().stats);
     }
 
-    pub(crate) fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
-        self.socket.set_non_blocking(nonblocking)
-    }
-
     /// Returns a batch with memory from earlier use; it may hold unsent verdicts
     pub(crate) fn take_spare(&self) -> SendBatch {
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);

@@ -161,6 +161,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Returns a wrapper for the failed system calls of this operation
+    pub(crate) const fn io(op: Operation) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Io { op, source }
+    }
+
     /// Returns the meaning of the kernel's refusal, if the kernel refused
     #[must_use]
     pub fn kind(&self) -> Option<ErrorKind> {
@@ -232,8 +237,6 @@ pub enum Operation {
     SetRecvBuffer,
     /// Reading the receive buffer's size
     GetRecvBuffer,
-    /// Switching between blocking and non-blocking
-    SetNonblocking,
     /// Registering the descriptor with an asynchronous runtime
     Register,
     /// Binding a protocol family
@@ -284,7 +287,6 @@ impl fmt::Display for Operation {
             Self::Open => f.write_str("open netfilter socket"),
             Self::SetRecvBuffer => f.write_str("set receive buffer"),
             Self::GetRecvBuffer => f.write_str("get receive buffer"),
-            Self::SetNonblocking => f.write_str("set non-blocking"),
             Self::Register => f.write_str("register with the runtime"),
             Self::BindPf(family) => write!(f, "bind {family}"),
             Self::UnbindPf(family) => write!(f, "unbind {family}"),

@@ -1,6 +1,7 @@
 //! The callback API, with the names of libnetfilter_queue and its wrappers; uses [`Socket`]
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -11,7 +12,7 @@ use nfqnl_proto::consts::{MESSAGE_HEADER_LEN, align};
 use nfqnl_proto::{ConfigRequest, Family, Packet, QueueConfig};
 
 use crate::data::QueueData;
-use crate::engine::{Binding, Wait};
+use crate::engine::{Binding, BindingId, Wait};
 use crate::error::{Error, Operation, Result};
 use crate::event::{Event, decode};
 use crate::queue::Queue;
@@ -58,7 +59,7 @@ pub struct Handle<'cb> {
 }
 
 struct Callbacks<'cb> {
-    entries: Mutex<Vec<Arc<Entry<'cb>>>>,
+    entries: Mutex<BTreeMap<BindingId, Arc<Entry<'cb>>>>,
     /// [`Engine::endings`](crate::engine::Engine::endings) when ended entries were last removed
     endings: AtomicUsize,
     on_event: Mutex<Option<EventCallback<'cb>>>,
@@ -66,7 +67,7 @@ struct Callbacks<'cb> {
 
 struct Entry<'cb> {
     binding: Arc<Binding>,
-    callback: Arc<Mutex<Callback<'cb>>>,
+    callback: Mutex<Callback<'cb>>,
 }
 
 type Callback<'cb> = Box<dyn FnMut(&mut QueueData<'_>) + Send + 'cb>;
@@ -78,22 +79,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<'cb> Callbacks<'cb> {
-    /// Returns the entry of a queue, if it was created for this binding
-    fn get(&self, queue: u16, binding: u16) -> Option<Arc<Entry<'cb>>> {
-        let entries = lock(&self.entries);
-        let find = |entry: &&Arc<Entry<'_>>| {
-            let id = entry.binding.id;
-            (id.queue, id.number) == (queue, binding)
-        };
-        entries.iter().find(find).map(Arc::clone)
+    fn get(&self, id: BindingId) -> Option<Arc<Entry<'cb>>> {
+        lock(&self.entries).get(&id).cloned()
     }
 
-    fn insert(&self, binding: &Arc<Binding>, callback: &Arc<Mutex<Callback<'cb>>>) {
+    fn insert(&self, binding: &Arc<Binding>, callback: Callback<'cb>) {
         let entry = Entry {
             binding: Arc::clone(binding),
-            callback: Arc::clone(callback),
+            callback: Mutex::new(callback),
         };
-        lock(&self.entries).push(Arc::new(entry));
+        lock(&self.entries).insert(binding.id, Arc::new(entry));
     }
 
     /// Drops the callbacks of queues that have ended
@@ -101,12 +96,12 @@ impl<'cb> Callbacks<'cb> {
         if self.endings.swap(endings, Relaxed) == endings {
             return;
         }
-        let mut entries = lock(&self.entries);
-        let all = std::mem::take(&mut *entries).into_iter();
-        let (ended, stay): (Vec<_>, _) = all.partition(|entry| entry.binding.has_ended());
-        *entries = stay;
-        drop(entries);
-        drop(ended); // after unlocking: its captures may use the handle
+        let mut ended = Vec::new(); // dropped after unlocking: its captures may use the handle
+        lock(&self.entries).retain(|_, entry| {
+            let has_ended = entry.binding.has_ended();
+            ended.extend(has_ended.then(|| Arc::clone(entry)));
+            !has_ended
+        });
     }
 }
 
@@ -208,10 +203,9 @@ impl<'cb> Handle<'cb> {
 
     fn create(&self, num: u16, config: &QueueConfig, callback: Callback<'cb>) -> Result<Queue> {
         let engine = &self.socket.engine;
-        let callback = Arc::new(Mutex::new(callback));
         // Another thread may handle a packet before this thread gets the acknowledgement.
         let binding = engine.bind(num, *config, |binding| {
-            self.callbacks.insert(binding, &callback);
+            self.callbacks.insert(binding, callback);
         });
         self.callbacks.remove_ended(engine.endings());
         Ok(Queue::new(engine, binding?))
@@ -268,8 +262,9 @@ impl<'cb> Handle<'cb> {
     /// bytes before it returns the first error. [`Error::InCallback`]: nothing was done.
     #[doc(alias = "nfq_handle_packet")]
     pub fn handle_packet(&self, datagram: &[u8]) -> Result<usize> {
+        let inside = Inside::enter(self.socket.engine.id)?;
         let mut verdicts = self.socket.engine.take_spare();
-        let handled = self.turn(&mut verdicts, true, |turn| {
+        let handled = self.turn(inside, &mut verdicts, true, |turn| {
             let engine = &turn.handle.socket.engine;
             let mut rest = datagram;
             let mut has_stash = datagram.is_empty();
@@ -346,15 +341,15 @@ impl<'cb> Handle<'cb> {
     /// Fills the batch and handles its events; returns true if it had any, and the number of
     /// packets
     fn turn_of(&self, batch: &mut RecvBatch, wait: Wait) -> Result<(bool, usize)> {
-        if Inside::contains(self.socket.engine.id) {
-            return Err(Error::InCallback);
-        }
+        let inside = Inside::enter(self.socket.engine.id)?;
+        let mut wait = wait;
         if !batch.verdicts.is_empty() && batch.owner() == Some(self.socket.engine.id) {
             self.socket.engine.send_batch(&mut batch.verdicts)?;
+            wait = Wait::No; // the send may have read what the descriptor reported
         }
         let filled = self.socket.fill(batch, wait)?;
         let (events, verdicts) = batch.parts();
-        let packets = self.turn(verdicts, false, |turn| {
+        let packets = self.turn(inside, verdicts, false, |turn| {
             events.for_each(|event| turn.dispatch(event));
         });
         packets.map(|packets| (filled, packets))
@@ -363,11 +358,11 @@ impl<'cb> Handle<'cb> {
     /// Runs callbacks and sends their verdicts
     fn turn(
         &self,
+        _inside: Inside,
         verdicts: &mut SendBatch,
         sends_each: bool,
         run: impl FnOnce(&mut Turn<'_, 'cb>),
     ) -> Result<usize> {
-        let _inside = Inside::enter(self.socket.engine.id)?;
         self.callbacks.remove_ended(self.socket.engine.endings());
         let mut turn = Turn {
             handle: self,
@@ -406,10 +401,6 @@ thread_local! {
 }
 
 impl Inside {
-    fn contains(id: usize) -> bool {
-        INSIDE.with_borrow(|inside| inside.contains(&id))
-    }
-
     fn enter(id: usize) -> Result<Self> {
         INSIDE.with_borrow_mut(|inside| {
             if inside.contains(&id) {
@@ -461,14 +452,10 @@ impl Turn<'_, '_> {
 
     fn call_back(&mut self, packet: Packet<'_>) {
         let key = packet.key();
-        let is_last = |entry: &&Arc<Entry<'_>>| {
-            let id = entry.binding.id;
-            (id.queue, id.number) == (key.queue(), key.binding())
-        };
-        let entry = match self.last.as_ref().filter(is_last) {
-            Some(_) => self.last.take(),
-            None => self.handle.callbacks.get(key.queue(), key.binding()),
-        };
+        let last = self.last.take();
+        let entry = last
+            .filter(|entry| entry.binding.id == key.into())
+            .or_else(|| self.handle.callbacks.get(key.into()));
         let engine = &self.handle.socket.engine;
         let entry = match entry {
             Some(entry) if !entry.binding.has_ended() => entry,
@@ -566,22 +553,12 @@ pub struct HandleRef<'a> {
 /// A handle without the lifetime of its callbacks
 pub(crate) trait Callable: Sync {
     fn socket(&self) -> &Socket;
-    fn bind_pf(&self, family: Family) -> Result<()>;
-    fn unbind_pf(&self, family: Family) -> Result<()>;
     fn create(&self, num: u16, config: &QueueConfig, callback: Callback<'static>) -> Result<Queue>;
 }
 
 impl Callable for Handle<'_> {
     fn socket(&self) -> &Socket {
         &self.socket
-    }
-
-    fn bind_pf(&self, family: Family) -> Result<()> {
-        self.bind_pf(family)
-    }
-
-    fn unbind_pf(&self, family: Family) -> Result<()> {
-        self.unbind_pf(family)
     }
 
     fn create(&self, num: u16, config: &QueueConfig, callback: Callback<'static>) -> Result<Queue> {
@@ -598,24 +575,6 @@ impl<'a> HandleRef<'a> {
     #[must_use]
     pub fn socket(&self) -> &'a Socket {
         self.handle.socket()
-    }
-
-    /// Same as [`Handle::bind_pf`]
-    ///
-    /// # Errors
-    /// The same.
-    #[doc(alias = "nfq_bind_pf")]
-    pub fn bind_pf(&self, family: Family) -> Result<()> {
-        self.handle.bind_pf(family)
-    }
-
-    /// Same as [`Handle::unbind_pf`]
-    ///
-    /// # Errors
-    /// The same.
-    #[doc(alias = "nfq_unbind_pf")]
-    pub fn unbind_pf(&self, family: Family) -> Result<()> {
-        self.handle.unbind_pf(family)
     }
 
     /// Same as [`Handle::create_queue`]
@@ -672,19 +631,6 @@ impl AsRawFd for Handle<'_> {
     }
 }
 
-const _: () = {
-    const fn is_send_and_sync<T: Send + Sync>() {}
-    is_send_and_sync::<Handle<'_>>();
-    is_send_and_sync::<Socket>();
-    is_send_and_sync::<Queue>();
-    is_send_and_sync::<RecvBatch>();
-    is_send_and_sync::<SendBatch>();
-    is_send_and_sync::<crate::VerdictSender>();
-    is_send_and_sync::<crate::Waker>();
-    is_send_and_sync::<crate::OwnedPacket>();
-    is_send_and_sync::<Error>();
-};
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -693,6 +639,20 @@ mod tests {
         let mut message = vec![0xff; room];
         message[..4].copy_from_slice(&len.to_ne_bytes());
         message
+    }
+
+    #[test]
+    fn the_types_are_for_all_threads() {
+        const fn is_send_and_sync<T: Send + Sync>() {}
+        is_send_and_sync::<Handle<'_>>();
+        is_send_and_sync::<Socket>();
+        is_send_and_sync::<Queue>();
+        is_send_and_sync::<RecvBatch>();
+        is_send_and_sync::<SendBatch>();
+        is_send_and_sync::<crate::VerdictSender>();
+        is_send_and_sync::<crate::Waker>();
+        is_send_and_sync::<crate::OwnedPacket>();
+        is_send_and_sync::<Error>();
     }
 
     #[test]

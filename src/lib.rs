@@ -115,7 +115,7 @@ pub use stats::{QueueStats, Stats};
 pub use verdict::{SendBatch, VerdictSender};
 
 /// Only for the fuzz targets of this repository
-#[cfg(fuzzing)]
+#[cfg(nfqnl_fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::sys::{Kernel, with_kernel};

@@ -137,10 +137,7 @@ impl RecvBatch {
 
     /// Returns the events left in the batch
     pub fn events(&mut self) -> Events<'_> {
-        Events {
-            slots: &self.slots,
-            seen: &mut self.seen,
-        }
+        self.parts().0
     }
 
     /// Returns true if events are left in the batch

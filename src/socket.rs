@@ -1,7 +1,6 @@
 //! The loop API: one socket, its queues, receiving and answering
 
 use std::fmt;
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -113,7 +112,8 @@ impl SocketBuilder {
     /// [`Error::Io`] if the kernel has no netfilter, or no descriptor is left. The kernel checks
     /// privileges at the first request.
     pub fn open(self) -> Result<Socket> {
-        let socket = Netlink::new(isize::from(NETLINK_NETFILTER)).map_err(open_error)?;
+        let socket =
+            Netlink::new(isize::from(NETLINK_NETFILTER)).map_err(Error::io(Operation::Open))?;
         self.set_up(socket)
     }
 
@@ -127,45 +127,50 @@ impl SocketBuilder {
     /// # Errors
     /// [`Error::NotNetfilter`]; [`Error::Io`].
     pub fn open_fd(self, fd: OwnedFd) -> Result<Socket> {
-        let (domain, protocol) = sys::domain_and_protocol(fd.as_fd()).map_err(open_error)?;
+        let (domain, protocol) =
+            sys::domain_and_protocol(fd.as_fd()).map_err(Error::io(Operation::Open))?;
         if domain != libc::AF_NETLINK || protocol != i32::from(NETLINK_NETFILTER) {
             return Err(Error::NotNetfilter { domain, protocol });
         }
-        sys::set_cloexec(fd.as_fd()).map_err(open_error)?;
+        sys::set_cloexec(fd.as_fd()).map_err(Error::io(Operation::Open))?;
         let mut socket = sys::netlink_from(fd);
         // Leaves all multicast groups: other processes may send to them.
         let mut address = SocketAddr::new(0, 0);
-        socket.get_address(&mut address).map_err(open_error)?;
+        socket
+            .get_address(&mut address)
+            .map_err(Error::io(Operation::Open))?;
         let in_no_group = SocketAddr::new(address.port_number(), 0);
-        socket.bind(&in_no_group).map_err(open_error)?;
+        socket
+            .bind(&in_no_group)
+            .map_err(Error::io(Operation::Open))?;
         self.set_up(socket)
     }
 
     fn set_up(self, socket: Netlink) -> Result<Socket> {
         // The kernel rejects other processes' messages to a connected socket.
-        socket.connect(&SocketAddr::new(0, 0)).map_err(open_error)?;
+        socket
+            .connect(&SocketAddr::new(0, 0))
+            .map_err(Error::io(Operation::Open))?;
         // With the first option errors do not repeat the request, which may hold a whole packet
         // (Linux 4.3). With the second they carry the kernel's own text (Linux 4.12). Older
         // kernels lack them.
         for option in [socket.set_cap_ack(true), socket.set_ext_ack(true)] {
             match option {
                 Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {}
-                result => result.map_err(open_error)?,
+                result => result.map_err(Error::io(Operation::Open))?,
             }
         }
         socket
             .set_no_enobufs(!self.report_overruns)
-            .map_err(open_error)?;
+            .map_err(Error::io(Operation::Open))?;
         let wanted = self.recv_buffer.map_or(DEFAULT_RECV_BUFFER, |bytes| {
             libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX / 2)
         });
         // The system's default may be larger than ours.
         let has_more = sys::recv_buffer(socket.as_fd()).is_ok_and(|had| had / 2 >= wanted);
         if self.recv_buffer.is_some() || !has_more {
-            sys::set_recv_buffer(socket.as_fd(), wanted).map_err(|source| Error::Io {
-                op: Operation::SetRecvBuffer,
-                source,
-            })?;
+            sys::set_recv_buffer(socket.as_fd(), wanted)
+                .map_err(Error::io(Operation::SetRecvBuffer))?;
         }
         self.over(socket)
     }
@@ -173,22 +178,15 @@ impl SocketBuilder {
     fn over(self, socket: Netlink) -> Result<Socket> {
         sys::watch_forks();
         let engine = Engine::new(socket, self.merge_verdicts, self.report_overruns);
-        let engine = Arc::new(engine.map_err(open_error)?);
+        let engine = Arc::new(engine.map_err(Error::io(Operation::Open))?);
         engine.discard_foreign()?;
         Ok(Socket { engine })
     }
 
     /// Wraps a descriptor without setting its options, for a fuzz target's kernel
-    #[cfg(fuzzing)]
+    #[cfg(nfqnl_fuzzing)]
     pub(crate) fn open_over(self, fd: OwnedFd) -> Result<Socket> {
         self.over(sys::netlink_from(fd))
-    }
-}
-
-fn open_error(source: io::Error) -> Error {
-    Error::Io {
-        op: Operation::Open,
-        source,
     }
 }
 
@@ -259,26 +257,7 @@ impl Socket {
     pub fn recv_buffer(&self) -> Result<usize> {
         sys::recv_buffer(self.as_fd())
             .map(|bytes| usize::try_from(bytes).unwrap_or(0))
-            .map_err(|source| Error::Io {
-                op: Operation::GetRecvBuffer,
-                source,
-            })
-    }
-
-    /// Makes the descriptor non-blocking or blocking, for programs that receive on it themselves
-    ///
-    /// This does not change the calls of this crate: [`recv`](Self::recv) always waits, and
-    /// [`try_recv`](Self::try_recv) never does.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn set_nonblocking(&self, nonblocking: bool) -> Result<()> {
-        self.engine
-            .set_nonblocking(nonblocking)
-            .map_err(|source| Error::Io {
-                op: Operation::SetNonblocking,
-                source,
-            })
+            .map_err(Error::io(Operation::GetRecvBuffer))
     }
 
     /// Unbinds all queues, waits until the kernel has done so, and closes the socket

@@ -74,12 +74,18 @@ impl QueueStats {
     /// [`Error::Io`]: only root of the initial user namespace may read the file; the error of
     /// other users is [`PermissionDenied`](io::ErrorKind::PermissionDenied).
     pub fn read_all() -> Result<Vec<Self>> {
-        let failed = |source| Error::Io {
-            op: Operation::ReadStats,
-            source,
+        let failed = Error::io(Operation::ReadStats);
+        let read = |thread: &str| {
+            std::fs::read_to_string(format!("/proc/{thread}/net/netfilter/nfnetlink_queue"))
         };
-        read_file()
-            .map_err(failed)?
+        let text = match read("thread-self") {
+            // Before Linux 3.17 `thread-self` does not exist.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                read(&format!("self/task/{}", sys::thread_id()))
+            }
+            text => text,
+        };
+        text.map_err(&failed)?
             .lines()
             .map(|line| Self::parse(line).ok_or_else(|| failed(io::ErrorKind::InvalidData.into())))
             .collect()
@@ -109,20 +115,6 @@ impl QueueStats {
             user_dropped: column()?,
             last_id: column()?,
         })
-    }
-}
-
-/// Reads the counters of the calling thread's network namespace
-fn read_file() -> io::Result<String> {
-    let read = |thread: &str| {
-        std::fs::read_to_string(format!("/proc/{thread}/net/netfilter/nfnetlink_queue"))
-    };
-    match read("thread-self") {
-        // Before Linux 3.17 `thread-self` does not exist.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            read(&format!("self/task/{}", sys::thread_id()))
-        }
-        text => text,
     }
 }
 

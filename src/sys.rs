@@ -1,12 +1,13 @@
 //! System calls: the real ones, or those of a fuzz target's kernel
 
-#[cfg(fuzzing)]
+#[cfg(nfqnl_fuzzing)]
+#[path = "../fuzz/kernel.rs"]
 mod fuzz;
 mod linux;
 
-#[cfg(fuzzing)]
+#[cfg(nfqnl_fuzzing)]
 pub(crate) use fuzz::*;
-#[cfg(fuzzing)]
+#[cfg(nfqnl_fuzzing)]
 pub use fuzz::{Kernel, with_kernel};
-#[cfg(not(fuzzing))]
+#[cfg(not(nfqnl_fuzzing))]
 pub(crate) use linux::*;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -60,13 +60,6 @@ pub struct AsyncSocket {
     fd: AsyncFd<Socket>,
 }
 
-fn receive_error(source: io::Error) -> Error {
-    Error::Io {
-        op: Operation::Receive,
-        source,
-    }
-}
-
 impl AsyncSocket {
     /// Registers a socket with the caller's runtime
     ///
@@ -82,10 +75,7 @@ impl AsyncSocket {
         // descriptor while it is registered. A `Socket` does not.
         #[allow(deprecated, reason = "`AsyncFd::register` is new in tokio 1.53.3")]
         let fd = AsyncFd::with_interest(socket, INTEREST);
-        let fd = fd.map_err(|source| Error::Io {
-            op: Operation::Register,
-            source,
-        })?;
+        let fd = fd.map_err(Error::io(Operation::Register))?;
         Ok(Self { fd })
     }
 
@@ -110,10 +100,8 @@ impl AsyncSocket {
             let binding = engine.bind(num, config, |_| ())?;
             Ok(Queue::new(&engine, binding))
         });
-        bound.await.map_err(|error| Error::Io {
-            op: Operation::Bind(num),
-            source: error.into(),
-        })?
+        let failed = Error::io(Operation::Bind(num));
+        bound.await.map_err(|error| failed(error.into()))?
     }
 
     /// Receives what is there and waits if there is nothing, as [`Socket::recv`] does
@@ -151,7 +139,7 @@ impl AsyncSocket {
                 filled => Ok(filled),
             };
             let filled = self.fd.async_io(INTEREST, receive).await;
-            filled.map_err(receive_error)??;
+            filled.map_err(Error::io(Operation::Receive))??;
         } else {
             self.get_ref().fill(batch, Wait::No)?;
         }
@@ -214,7 +202,7 @@ impl AsyncSocket {
             let stashed = match self.fd.async_io(INTEREST, receive).await {
                 Ok(Ok(stashed)) => stashed,
                 Ok(Err(error)) => break Err(error),
-                Err(error) => break Err(receive_error(error)),
+                Err(error) => break Err(Error::io(Operation::Receive)(error)),
             };
             match stashed.as_ref().and_then(Stashed::event) {
                 Some(Event::Packet(packet)) => break Ok(packet.into()),
@@ -246,12 +234,6 @@ impl AsyncSocket {
 impl AsFd for AsyncSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.get_ref().as_fd()
-    }
-}
-
-impl AsRawFd for AsyncSocket {
-    fn as_raw_fd(&self) -> RawFd {
-        self.get_ref().as_raw_fd()
     }
 }
 
@@ -296,14 +278,19 @@ impl fmt::Debug for PacketStream<'_> {
     }
 }
 
-const _: () = {
-    const fn is_send_and_sync<T: Send + Sync>() {}
-    is_send_and_sync::<AsyncSocket>();
-};
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-const _: fn(&AsyncSocket, &mut RecvBatch) = |socket, batch| {
-    fn is_send(_: impl Send) {}
-    is_send(socket.recv(batch));
-    is_send(socket.bind(1));
-    is_send(socket.packets());
-};
+    #[test]
+    fn the_socket_and_its_futures_are_send() {
+        const fn is_send_and_sync<T: Send + Sync>() {}
+        is_send_and_sync::<AsyncSocket>();
+        fn is_send<T: Send>(_: &T) {}
+        let _ = |socket: &AsyncSocket, batch: &mut RecvBatch| {
+            is_send(&socket.recv(batch));
+            is_send(&socket.bind(1));
+            is_send(&socket.packets());
+        };
+    }
+}

@@ -8,5 +8,7 @@ mod sender;
 
 pub(crate) use outstanding::{Outstanding, Recorded, Seen};
 pub use send_batch::SendBatch;
-pub(crate) use send_batch::{Part, network_header_len, send_header};
+#[cfg(test)]
+pub(crate) use send_batch::{Part, send_header};
+pub(crate) use send_batch::{encode_plain, network_header_len};
 pub use sender::VerdictSender;

@@ -20,7 +20,7 @@ const VLAN: u16 = 19;
 const LAST_KNOWN: u16 = 22;
 
 fuzz_target!(|datagram: &[u8]| {
-    // A copy of exactly this size, so that the sanitizer finds reads behind the end.
+    // A copy of exactly this size: the sanitizer then finds reads behind the end.
     let datagram = Box::<[u8]>::from(datagram);
     check_datagram(&datagram);
     // The same bytes as a message of each kind with a body, even if the header has another type.
@@ -86,7 +86,7 @@ fn padded(len: usize) -> usize {
     len.div_ceil(4) * 4
 }
 
-/// Checks that a slice is this part of the bytes, and not a copy
+/// Fails unless a slice is this part of the bytes, not a copy
 #[track_caller]
 fn assert_is(slice: &[u8], whole: &[u8], part: Range<usize>) {
     let expected = &whole[part];
@@ -334,7 +334,7 @@ fn check_parse(message: &[u8]) {
     }
 }
 
-/// Calls every getter, and checks that all slices are in the message
+/// Calls every getter, and fails if a slice is outside the message
 fn visit(packet: &Packet<'_>, message: &[u8]) {
     let _ = (
         packet.key(),

@@ -365,8 +365,7 @@ const NOOP: u16 = 1;
 
 /// Encodes a message into buffers of several lengths, and reads it again
 ///
-/// `most` is the size that the crate documents as sufficient. A buffer of `room` bytes may be too
-/// short.
+/// The crate documents the size `most` as sufficient. A buffer of `room` bytes may be too short.
 fn check(
     kind: u16,
     header: RequestHeader,

@@ -92,9 +92,8 @@ impl QueueConfig {
 
     /// Switches flags on if the kernel supports them
     ///
-    /// [`ConfigRequest::encode`] leaves these flags out. The sender requests them with
-    /// [`enable`](Self::enable), and repeats the request without them if the kernel refuses. The
-    /// crate `nfqnl` does both.
+    /// [`ConfigRequest::encode`] leaves these flags out. The crate `nfqnl` sends a message for each
+    /// of them after the bind, and goes on without the flags that the kernel refuses.
     #[must_use]
     pub const fn enable_if_supported(mut self, flags: ConfigFlags) -> Self {
         if let Some((mask, on)) = self.flags {

@@ -1,7 +1,7 @@
 //! Binding queues, changing their settings, unbinding them
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use nfqnl_proto::{ConfigFlags, ConfigRequest, QueueConfig};
@@ -14,66 +14,34 @@ use crate::sys;
 use crate::verdict::Outstanding;
 
 impl Engine {
-    /// Binds a queue with its settings, in one message
+    /// Binds a queue with its settings, in one message; optional flags follow
     ///
-    /// `register` gets each attempted binding before the kernel has it. It must take no lock of
-    /// the engine.
+    /// `register` gets the binding before the kernel has it. It must take no lock of the engine.
     pub(crate) fn bind(
         &self,
         queue: u16,
         config: QueueConfig,
-        register: impl Fn(&Arc<Binding>),
+        register: impl FnOnce(&Arc<Binding>),
     ) -> Result<Arc<Binding>> {
         let op = Operation::Bind(queue);
-        let asked = config
-            .get_flags()
-            .map_or(ConfigFlags::empty(), |(_, flags)| flags);
-        let optional = config.get_optional_flags() & !asked;
-        let refusal = match self.bind_once(op, queue, config.enable(optional), &register) {
-            Err(Error::Refused(refusal)) => self.explain(refusal, queue, asked | optional)?,
-            bound => return bound,
-        };
-        match refusal.kind() {
-            ErrorKind::UnsupportedFlags(missing) if missing.intersects(asked) => {
-                let kind = ErrorKind::UnsupportedFlags(missing & asked);
-                Err(refusal.with_kind(kind).into())
-            }
-            ErrorKind::UnsupportedFlags(missing) => {
-                self.bind_once(op, queue, config.enable(optional & !missing), &register)
-            }
-            _ => Err(refusal.into()),
-        }
-    }
-
-    fn bind_once(
-        &self,
-        op: Operation,
-        queue: u16,
-        config: QueueConfig,
-        register: &impl Fn(&Arc<Binding>),
-    ) -> Result<Arc<Binding>> {
-        let mut state = loop {
-            let state = self.state();
-            if let Some(present) = state.bindings.get(queue).map(|binding| binding.id) {
-                self.ask_if_bound(state, op, present)?;
-                continue;
-            }
-            if !state.has_ended(queue) {
-                break state;
-            }
+        let mut state = self.state();
+        while state.has_ended(queue) {
             // Read under the lock: the kernel has executed every unbinding counted here.
             let endings = self.endings.load(Relaxed);
             drop(state);
             self.wait_for_last_packets(op, endings)?;
-        };
+            state = self.state();
+        }
+        if state.bindings.get(queue).is_some() {
+            return Err(Refusal::already_bound(op).into());
+        }
         // The table has the binding before the kernel does: the first packet may come before the
         // acknowledgement.
         let overruns = self.overruns.load(Relaxed);
         let before = overruns.wrapping_sub(u32::from(state.is_in_overrun));
         let binding = Arc::new(Binding::new(queue, Outstanding::new(before, self.merges())));
-        if let Some((mask, flags)) = config.get_flags() {
-            binding.set_flags(mask, flags);
-        }
+        let (mask, flags) = config.get_flags().unwrap_or_default();
+        binding.set_flags(mask, flags);
         if let Err(place) = state.issued.binary_search(&binding.id.number) {
             state.issued.insert(place, binding.id.number);
         }
@@ -82,60 +50,81 @@ impl Engine {
         let request = ConfigRequest::bind(queue, config);
         let sent = self.begin(&mut state, op, Some(&request));
         let bound = sent.and_then(|seq| self.finish(state, op, seq));
-        match &bound {
-            Ok(()) => return Ok(binding),
-            Err(Error::Refused(refusal)) => {
-                let is_bound = refusal.errno() == libc::EBUSY;
-                let mut state = self.state();
-                if self.end(&mut state, binding.id) && !is_bound {
-                    state.ended.pop(); // the kernel has sent no packets of this binding
-                }
-            }
-            // The kernel may have bound the queue.
-            Err(_) => self.post_unbind(binding.id),
-        }
-        bound.map(|()| binding)
+        let bound = bound.map_err(|error| self.undo_bind(error, &binding, flags));
+        bound.and_then(|()| self.set_optional_flags(op, &binding, config))?;
+        Ok(binding)
     }
 
-    /// Fails if the kernel has this binding; otherwise ends it here too
-    ///
-    /// Another process can unbind a queue by a copy of the socket. The request changes no flag.
-    fn ask_if_bound(
-        &self,
-        mut state: MutexGuard<'_, State>,
-        op: Operation,
-        id: BindingId,
-    ) -> Result<()> {
-        let none = ConfigFlags::empty();
-        let question = ConfigRequest::update(id.queue, QueueConfig::new().flags(none, none));
-        let seq = self.begin(&mut state, op, Some(&question))?;
-        match self.finish(state, op, seq) {
-            Ok(()) => Err(Refusal::already_bound(op).into()),
-            Err(Error::Refused(refusal)) if refusal.errno() == libc::ENODEV => {
-                self.end_here(id);
-                Ok(())
+    /// Ends a binding whose bind has failed, and returns the error with its cause
+    fn undo_bind(&self, error: Error, binding: &Binding, flags: ConfigFlags) -> Error {
+        let id = binding.id;
+        match error {
+            Error::Refused(refusal) => {
+                match refusal.errno() {
+                    libc::EBUSY => self.end_here(id),
+                    libc::EPERM => {
+                        let mut state = self.state();
+                        if self.end(&mut state, id) {
+                            state.ended.pop(); // the kernel has sent no packets of this binding
+                        }
+                    }
+                    // Before Linux 4.5 a bind with unknown flags is refused, and the queue bound.
+                    _ => drop(self.unbind(id)),
+                }
+                self.explain(refusal, id.queue, flags)
             }
-            Err(error) => Err(error),
+            // The kernel may have bound the queue.
+            error => {
+                self.post_unbind(id);
+                error
+            }
         }
+    }
+
+    /// Switches on the optional flags that the kernel supports
+    fn set_optional_flags(
+        &self,
+        op: Operation,
+        binding: &Binding,
+        config: QueueConfig,
+    ) -> Result<()> {
+        let missing = config.get_optional_flags() & !binding.flags();
+        for flag in missing.iter() {
+            match self.update(op, binding, QueueConfig::new().enable(flag)) {
+                Err(Error::Refused(refusal))
+                    if matches!(
+                        refusal.kind(),
+                        ErrorKind::UnsupportedFlags(_) | ErrorKind::Unsupported
+                    ) => {}
+                Ok(()) => {}
+                Err(error) => {
+                    self.post_unbind(binding.id);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Finds the flags or the owner behind a refusal
-    fn explain(&self, refusal: Refusal, queue: u16, flags: ConfigFlags) -> Result<Refusal> {
-        Ok(match refusal.errno() {
-            // If another request succeeds, the socket does not lack the privilege.
-            libc::EPERM if self.sync(Operation::Sync).is_ok() => {
+    fn explain(&self, refusal: Refusal, queue: u16, flags: ConfigFlags) -> Error {
+        let kind = match refusal.errno() {
+            // If another request is not refused, the socket does not lack the privilege.
+            libc::EPERM if !matches!(self.sync(Operation::Sync), Err(Error::Refused(_))) => {
                 let stats = QueueStats::read(queue).ok().flatten();
                 let owner = stats.map(|stats| stats.port_id);
-                refusal.with_kind(ErrorKind::QueueInUse { owner })
+                ErrorKind::QueueInUse { owner }
             }
             libc::EINVAL | libc::EOPNOTSUPP | ErrorKind::ENOTSUPP => {
-                match self.unsupported(refusal.operation(), flags)? {
-                    missing if missing.is_empty() => refusal,
-                    missing => refusal.with_kind(ErrorKind::UnsupportedFlags(missing)),
+                match self.unsupported(refusal.operation(), flags) {
+                    Ok(missing) if missing.is_empty() => refusal.kind(),
+                    Ok(missing) => ErrorKind::UnsupportedFlags(missing),
+                    Err(error) => return error,
                 }
             }
-            _ => refusal,
-        })
+            _ => refusal.kind(),
+        };
+        refusal.with_kind(kind).into()
     }
 
     /// Returns the flags not supported by the kernel
@@ -144,10 +133,7 @@ impl Engine {
     /// queue.
     fn unsupported(&self, op: Operation, flags: ConfigFlags) -> Result<ConfigFlags> {
         let mut missing = ConfigFlags::empty();
-        for bit in (0..u32::BITS).map(|n| ConfigFlags::from_bits_retain(1 << n)) {
-            if !flags.contains(bit) {
-                continue;
-            }
+        for bit in flags.iter() {
             let mut state = self.state();
             let unbound = (0..=u16::MAX)
                 .rev()
@@ -201,18 +187,19 @@ impl Engine {
         }
         let request = ConfigRequest::update(id.queue, config);
         let seq = self.begin(&mut state, op, Some(&request))?;
-        let flags = config.get_flags();
+        let (mask, flags) = config.get_flags().unwrap_or_default();
         match self.finish(state, op, seq) {
+            Ok(()) => {
+                binding.set_flags(mask, flags);
+                Ok(())
+            }
             Err(Error::Refused(refusal)) => {
-                let flags = flags.map_or(ConfigFlags::empty(), |(_, flags)| flags);
-                Err(self.explain(refusal, id.queue, flags)?.into())
-            }
-            updated => {
-                if let (Ok(()), Some((mask, flags))) = (&updated, flags) {
-                    binding.set_flags(mask, flags);
+                if refusal.errno() == libc::ENODEV {
+                    self.end_here(id); // unbound by a copy of the socket
                 }
-                updated
+                Err(self.explain(refusal, id.queue, flags))
             }
+            Err(error) => Err(error),
         }
     }
 
@@ -304,7 +291,13 @@ mod tests {
         // The kernel's answer to the request that the wait ends with
         let header = [&36_u32.to_ne_bytes()[..], &2_u16.to_ne_bytes(), &[0; 14]].concat();
         let request = [&16_u32.to_ne_bytes()[..], &1_u16.to_ne_bytes(), &[0; 2]].concat();
-        let answer = [&header[..], &request, &1_u32.to_ne_bytes(), &[0; 4]].concat();
+        let answer = [
+            &header[..],
+            &request,
+            &1_u32.to_ne_bytes(),
+            &std::process::id().to_ne_bytes(),
+        ]
+        .concat();
         kernel.send(&answer).unwrap();
         engine
             .wait_for_last_packets(Operation::Bind(2), endings)

@@ -9,7 +9,7 @@ use crate::sys;
 use crate::verdict::Outstanding;
 
 /// Names one binding of one queue
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct BindingId {
     pub(crate) queue: u16,
     /// The number in the keys of its packets; this process uses it again only after 65,535 more
@@ -89,8 +89,9 @@ impl Binding {
     }
 
     pub(super) fn set_flags(&self, mask: ConfigFlags, flags: ConfigFlags) {
-        let now = (self.flags() & !mask) | (flags & mask);
-        self.flags.store(now.bits(), Relaxed);
+        let (mask, flags) = (mask.bits(), flags.bits());
+        let change = |now: u32| Some((now & !mask) | (flags & mask));
+        let _ = self.flags.fetch_update(Relaxed, Relaxed, change);
     }
 }
 

@@ -59,8 +59,7 @@ impl Engine {
         state.note_thread();
         let (mut state, received) = self.receive_locked(state, slots, wait);
         // A request of another thread read these before the messages in the slots.
-        state.stash.append(&mut slots.stash);
-        std::mem::swap(&mut slots.stash, &mut state.stash);
+        slots.stash.append(&mut state.stash);
         if wait != Wait::No {
             // Whatever ended this call, its thread goes on now: wakes so far have done their work.
             slots.all_seen = self.wake.all_since(slots.all_seen);
@@ -81,9 +80,7 @@ impl Engine {
         let mut can_block = wait == Wait::Forever;
         loop {
             let has_stash = !state.stash.is_empty();
-            if has_stash {
-                std::mem::swap(&mut slots.stash, &mut state.stash);
-            }
+            slots.stash.append(&mut state.stash);
             let is_over =
                 has_stash || wait.left().is_none() || (wait != Wait::No && self.wake.take(all));
             let must_look = is_over || state.has_several_threads() || self.wake.is_outstanding();
@@ -146,7 +143,9 @@ impl Engine {
             Some(left) => poll_timeout(left),
         };
         match sys::wait_readable(self.as_fd(), timeout) {
-            Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(receive_error(error)),
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                Err(Error::io(Operation::Receive)(error))
+            }
             _ => Ok(()),
         }
     }
@@ -192,11 +191,7 @@ impl Engine {
         received: io::Result<usize>,
     ) -> Result<bool> {
         if let Err(error) = received {
-            let is_overrun = self.record_error(state, error)?;
-            if is_overrun {
-                slots.stash.push_back(Stashed::Overrun);
-            }
-            return Ok(is_overrun);
+            return self.record_error(state, error);
         }
         self.record_slots(state, slots);
         let count = u32::try_from(slots.filled).unwrap_or(u32::MAX);
@@ -208,12 +203,13 @@ impl Engine {
     }
 
     /// Records a failed receive call; returns true if it was an overrun
-    pub(super) fn record_error(&self, state: &mut State, error: io::Error) -> Result<bool> {
+    fn record_error(&self, state: &mut State, error: io::Error) -> Result<bool> {
         match error.raw_os_error() {
             Some(libc::ENOBUFS) => {
                 self.overruns.fetch_add(1, Relaxed);
                 state.is_in_overrun = true;
                 state.stats.overruns += 1;
+                state.stash.push_back(Stashed::Overrun);
                 self.wake.clear_outstanding();
                 Ok(true)
             }
@@ -222,7 +218,7 @@ impl Engine {
                 Ok(false)
             }
             Some(libc::EINTR) => Ok(false),
-            _ => Err(receive_error(error)),
+            _ => Err(Error::io(Operation::Receive)(error)),
         }
     }
 
@@ -401,21 +397,8 @@ impl Engine {
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
-            Err(error) => {
-                let overrun = self.record_error(state, error)?;
-                if overrun {
-                    state.stash.push_back(Stashed::Overrun);
-                }
-                Ok(overrun)
-            }
+            Err(error) => self.record_error(state, error),
         }
-    }
-}
-
-fn receive_error(source: io::Error) -> Error {
-    Error::Io {
-        op: Operation::Receive,
-        source,
     }
 }
 

@@ -65,11 +65,14 @@ impl Engine {
         let seq = self.send_request(state, op, request, true)?;
         // The program may have set the size since the socket was opened.
         let buffer = sys::recv_buffer(self.as_fd()).unwrap_or(libc::c_int::MAX);
-        let buffer = u64::try_from(buffer).unwrap_or(0);
+        let mut unread = u64::try_from(buffer).unwrap_or(0);
+        if state.is_read_unlocked() {
+            unread *= 2; // the thread may have a buffer's content in hand
+        }
         state.requests.push(Request {
             seq,
             op,
-            lost_at: state.bytes_read + buffer,
+            lost_at: state.bytes_read + unread,
             answer: Answer::Awaited,
         });
         Ok(seq)
@@ -89,7 +92,7 @@ impl Engine {
         let header = RequestHeader {
             ack,
             seq,
-            ..RequestHeader::default()
+            pid: std::process::id(),
         };
         let mut buf = [0; ConfigRequest::MAX_LEN];
         let encoded = match request {
@@ -249,8 +252,9 @@ impl State {
 impl Engine {
     /// Records the kernel's answer to a request, or to a wake message
     pub(super) fn record_answer(&self, state: &mut State, reply: &Reply<'_>) {
-        if ![message_type(NFQNL_MSG_CONFIG), NLMSG_NOOP].contains(&reply.request_type) {
-            return;
+        let is_request = [message_type(NFQNL_MSG_CONFIG), NLMSG_NOOP].contains(&reply.request_type);
+        if !is_request || reply.pid != std::process::id() {
+            return; // the answer to another process, after a fork
         }
         if reply.seq == WAKE_SEQ {
             return self.wake.clear_outstanding();
@@ -324,7 +328,7 @@ mod tests {
             &kind.to_ne_bytes(),
             &[0; 2],
             &seq.to_ne_bytes(),
-            &[0; 4],
+            &std::process::id().to_ne_bytes(),
         ];
         match Messages::new(&answer.concat()).next() {
             Some(Ok(Message::Reply(reply))) => engine.record_answer(state, &reply),

@@ -9,7 +9,7 @@ use nfqnl_proto::{Decision, PacketKey, PlainVerdict, Verdict};
 use super::{BindingId, Engine};
 use crate::error::{Error, Operation, Result};
 use crate::sys;
-use crate::verdict::{Part, SendBatch, send_header};
+use crate::verdict::{SendBatch, encode_plain};
 
 impl Engine {
     /// Sends one verdict
@@ -27,18 +27,13 @@ impl Engine {
         verdict: PlainVerdict,
         is_batch: bool,
     ) -> Result<()> {
-        let (queue, id, header) = (key.queue(), key.id(), send_header(key));
+        let id = key.id();
         let mut out = [0; PlainVerdict::MAX_LEN];
-        let (op, encoded) = match is_batch {
-            false => (
-                Operation::Verdict(key),
-                verdict.encode(&mut out, queue, id, header),
-            ),
-            true => {
-                let encoded = verdict.encode_batch(&mut out, queue, id, header);
-                (Operation::BatchVerdict(key), encoded)
-            }
+        let op = match is_batch {
+            false => Operation::Verdict(key),
+            true => Operation::BatchVerdict(key),
         };
+        let encoded = encode_plain(&mut out, verdict, key, is_batch);
         let len = encoded.map_err(|source| Error::Encode { op, source })?;
         let bindings = self.bindings();
         let Some(binding) = bindings.current(key.into()) else {
@@ -60,23 +55,16 @@ impl Engine {
 
     /// Sends one verdict of any length
     fn set_long(&self, key: PacketKey, decision: &Decision<'_>) -> Result<()> {
+        if self.bindings().current(key.into()).is_none() {
+            return Err(self.unbound(key, Operation::Verdict(key)));
+        }
         let mut batch = self.take_spare();
         batch.clear(); // drops an unsent verdict, which was reported
-        let sent = batch
-            .push(key, *decision)
-            .and_then(|()| match self.bindings().current(key.into()) {
-                Some(_) => Ok(()),
-                None => Err(Error::Unbound {
-                    op: Operation::Verdict(key),
-                }),
-            })
-            .and_then(|()| self.send_batch(&mut batch));
+        let pushed = batch.push(key, *decision);
+        let sent = pushed.and_then(|()| self.send_batch(&mut batch));
         batch.clear();
         self.put_spare(batch);
-        match sent {
-            Err(Error::Unbound { op }) => Err(self.unbound(key, op)),
-            sent => sent,
-        }
+        sent
     }
 
     /// Returns the reason for a key without a binding
@@ -109,13 +97,7 @@ impl Engine {
         while batch.has_more(done) {
             let overruns = self.overruns.load(Relaxed);
             let bindings = self.bindings();
-            let part = Part::encode(
-                batch.parts(done),
-                &bindings,
-                overruns,
-                self.max_send,
-                max_entries,
-            );
+            let part = batch.encode_part(done, &bindings, overruns, self.max_send, max_entries);
             let sent = match part.first {
                 Some(first) => self.send(Operation::Verdict(first), batch.encoded()),
                 None => Ok(()),
@@ -177,7 +159,7 @@ impl Engine {
             match sys::send(self.as_fd(), message) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(source) => return Err(Error::Io { op, source }),
+                Err(error) => return Err(Error::io(op)(error)),
             }
         }
     }

@@ -71,7 +71,7 @@ impl Wake {
             let header = RequestHeader {
                 ack: true,
                 seq: WAKE_SEQ,
-                ..RequestHeader::default()
+                pid: std::process::id(),
             };
             let is_sent = encode_noop(&mut message, header).is_ok()
                 && sys::send_in_signal_handler(self.fd, &message);

@@ -12,13 +12,12 @@ const LONGEST: PacketKey = PacketKey::new(u16::MAX, u32::MAX).with_binding(u16::
 /// Linux's error numbers, and the kernel's internal ones
 const ERRNOS: [std::ops::RangeInclusive<i32>; 2] = [1..=140, 512..=530];
 
-const fn operations(key: PacketKey) -> [Operation; 17] {
+const fn operations(key: PacketKey) -> [Operation; 16] {
     let queue = key.queue();
     [
         Operation::Open,
         Operation::SetRecvBuffer,
         Operation::GetRecvBuffer,
-        Operation::SetNonblocking,
         Operation::Register,
         Operation::BindPf(Family::INET),
         Operation::UnbindPf(Family::INET6),

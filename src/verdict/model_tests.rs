@@ -394,7 +394,7 @@ impl World {
             let overruns = self.overruns;
             self.others();
             let bindings = self.bindings.clone();
-            let part = Part::encode(batch.parts(done), &bindings, overruns, MAX_LEN, max_entries);
+            let part = batch.encode_part(done, &bindings, overruns, MAX_LEN, max_entries);
             assert!(part.entries > 0 && batch.encoded().len() <= MAX_LEN);
             self.others();
             rest = self.execute(&part, &read(batch.encoded()), rest);
@@ -529,7 +529,7 @@ fn sends(
     }
     let (mut all, mut done) = (Vec::new(), 0);
     while batch.has_more(done) {
-        let part = Part::encode(batch.parts(done), bindings, 0, 1 << 15, usize::MAX);
+        let part = batch.encode_part(done, bindings, 0, 1 << 15, usize::MAX);
         assert!(part.messages <= 64 && batch.encoded().len() <= 1 << 15);
         let messages = read(batch.encoded()).into_iter();
         all.push(messages.map(|m| (m.queue, m.id, m.is_batch)).collect());

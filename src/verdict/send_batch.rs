@@ -255,25 +255,92 @@ impl SendBatch {
     }
 }
 
-/// The entries for [`Part::encode`], and the memory for its messages
-pub(crate) struct Parts<'b> {
-    entries: &'b [Entry],
-    raw: &'b [u8],
-    out: &'b mut Vec<u8>,
-}
-
 impl SendBatch {
     /// Returns true if entries are left behind the first `done`
     pub(crate) fn has_more(&self, done: usize) -> bool {
         done < self.entries.len()
     }
 
-    pub(crate) fn parts(&mut self, done: usize) -> Parts<'_> {
-        Parts {
-            entries: self.entries.get(done..).unwrap_or_default(),
-            raw: &self.raw,
-            out: &mut self.out,
+    /// Encodes as many entries behind the first `done` as one send takes, at least one
+    pub(crate) fn encode_part(
+        &mut self,
+        done: usize,
+        bindings: &Bindings,
+        overruns: u32,
+        max_len: usize,
+        max_entries: usize,
+    ) -> Part {
+        let mut part = Part::default();
+        let out = &mut self.out;
+        out.clear();
+        let entries = self.entries.get(done..).unwrap_or_default();
+        for group in entries.chunk_by(is_same_binding) {
+            let binding = group.first().and_then(|e| bindings.current(e.key.into()));
+            let Some(binding) = binding else {
+                let keys = |entry: &Entry| (0..entry.len).map(|n| entry.packet(n)).collect();
+                part.unbound
+                    .extend(group.iter().flat_map::<Vec<_>, _>(keys));
+                part.entries += group.len();
+                continue;
+            };
+            let outstanding = binding.outstanding();
+            // The oldest outstanding packet without a verdict in this part. The kernel executes
+            // the messages of a send in order, so a batch verdict up to this packet finds the
+            // older ones answered.
+            let mut cursor: Option<Cursor> = outstanding.oldest(overruns);
+            let mut merged: Option<Merged> = None;
+            for entry in group {
+                let joins = match entry.is_answer() {
+                    true => outstanding.advance(&mut cursor, entry.key.id(), entry.len),
+                    false => 0,
+                };
+                let extends = joins > 0
+                    && matches!((&merged, entry.form),
+                        (Some(merged), Form::Plain(verdict)) if merged.verdict == verdict);
+                // A message for the merged verdict so far, unless the entry extends it; one for
+                // the packets that join, and one for each other packet
+                let messages = u32::from(merged.is_some() && !extends)
+                    + u32::from(joins > 0)
+                    + (entry.len - joins);
+                let len = out.len() + messages as usize * PlainVerdict::MAX_LEN + entry.raw_len();
+                let has_room = part.messages + messages <= Part::MAX_MESSAGES && len <= max_len;
+                let is_empty = part.messages == 0 && merged.is_none();
+                if part.sent_entries == max_entries || !(has_room || is_empty) {
+                    part.end_merged(merged, out);
+                    return part;
+                }
+                part.entries += 1;
+                part.sent_entries += 1;
+                part.first.get_or_insert(entry.key);
+                if !extends {
+                    part.end_merged(merged.take(), out);
+                }
+                let verdict = match entry.form {
+                    Form::Plain(verdict) => verdict,
+                    Form::Raw { start, end, .. } => {
+                        out.extend_from_slice(self.raw.get(start..end).unwrap_or_default());
+                        out.resize(align(out.len()), 0);
+                        part.messages += 1;
+                        continue;
+                    }
+                };
+                if joins > 0 {
+                    let last = entry.packet(joins - 1);
+                    let first = merged.map_or(entry.key, |merged| merged.first);
+                    merged = Some(Merged {
+                        verdict,
+                        first,
+                        last,
+                    });
+                }
+                for index in joins..entry.len {
+                    part.end_merged(merged.take(), out);
+                    part.push(out, verdict, entry.packet(index), false);
+                }
+            }
+            part.end_merged(merged, out);
         }
+        part
     }
 
     /// Returns the messages of the last [`Part`]
@@ -315,7 +382,7 @@ impl SendBatch {
 }
 
 fn is_same_binding(a: &Entry, b: &Entry) -> bool {
-    (a.key.queue(), a.key.binding()) == (b.key.queue(), b.key.binding())
+    BindingId::from(a.key) == b.key.into()
 }
 
 /// The messages of one send: the kernel executes all of them, in their order, or none
@@ -344,85 +411,6 @@ impl Part {
     /// More messages in one send gain nothing measurable, and each can cause a refusal
     const MAX_MESSAGES: u32 = 64;
 
-    /// Encodes as many entries as one send takes, at least one
-    pub(crate) fn encode(
-        Parts { entries, raw, out }: Parts<'_>,
-        bindings: &Bindings,
-        overruns: u32,
-        max_len: usize,
-        max_entries: usize,
-    ) -> Self {
-        let mut part = Self::default();
-        out.clear();
-        for group in entries.chunk_by(is_same_binding) {
-            let binding = group.first().and_then(|e| bindings.current(e.key.into()));
-            let Some(binding) = binding else {
-                let keys = |entry: &Entry| (0..entry.len).map(|n| entry.packet(n)).collect();
-                part.unbound
-                    .extend(group.iter().flat_map::<Vec<_>, _>(keys));
-                part.entries += group.len();
-                continue;
-            };
-            let outstanding = binding.outstanding();
-            // The oldest outstanding packet without a verdict in this part. The kernel executes
-            // the messages of a send in order, so a batch verdict up to this packet finds the
-            // older ones answered.
-            let mut cursor: Option<Cursor> = outstanding.oldest(overruns);
-            let mut merged: Option<Merged> = None;
-            for entry in group {
-                let joins = match entry.is_answer() {
-                    true => outstanding.advance(&mut cursor, entry.key.id(), entry.len),
-                    false => 0,
-                };
-                let extends = joins > 0
-                    && matches!((&merged, entry.form),
-                        (Some(merged), Form::Plain(verdict)) if merged.verdict == verdict);
-                // A message for the merged verdict so far, unless the entry extends it; one for
-                // the packets that join, and one for each other packet
-                let messages = u32::from(merged.is_some() && !extends)
-                    + u32::from(joins > 0)
-                    + (entry.len - joins);
-                let len = out.len() + messages as usize * PlainVerdict::MAX_LEN + entry.raw_len();
-                let has_room = part.messages + messages <= Self::MAX_MESSAGES && len <= max_len;
-                let is_empty = part.messages == 0 && merged.is_none();
-                if part.sent_entries == max_entries || !(has_room || is_empty) {
-                    part.end_merged(merged, out);
-                    return part;
-                }
-                part.entries += 1;
-                part.sent_entries += 1;
-                part.first.get_or_insert(entry.key);
-                if !extends {
-                    part.end_merged(merged.take(), out);
-                }
-                let verdict = match entry.form {
-                    Form::Plain(verdict) => verdict,
-                    Form::Raw { start, end, .. } => {
-                        out.extend_from_slice(raw.get(start..end).unwrap_or_default());
-                        out.resize(align(out.len()), 0);
-                        part.messages += 1;
-                        continue;
-                    }
-                };
-                if joins > 0 {
-                    let last = entry.packet(joins - 1);
-                    let first = merged.map_or(entry.key, |merged| merged.first);
-                    merged = Some(Merged {
-                        verdict,
-                        first,
-                        last,
-                    });
-                }
-                for index in joins..entry.len {
-                    part.end_merged(merged.take(), out);
-                    part.push(out, verdict, entry.packet(index), false);
-                }
-            }
-            part.end_merged(merged, out);
-        }
-        part
-    }
-
     /// Encodes the merged verdict, if there is one
     fn end_merged(&mut self, merged: Option<Merged>, out: &mut Vec<u8>) {
         if let Some(Merged {
@@ -440,14 +428,24 @@ impl Part {
         let start = out.len();
         out.resize(start + PlainVerdict::MAX_LEN, 0);
         let room = out.get_mut(start..).unwrap_or_default();
-        let (queue, id, header) = (key.queue(), key.id(), send_header(key));
-        let len = match is_batch {
-            false => verdict.encode(room, queue, id, header),
-            true => verdict.encode_batch(room, queue, id, header),
-        };
+        let len = encode_plain(room, verdict, key, is_batch);
         // A plain verdict fits `MAX_LEN`. Its length is a multiple of 4.
         out.truncate(start + len.unwrap_or(0));
         self.messages += 1;
+    }
+}
+
+/// Encodes a verdict on one packet, or on all up to it
+pub(crate) fn encode_plain(
+    room: &mut [u8],
+    verdict: PlainVerdict,
+    key: PacketKey,
+    is_batch: bool,
+) -> Result<usize, EncodeError> {
+    let (queue, id, header) = (key.queue(), key.id(), send_header(key));
+    match is_batch {
+        false => verdict.encode(room, queue, id, header),
+        true => verdict.encode_batch(room, queue, id, header),
     }
 }
 

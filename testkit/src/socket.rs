@@ -1,4 +1,4 @@
-//! What tests do to other people's sockets
+//! Options and properties of a library's sockets
 
 use std::fs;
 use std::io;
@@ -6,21 +6,29 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::sys;
 
-/// Sets the size of a send buffer; the kernel doubles it
+/// Sets the size of a send buffer; the kernel doubles the value
 ///
 /// # Errors
-/// What the system says.
+/// The system call's error.
 pub fn set_send_buffer(socket: &impl AsFd, bytes: i32) -> io::Result<()> {
     sys::set_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUF, bytes)
 }
 
-/// A netlink socket by its descriptor
+/// Makes a socket non-blocking
+///
+/// # Errors
+/// The system call's error.
+pub fn set_nonblocking(socket: &impl AsFd) -> io::Result<()> {
+    netlink(socket.as_fd().try_clone_to_owned()?).set_non_blocking(true)
+}
+
+/// Wraps the descriptor of a netlink socket
 #[must_use]
 pub fn netlink(fd: OwnedFd) -> netlink_sys::Socket {
     sys::netlink(fd)
 }
 
-/// Whether a descriptor is closed when this process runs another program
+/// Returns whether a descriptor has `O_CLOEXEC`
 ///
 /// # Errors
 /// Without /proc.
@@ -34,7 +42,7 @@ pub fn is_cloexec(socket: &impl AsFd) -> io::Result<bool> {
     Ok(flags & libc::O_CLOEXEC.unsigned_abs() != 0)
 }
 
-/// The port id of a netlink socket: a line of `/proc/net/netlink` has it beside the inode
+/// Returns the port id of a netlink socket, from the inode's line in `/proc/net/netlink`
 ///
 /// # Errors
 /// Without /proc, or if the socket is in another network namespace.

@@ -736,8 +736,6 @@ fn a_callback_binds_sets_and_destroys_queues() {
                     })
                     .unwrap();
                 other.set_maxlen(77).unwrap();
-                handle.bind_pf(Family::INET).unwrap();
-                handle.unbind_pf(Family::INET).unwrap();
                 handle.socket().sync().unwrap();
                 assert_eq!(handle.socket().stats().packets, 1);
                 keep.send(other).unwrap();

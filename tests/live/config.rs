@@ -1,4 +1,4 @@
-//! Settings of sockets and queues, and requests that the kernel or the library refuses
+//! Settings of sockets and queues, and requests refused by the kernel or the library
 //!
 //! Refused verdicts are in `verdicts.rs`, overruns in `stream.rs` and `faults.rs`.
 
@@ -143,7 +143,7 @@ fn without_privilege_every_request_is_refused() {
             no_capability(&refusal(socket.sync()), Operation::Sync);
             // Another socket has bound this queue, but this thread could not bind any other.
             no_capability(&refusal(socket.bind(QUEUE)), Operation::Bind(QUEUE));
-            // A process that drops its privileges after binding is in the same situation.
+            // A process in this situation has dropped its privileges after binding.
             let op = Operation::SetMaxlen(QUEUE);
             no_capability(&refusal(queue.set_maxlen(5)), op);
             owner.set_verdict(key, Verdict::Accept).unwrap();
@@ -245,9 +245,6 @@ fn a_queue_unbound_elsewhere_can_be_bound_again() {
         lab.send(b"lost");
         let old = next_packet(&socket, &mut batch).key();
         configure_past_the_library(&socket, &ConfigRequest::unbind(QUEUE));
-        let refused = refusal(queue.set_maxlen(5));
-        let op = Operation::SetMaxlen(QUEUE);
-        expect_refusal(&refused, op, libc::ENODEV, ErrorKind::NotBound);
         socket.set_verdict(old, Verdict::Accept).unwrap();
         match next_event(&socket, &mut batch) {
             Event::Refused(refusal) => {
@@ -256,6 +253,9 @@ fn a_queue_unbound_elsewhere_can_be_bound_again() {
             }
             other => panic!("not a refusal: {other:?}"),
         }
+        let refused = refusal(queue.set_maxlen(5));
+        let op = Operation::SetMaxlen(QUEUE);
+        expect_refusal(&refused, op, libc::ENODEV, ErrorKind::NotBound);
 
         let _again = socket.bind(QUEUE).expect("a new binding");
         lab.send(b"held");
@@ -307,7 +307,7 @@ fn the_usual_buffer_holds_some_250_small_packets() {
     });
 }
 
-/// EOPNOTSUPP, and EINVAL since Linux 7.2, whose netlink policy has the known flags
+/// EOPNOTSUPP; EINVAL since Linux 7.2, because its netlink policy lists the known flags
 #[test]
 fn a_refused_flag_is_named_and_nothing_is_bound() {
     isolated(|| {
@@ -338,7 +338,7 @@ fn a_refused_flag_is_named_and_nothing_is_bound() {
     });
 }
 
-/// Whether `CONNTRACK` is supported shows in the flags that are on
+/// The flags in effect show whether the kernel supports `CONNTRACK`
 #[test]
 fn optional_flags_are_left_out_where_missing() {
     isolated(|| {
@@ -360,7 +360,7 @@ fn optional_flags_are_left_out_where_missing() {
         assert!(packet.uid().is_some());
         assert_eq!(packet.skb_info(), SkbInfo::CSUM_NOT_READY, "GSO");
         socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
-        // A flag that is not optional is refused, and only that one is named.
+        // The kernel refuses a required flag, and the error names only this flag.
         queue.destroy().unwrap();
         let config = config.enable(UNKNOWN_FLAG);
         let refused = refusal(socket.bind_with(QUEUE, &config));
@@ -376,7 +376,7 @@ fn conntrack_is_reported_or_refused() {
         const TUPLE_ORIG: u16 = 1;
         /// `IP_CT_NEW` (`linux/netfilter/nf_conntrack_common.h`)
         const NEW: u32 = 2;
-        // The kernel tracks every packet that this rule matches.
+        // The kernel tracks every packet matched by this rule.
         let rule = Rule::new().udp().dport(PORT).new_connection().queue(QUEUE);
         let lab = Lab::with(Hook::Input, &rule);
         let socket = Socket::open().unwrap();
@@ -571,7 +571,8 @@ fn maxlen_limits_what_waits() {
     });
 }
 
-/// The only way to end a queue without a loss: nothing new waits, and what waits is answered
+/// The only way to end a queue without a loss: no new packet waits, and each waiting packet is
+/// answered
 #[test]
 fn maxlen_zero_with_fail_open_lets_all_by() {
     isolated(|| {
@@ -715,7 +716,7 @@ fn descriptors_of_other_kinds_are_refused() {
     });
 }
 
-/// A refusal that is already in the socket; poll(2) reports it as before
+/// A refusal already in the socket; poll(2) reports it as before
 #[test]
 fn messages_from_before_open_fd_are_received() {
     isolated(|| {

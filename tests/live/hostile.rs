@@ -1,4 +1,4 @@
-//! Attacks by other processes and other code on a socket, and bytes that no kernel sends
+//! Attacks on a socket by other processes and other code, and bytes not sent by any kernel
 
 use std::io;
 use std::os::fd::AsFd;
@@ -41,8 +41,10 @@ fn answer(code: i32, kind: u16, seq: u32, pid: u32) -> Vec<u8> {
     MessageBuilder::error(NLM_F_CAPPED, code, &request).build()
 }
 
-/// Messages that a socket would believe if the kernel sent them (packets, answers to its first
-/// requests, refusals of verdicts on its first packets, losses), and bytes that are not a message
+/// Forged messages
+///
+/// From the kernel, a socket would accept them as packets, answers to its first requests,
+/// refusals of verdicts on its first packets, and losses. The last bytes are not a message.
 fn forgeries() -> Vec<Vec<u8>> {
     let config = message_type(NFQNL_MSG_CONFIG);
     let mut all = vec![
@@ -73,7 +75,7 @@ fn netfilter_socket() -> NetlinkSocket {
     NetlinkSocket::new(libc::NETLINK_NETFILTER.try_into().unwrap()).unwrap()
 }
 
-/// Starts a process that forges messages: the part `how` of [`forge`]
+/// Starts a process for the part `how` of [`forge`]
 fn forger(how: &str, port: u32, stdin: impl Into<Stdio>) -> std::process::Child {
     part_in_another_process(&format!("{how} {port}"), stdin).unwrap()
 }
@@ -85,9 +87,9 @@ fn wait_for(mut forger: std::process::Child) {
 
 /// In the other process of a test: forges messages, and returns true
 ///
-/// "once" sends every forgery. "refused" checks that none can be sent, and "from a copy" does so on
-/// a copy of the victim's own descriptor. "to the groups" sends to every multicast group. "for
-/// ever" sends until it is killed.
+/// "once" sends every forgery. "refused" expects every send to fail, and "from a copy" expects
+/// the same on a copy of the victim's own descriptor. "to the groups" sends to every multicast
+/// group. "for ever" sends until it is killed.
 fn forge() -> bool {
     let Some(part) = part() else {
         return false;
@@ -130,15 +132,15 @@ fn forge() -> bool {
     true
 }
 
-/// The counters of a socket that has received only acknowledgements from the kernel, and this many
-/// messages of others
+/// Returns the counters of a socket with only acknowledgements from the kernel, and this many
+/// messages from other processes
 fn nothing_but(foreign: u64) -> Stats {
     let mut stats = Stats::default();
     stats.from_other_process = foreign;
     stats
 }
 
-/// Makes each kind of request, and describes the first thing that only a forgery can explain
+/// Makes each kind of request, and describes the first result explained only by a forgery
 fn hears_only_the_kernel(socket: &Socket, foreign: u64) -> Result<Queue, String> {
     let words = |error: Error| error.to_string();
     let queue = socket.bind(QUEUE).map_err(words)?;
@@ -160,7 +162,7 @@ fn expect_only_the_kernel(socket: &Socket, foreign: u64) -> Queue {
     hears_only_the_kernel(socket, foreign).unwrap()
 }
 
-/// Receives and accepts a packet of the kernel
+/// Receives and accepts a packet from the kernel
 #[track_caller]
 fn expect_a_packet(lab: &Lab, socket: &Socket) {
     lab.send(b"of the kernel");
@@ -215,7 +217,7 @@ fn another_process_cannot_send_to_a_socket() {
     });
 }
 
-/// The copy can do everything that the socket can do, but not send messages to it
+/// The copy has all abilities of the socket, but cannot send messages to the socket
 #[test]
 fn a_copy_of_the_descriptor_cannot_forge_either() {
     isolated(|| {
@@ -232,7 +234,7 @@ fn a_copy_of_the_descriptor_cannot_forge_either() {
     });
 }
 
-/// Also in groups that the socket was in before
+/// Also in earlier groups of the socket
 #[test]
 fn multicast_of_another_process_is_not_heard() {
     isolated(|| {
@@ -262,10 +264,11 @@ fn multicast_of_another_process_is_not_heard() {
     });
 }
 
-/// Messages that are sent between any two steps of opening are dropped
+/// Messages sent between any two steps of opening are dropped
 ///
-/// One that another CPU was sending at the very moment of connecting may arrive later. It is not
-/// the kernel's, and the library cannot know: so a few rounds in a thousand may hear one.
+/// A message may arrive later if another CPU was sending it during the call of connect(2). The
+/// library cannot distinguish it from the kernel's messages, so a few rounds in a thousand may
+/// receive one.
 #[test]
 fn sockets_opened_under_fire_hear_only_the_kernel() {
     isolated(|| {
@@ -307,7 +310,7 @@ fn sockets_opened_under_fire_hear_only_the_kernel() {
     });
 }
 
-/// What a broken datagram leads to: an error with or without the key of a packet, or only a count
+/// The consequence of a broken datagram: an error with or without a packet's key, or only a count
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Found {
     Malformed { names_packet: bool },
@@ -317,11 +320,11 @@ enum Found {
     Nothing,
 }
 
-/// Each datagram breaks another rule. The last part is whether the messages behind it cannot be
-/// found
+/// Each datagram breaks another rule. The last part is true if the messages behind the broken one
+/// cannot be found
 fn broken_datagrams() -> Vec<(Vec<u8>, Found, bool)> {
     const PACKET: u16 = message_type(NFQNL_MSG_PACKET);
-    // The id of the packet before, so that no packet seems to be missing
+    // The previous packet's id: otherwise packets would seem to be missing.
     let good = |queue| packet(queue, 1);
     let no_mark = |queue, len: u16| good(queue).field([0]).field(wire![len, NFQA_MARK, [0; 4]]);
     let noop = MessageBuilder::new(NLMSG_NOOP, 0).build();
@@ -391,7 +394,7 @@ fn broken_datagrams() -> Vec<(Vec<u8>, Found, bool)> {
     all
 }
 
-/// By the result of the call, and by what was counted and reported
+/// Returns the observed consequence, from the call's result and the counts
 fn found(result: &nfqnl::Result<usize>, after_unbind: u64, overruns: u64) -> Found {
     match (result, after_unbind, overruns) {
         (Err(Error::Decode { key, .. }), 0, 0) => Found::Malformed {
@@ -407,7 +410,7 @@ fn found(result: &nfqnl::Result<usize>, after_unbind: u64, overruns: u64) -> Fou
     }
 }
 
-/// Counts the overruns that a handle reports
+/// Counts the overruns reported by a handle
 fn count_overruns(handle: &Handle<'_>) -> Arc<AtomicU64> {
     let count = Arc::new(AtomicU64::new(0));
     let reported = Arc::clone(&count);
@@ -419,8 +422,8 @@ fn count_overruns(handle: &Handle<'_>) -> Arc<AtomicU64> {
     count
 }
 
-/// Neither the packet that waits in the kernel meanwhile, nor those around it in one datagram, nor
-/// those passed on later
+/// The waiting packet in the kernel is not lost, nor are the messages around the broken one in a
+/// datagram, nor later datagrams
 #[test]
 fn a_broken_datagram_loses_no_packet() {
     isolated(|| {
@@ -470,8 +473,8 @@ fn a_broken_datagram_loses_no_packet() {
     });
 }
 
-/// Packets that are not received do not pile up: the kernel holds each until it is answered, and no
-/// more than its limit
+/// Unread packets do not pile up: the kernel holds each packet until its verdict, and holds no
+/// more packets than its limit
 #[test]
 fn requests_set_aside_no_more_than_may_wait() {
     isolated(|| {
@@ -494,7 +497,7 @@ fn requests_set_aside_no_more_than_may_wait() {
     });
 }
 
-/// A handle whose callback accepts everything
+/// Makes a handle with an accepting callback
 fn accepting() -> (Handle<'static>, Queue) {
     let handle = nfqnl::open().unwrap();
     let accept = |data: &mut QueueData<'_>| data.set_verdict(Verdict::Accept, None);
@@ -534,7 +537,7 @@ fn a_datagram_of_many_messages_takes_linear_time() {
         };
         // Half way between linear and quadratic, on a logarithmic scale
         let limit = (TIMES as f64).powf(1.5);
-        // In a virtual machine, the time in which another one has the CPU counts as well.
+        // In a virtual machine, the CPU time of other machines counts as well.
         let is_linear = (0..ATTEMPTS).any(|_| {
             let (few, many) = (best(FEW), best(TIMES * FEW));
             eprintln!("{few:?}, and {many:?} for {TIMES} times as many");
@@ -576,12 +579,14 @@ fn a_lost_bind_answer_leaves_no_valid_old_key() {
         lab.send(b"before");
         let old = next_packet(&socket, &mut batch).key();
         configure_past_the_library(&socket, &ConfigRequest::unbind(QUEUE));
+        let set = before.set_mode(CopyMode::Packet, 0);
+        assert_eq!(refusal(set).kind(), ErrorKind::NotBound);
         let mut verdict = [0; PlainVerdict::MAX_LEN];
         let len = PlainVerdict::new(Verdict::Accept)
             .encode(&mut verdict, QUEUE, old.id(), RequestHeader::default())
             .unwrap();
         for num in [QUEUE, QUEUE + 1] {
-            // Each is refused, and soon the receive buffer has no room for more answers.
+            // Each bind is refused, and soon the receive buffer has no room for more answers.
             send_past_the_library(&socket, &verdict[..len].repeat(200));
             let error = socket.bind(num).unwrap_err();
             let op = Operation::Bind(num);
@@ -592,14 +597,12 @@ fn a_lost_bind_answer_leaves_no_valid_old_key() {
             take_all(&socket, &mut batch, |event| drop(event));
             assert!(is_free(num), "the library has unbound it");
         }
-        let set = before.set_mode(CopyMode::Packet, 0);
         lab.send(b"of a later binding, if there is one");
         take_all(&socket, &mut batch, |event| {
             if let Event::Packet(packet) = event {
                 assert_ne!(packet.key(), old, "the key of an earlier packet");
             }
         });
-        assert_eq!(refusal(set).kind(), ErrorKind::NotBound);
 
         let _queue = socket.bind(QUEUE).expect("with room for the answer");
         lab.send(b"after");

@@ -336,7 +336,7 @@ fn recv_waits_on_a_nonblocking_descriptor() {
         let lab = Lab::new();
         let socket = Socket::open().unwrap();
         let _queue = socket.bind(QUEUE).unwrap();
-        socket.set_nonblocking(true).unwrap();
+        nfqnl_testkit::socket::set_nonblocking(&socket).unwrap();
         thread::scope(|scope| {
             scope.spawn(|| {
                 thread::sleep(Duration::from_millis(100));
@@ -467,13 +467,12 @@ fn an_overrun_is_an_event_and_counted() {
         lab.send_numbered(0..N);
         let (mut packets, mut overruns) = (0_u32, 0);
         while !is_silent(&socket, &mut batch) {
-            let events = Vec::from_iter(batch.events());
-            if matches!(events[..], [Event::Overrun]) {
-                overruns += 1;
-                continue;
-            }
-            for event in events {
-                let packet = event.packet().expect("an overrun comes alone");
+            for event in batch.events() {
+                if matches!(event, Event::Overrun) {
+                    overruns += 1;
+                    continue;
+                }
+                let packet = event.packet().expect("packets and overruns only");
                 socket.set_verdict(packet.key(), Verdict::Drop).unwrap();
                 packets += 1;
             }
@@ -555,7 +554,7 @@ fn an_overrun_lasts_until_the_buffer_is_empty() {
         let lab = Lab::new();
         let socket = Socket::builder().recv_buffer(1 << 14).open().unwrap();
         let _queue = socket.bind(QUEUE).unwrap();
-        socket.set_nonblocking(true).unwrap();
+        nfqnl_testkit::socket::set_nonblocking(&socket).unwrap();
         let mut copy = File::from(socket.as_fd().try_clone_to_owned().unwrap());
         let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
         let mut recv = || {
@@ -590,7 +589,7 @@ fn enobufs_does_not_end_the_callers_own_loop() {
                 data.set_verdict(Verdict::Accept, None);
             })
             .unwrap();
-        handle.socket().set_nonblocking(true).unwrap();
+        nfqnl_testkit::socket::set_nonblocking(&handle).unwrap();
         lab.send_numbered(0..200);
         let mut copy = File::from(handle.as_fd().try_clone_to_owned().unwrap());
         let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
@@ -856,7 +855,7 @@ fn signals_do_not_end_a_wait() {
     });
 }
 
-/// A binding begins with its settings: there is no moment in which the queue drops packets
+/// A binding begins with its settings: at no moment does the queue drop packets
 #[test]
 fn one_message_binds_without_a_gap() {
     isolated(|| {

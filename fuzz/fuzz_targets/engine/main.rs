@@ -1,8 +1,8 @@
-//! A whole socket in each style, over a kernel that does what the fuzzer says ([`world`])
+//! A whole socket in each style, over a kernel controlled by the fuzzer ([`world`])
 //!
-//! The target asserts: each packet received by the library is yielded once, under its binding, or
-//! counted if its queue was not bound. No packet gets a verdict meant for another. In the end each
-//! decided packet has its verdict. Nothing hangs, and only callbacks panic.
+//! The target asserts: The library yields each received packet once, under its binding, or counts
+//! the packet if its queue was not bound. No packet gets another packet's verdict. In the end each
+//! decided packet has its verdict. No call hangs, and only callbacks panic.
 #![no_main]
 
 mod world;
@@ -35,9 +35,9 @@ enum Style {
     /// `Socket`
     #[default]
     Loop,
-    /// `Handle`, which receives itself
+    /// `Handle` receives
     Run,
-    /// `Handle`, and the program receives
+    /// The program receives and passes datagrams to `Handle`
     Pass,
 }
 
@@ -55,7 +55,7 @@ impl Library {
     }
 }
 
-/// The kernel, and the program that is run
+/// The kernel and the program
 #[derive(Default)]
 struct Fuzz {
     world: RefCell<World>,
@@ -67,21 +67,21 @@ struct Fuzz {
     verdicts: [RefCell<SendBatch>; BATCHES],
     /// The keys of the verdicts in these batches
     pushed: [RefCell<Vec<PacketKey>>; BATCHES],
-    /// Packets that were yielded and not decided on
+    /// Yielded packets without a decision
     held: RefCell<Vec<PacketKey>>,
     refusals: Cell<u64>,
     late_verdicts: Cell<u64>,
     /// A callback's verdict may have been dropped after an error
     gave_up: Cell<bool>,
-    /// Sends of verdicts that are under way
+    /// Unfinished sends of verdicts
     sends: Cell<u32>,
-    /// Threads that wait in poll(2)
+    /// Threads waiting in poll(2)
     polls: Cell<u32>,
-    /// Threads that wait in a receive call
+    /// Threads waiting in a receive call
     receives: Cell<u32>,
-    /// Calls so far that may read: receive calls, and sends of verdicts
+    /// The number of calls with possible reads: receive calls, and sends of verdicts
     calls: Cell<u32>,
-    /// A waker was used, and no receive call that waits has returned since
+    /// A waker was used, and no waiting receive call has returned since
     is_woken: Cell<bool>,
     /// Calls of `Waker::wake_all` so far
     wakes_of_all: Cell<u32>,
@@ -89,7 +89,7 @@ struct Fuzz {
 }
 
 thread_local! {
-    /// For callbacks, which have to be `Send`
+    /// For callbacks, because `Rc` is not `Send`
     static FUZZ: RefCell<Option<Rc<Fuzz>>> = const { RefCell::new(None) };
 
     static START: Instant = Instant::now();
@@ -254,11 +254,11 @@ impl Fuzz {
         self.world().below(n)
     }
 
-    /// Packets come during a call, and other threads take steps if it holds no lock that they need
+    /// Delivers packets during a call; other threads take steps if the call holds no needed lock
     fn meanwhile(&self, count: Option<&Cell<u32>>) {
         self.world().arrive_meanwhile();
         let Some(count) = count else { return };
-        // 2^29 packets do not pass within a send.
+        // A send never lasts as long as 2^29 packets.
         let is_long = self.world().has_lost_many && std::ptr::eq(count, &self.sends);
         let depth = self.sends.get() + self.polls.get() + self.receives.get();
         if is_long || depth == 2 {
@@ -271,7 +271,7 @@ impl Fuzz {
         count.set(count.get() - 1);
     }
 
-    /// A thread waits in the kernel
+    /// Lets a thread wait in the kernel
     fn block(&self, count: &Cell<u32>) -> io::Result<()> {
         if self.world().is_readable() {
             return Ok(());
@@ -334,7 +334,7 @@ impl Fuzz {
         }
     }
 
-    /// Something changes, here or in the kernel
+    /// Changes a setting of the model, or a setting of the socket or a queue
     fn set(&self) {
         const REFUSALS: [i32; 3] = [libc::EPERM, libc::ENOMEM, libc::EINVAL];
         let byte = self.byte();
@@ -349,7 +349,8 @@ impl Fuzz {
             6 => world.land(),
             7 | 8 => world.lacks_capability = true,
             9 if self.sends.get() == 0 => world.regain_capability(),
-            // The thread that would receive the answer is the one that plays the others.
+            // The waiting thread should receive the answer, but it is now playing the other
+            // threads.
             _ if self.receives.get() > 0 => {}
             10 | 11 => {
                 drop(world);
@@ -382,7 +383,7 @@ impl Fuzz {
     }
 
     fn bind(&self, bind: impl FnOnce(u16, &QueueConfig) -> Result<Queue>) {
-        // It waits for senders, and for an answer.
+        // A bind waits for senders, and for an answer.
         if self.sends.get() + self.receives.get() > 0 {
             return;
         }
@@ -402,7 +403,7 @@ impl Fuzz {
             let (key, flags) = (queue.key(0), queue.flags().bits());
             (queue, self.world().note_binding(key, flags))
         });
-        // The library may have found out that the other process had unbound the queue.
+        // The library may have noticed an unbind by the other process.
         let place = &mut self.queues.borrow_mut()[usize::from(num)];
         let has_ended = |queue: &mut (Queue, u32)| !self.world().is_bound(num, queue.1);
         let ended = place.take_if(has_ended);
@@ -422,7 +423,7 @@ impl Fuzz {
         }
     }
 
-    /// Returns true if the binding of this key stands
+    /// Returns true if the key's binding still exists
     fn is_bound(&self, key: PacketKey) -> bool {
         let queue = &self.queues.borrow()[usize::from(key.queue())];
         let binding = queue.as_ref().map(|(queue, _)| queue.key(0).binding());
@@ -434,7 +435,7 @@ impl Fuzz {
 impl Fuzz {
     fn receive(&self, byte: u8) {
         if self.style == Style::Pass {
-            // A thread that runs callbacks does not receive.
+            // The caller must not receive inside a callback.
             if !self.world().senders.contains(&Sender::Callback) {
                 self.pass_on(byte);
             }
@@ -487,7 +488,7 @@ impl Fuzz {
         }
     }
 
-    /// Receives on the descriptor, and gives the handle what came, perhaps in another order
+    /// Receives on the descriptor and passes the datagrams on, perhaps in another order
     fn pass_on(&self, byte: u8) {
         let mut messages = Vec::new();
         for _ in 0..=byte >> 6 {
@@ -558,7 +559,7 @@ impl Fuzz {
 fn is_of_callbacks(error: &Error) -> bool {
     match error {
         Error::Io { .. } | Error::BufferTooSmall { .. } | Error::Decode { .. } => true,
-        // Another thread has them; here it is the same thread.
+        // Another thread runs the callbacks; here it is the same thread.
         Error::InCallback => this(|fuzz| fuzz.world().senders.contains(&Sender::Callback)),
         _ => false,
     }
@@ -584,7 +585,7 @@ impl Fuzz {
         self.held.borrow_mut().append(&mut self.world().again);
     }
 
-    /// Takes a packet that is held, mostly the oldest
+    /// Takes a held packet, mostly the oldest
     fn take_held(&self) -> Option<PacketKey> {
         let place = usize::from(self.byte()).saturating_sub(200);
         let mut held = self.held.borrow_mut();
@@ -705,7 +706,7 @@ impl Fuzz {
         drop(self.library.take());
     }
 
-    /// Takes the events that are left in batches, and receives while the descriptor is readable
+    /// Takes all events from the batches, and receives while the descriptor is readable
     fn receive_all(&self) {
         /// `try_recv` or `try_run_once` into the first batch
         const TRY: u8 = 4;
@@ -718,7 +719,7 @@ impl Fuzz {
                 is_first = false;
             }
         }
-        // The other process may have received the message that makes the descriptor readable.
+        // The other process may have received the message behind the descriptor's readiness.
         if self.world().is_shared {
             self.receive(TRY);
         }
@@ -745,7 +746,7 @@ impl Fuzz {
         }
         let (mut yielded, mut may_lack) = (world.yielded_unread, 0);
         for (name, handed) in &world.handed {
-            // A handle reports only the first packet of a call that it could not read.
+            // A handle reports only the first unreadable packet of a call.
             let is_reported = handed.is_sound || self.style == Style::Loop;
             let queue = queues[usize::from(name.0)].as_ref();
             let is_bound = queue.is_some_and(|queue| queue.1 == name.1);

@@ -1,9 +1,9 @@
-//! A model of the kernel's side of one socket, with a record of what each packet waits for
+//! A model of the kernel's side of one socket, with the expected verdict of each waiting packet
 //!
-//! It does what `nfnetlink_queue.c`, `nfnetlink.c` and `af_netlink.c` do. The fuzzer's bytes say
-//! when: packets come and get lost, queues end, the receive buffer overflows, the capability goes.
-//! The model does not lie: it acknowledges what it has done. Its other answers name only requests
-//! that do not wait any more.
+//! The model follows `nfnetlink_queue.c`, `nfnetlink.c` and `af_netlink.c`. The fuzzer's bytes
+//! choose the events: packets arrive and get lost, queues end, the receive buffer overflows, the
+//! process loses its capability. The model acknowledges only executed requests. Its other answers
+//! name only requests without a waiting caller.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::{io, mem};
@@ -25,7 +25,7 @@ pub const LONGEST: usize = 512;
 /// The kernel's charge for a message in the receive buffer
 const CHARGE: usize = 832;
 
-/// The part of the program that decides on a packet
+/// The part of the program with the decision on a packet
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Sender {
     Batch(usize),
@@ -33,14 +33,14 @@ pub enum Sender {
     Alone,
     /// A verdict on everything up to a packet
     UpTo,
-    /// A process that shares the socket
+    /// Another process with the same socket
     OtherProcess,
 }
 
-/// The parts of a verdict that tell it from others: verdict, mark, length of the new payload
+/// The compared parts of a verdict: verdict, mark, length of the new payload
 pub type Given = (u32, Option<u32>, Option<usize>);
 
-/// The state of a packet that waits in the kernel
+/// The state of a packet waiting in the kernel
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fate {
     Undecided,
@@ -50,17 +50,17 @@ pub enum Fate {
 /// One binding of a queue
 #[derive(Default)]
 pub struct Bound {
-    /// The count of bindings when it was made
+    /// The number of this binding among all bindings
     pub generation: u32,
     flags: u32,
     last_id: u32,
-    /// The number of packets that were lost behind the last one that was not
+    /// The number of packets lost since the last one with room in the buffer
     lost: u32,
     /// The copy mode is not `NFQNL_COPY_NONE`
     copies: bool,
     /// Oldest first
     pub waiting: VecDeque<(u32, Fate)>,
-    /// Packets that the kernel dropped, or that a verdict on others has answered
+    /// Packets dropped by the kernel, or answered by a verdict on other packets
     gone: BTreeSet<u32>,
 }
 
@@ -80,13 +80,13 @@ struct Datagram {
     packet: Option<Name>,
     /// A packet with a broken attribute
     is_broken: bool,
-    /// The number of the request that it answers; 0 for a wake message
+    /// The number of the answered request; 0 for a wake message
     answers: Option<u32>,
-    /// The refusal of a verdict after which packets may still wait
+    /// The refusal of a verdict whose packets may still wait
     ends_merging: bool,
 }
 
-/// A packet that the library has received
+/// A packet received by the library
 pub struct Handed {
     /// How often it was yielded
     pub times: u32,
@@ -100,9 +100,9 @@ pub struct World {
     pub bytes: std::vec::IntoIter<u8>,
     pub queues: [Option<Bound>; QUEUES],
     generations: u32,
-    /// Flags that the kernel does not support
+    /// Flags not supported by the kernel
     pub unsupported: u32,
-    /// Packets of queues that were unbound, and that are not in the socket yet
+    /// Packets of unbound queues on their way to the socket
     flying: Vec<Name>,
 
     buffer: VecDeque<Datagram>,
@@ -110,7 +110,7 @@ pub struct World {
     capacity: usize,
     /// `NETLINK_NO_ENOBUFS`
     pub hides_overruns: bool,
-    /// An overrun has happened, and the buffer was not empty since
+    /// An overrun has happened, and the buffer has not been empty since
     is_congested: bool,
     /// The next receive call reports an overrun
     has_overrun: bool,
@@ -121,14 +121,14 @@ pub struct World {
     /// Ids may have wrapped, because many packets were lost
     pub has_lost_many: bool,
 
-    /// A process that will be forked has the socket too: it receives, answers, and unbinds
+    /// A later fork of the process also receives, answers, and unbinds
     pub is_shared: bool,
     pub has_forked: bool,
-    /// The packets that it has received
+    /// The packets received by the other process
     taken: Vec<Name>,
 
     pub lacks_capability: bool,
-    /// Verdicts were refused for this
+    /// Verdicts were refused for lack of the capability
     were_refused: bool,
     /// The library must not merge verdicts any more
     pub merging_ended: bool,
@@ -141,16 +141,16 @@ pub struct World {
     pub interruptions: u8,
     /// The program may receive too, so the library does not know when the socket is empty
     pub is_read_by_program: bool,
-    /// A wake message was sent, and nothing has happened since that allows another
+    /// A wake message was sent, and the library must not send another one yet
     wake_is_outstanding: bool,
     last_seq: u32,
 
-    /// The senders of verdicts in calls that are under way, innermost last
+    /// The senders in unfinished calls, innermost last
     pub senders: Vec<Sender>,
-    /// Packets that wait on after their verdict was refused
+    /// Packets still waiting after the refusal of their verdict
     pub again: Vec<PacketKey>,
     pub handed: BTreeMap<Name, Handed>,
-    /// Packets that were yielded with an unknown generation
+    /// The number of packets yielded with an unknown generation
     pub yielded_unread: u64,
     /// The generation behind the library's number for a binding
     bindings: BTreeMap<(u16, u16), u32>,
@@ -266,7 +266,7 @@ impl World {
         self.buffer.iter().any(is_answer)
     }
 
-    /// The process gets the capability back, unless the library may not know of refused verdicts
+    /// Gives the capability back, unless the library may not know of refused verdicts
     pub fn regain_capability(&mut self) {
         self.lacks_capability &= self.were_refused && !self.merging_ended;
     }
@@ -281,7 +281,7 @@ impl World {
         bound.filter(|bound| bound.generation == generation)
     }
 
-    /// The queue of this key, if that binding of it stands
+    /// Returns the queue of this key, if the key's binding still exists
     fn bound(&mut self, key: PacketKey) -> Option<&mut Bound> {
         let generation = *self.bindings.get(&(key.queue(), key.binding()))?;
         self.of(key.queue(), generation)
@@ -304,7 +304,7 @@ impl World {
         bound.generation
     }
 
-    /// Records that a packet was yielded, with its generation if it could be read
+    /// Records a yielded packet, with its generation if the library could read it
     pub fn note(&mut self, key: PacketKey, generation: Option<u32>) {
         let number = (key.queue(), key.binding());
         let known = self.bindings.get(&number).copied();
@@ -373,7 +373,7 @@ impl World {
         })
     }
 
-    /// A packet comes to the queue
+    /// Sends a new packet to the queue
     pub fn arrive(&mut self, queue: usize) {
         let Some(bound) = self.queues[queue].as_mut().filter(|bound| bound.copies) else {
             return;
@@ -389,7 +389,7 @@ impl World {
         bound.lost = if waits { 0 } else { bound.lost + 1 };
     }
 
-    /// Packets come while the kernel does something else
+    /// Sends new packets while the kernel does something else
     pub fn arrive_meanwhile(&mut self) {
         let byte = self.byte();
         for _ in 0..(byte >> 6).saturating_sub(1) {
@@ -397,14 +397,14 @@ impl World {
         }
     }
 
-    /// Many packets are lost, so that ids wrap
+    /// Loses many packets, so that ids wrap
     pub fn lose(&mut self, queue: usize, n: u32) {
         const MARGIN: u32 = 1 << 16;
         let Some(bound) = self.queues[queue].as_mut().filter(|bound| bound.copies) else {
             return;
         };
-        // Two packets that wait must not have one id. A program that hides overruns promises that
-        // less than half a round passes.
+        // Two waiting packets must not have the same id. A program without overrun reports promises
+        // to answer within half of the ids.
         let received = bound.last_id.wrapping_sub(bound.lost);
         let oldest = bound.waiting.front().map_or(received, |packet| packet.0);
         let (oldest, most) = match self.hides_overruns {
@@ -412,7 +412,7 @@ impl World {
             false => (oldest, u32::MAX - MARGIN),
         };
         let span = bound.last_id.wrapping_sub(oldest);
-        // A full buffer has something in it.
+        // An empty buffer cannot overflow.
         if !self.buffer.is_empty() && span.saturating_add(n) < most {
             bound.lost += n;
             bound.last_id = bound.last_id.wrapping_add(n);
@@ -421,7 +421,7 @@ impl World {
         }
     }
 
-    /// The kernel drops a packet that waits
+    /// Drops a waiting packet
     pub fn flush(&mut self, queue: usize, place: usize) {
         if let Some(bound) = &mut self.queues[queue]
             && let Some((id, _)) = bound.waiting.remove(place)
@@ -430,14 +430,14 @@ impl World {
         }
     }
 
-    /// The last packets of queues that were unbound come
+    /// Delivers the last packets of unbound queues
     pub fn land(&mut self) {
         for packet in mem::take(&mut self.flying) {
             self.send_packet(packet);
         }
     }
 
-    /// Something that is neither a packet of a bound queue nor the answer to a request that waits
+    /// Sends neither a packet of a bound queue nor the answer to a waiting request
     pub fn send_junk(&mut self) {
         let mut datagram = Datagram::default();
         let kind = self.byte();
@@ -454,7 +454,7 @@ impl World {
                 broken
             }
             6 => {
-                // The packet of a queue that is not bound, or less
+                // A packet of an unbound queue, perhaps truncated
                 let body = [&[2, 0, 1, kind], &self.some(31)[..]].concat();
                 message(message_type(NFQNL_MSG_PACKET), 0, &[&body])
             }
@@ -478,14 +478,14 @@ impl World {
         self.deliver(datagram);
     }
 
-    /// The oldest datagram of the buffer
+    /// Removes the oldest datagram from the buffer
     fn take(&mut self) -> Option<Datagram> {
         let datagram = self.buffer.pop_front();
         self.is_congested &= !self.buffer.is_empty();
         datagram
     }
 
-    /// `netlink_recvmsg`, once or as often as there are slots
+    /// `netlink_recvmsg`, up to once per slot
     pub fn receive(
         &mut self,
         slots: &mut dyn Iterator<Item = &mut [u8]>,
@@ -521,7 +521,7 @@ impl World {
         if n == 0 { fail(libc::EAGAIN) } else { Ok(n) }
     }
 
-    /// The process that shares the socket receives, answers, or unbinds
+    /// Makes the other process receive, answer, or unbind
     pub fn run_other_process(&mut self) {
         if !mem::replace(&mut self.has_forked, true) {
             return;
@@ -555,7 +555,7 @@ impl World {
 
 /// Messages to the kernel
 impl World {
-    /// The error of a send of verdicts, before the kernel does anything
+    /// Returns the error of a send of verdicts, if the kernel does not read the messages
     pub fn send_error(&mut self, messages: &[u8]) -> Option<i32> {
         let sender = self.senders.last();
         let is_merged = split(messages).any(is_batch) && sender != Some(&Sender::UpTo);
@@ -563,7 +563,7 @@ impl World {
         let is_too_long = self.send_limit.is_some_and(|limit| messages.len() > limit);
         let too_long = is_too_long.then_some(libc::EMSGSIZE);
         let errno = self.send_error.take().or(too_long)?;
-        // The library does not try these again.
+        // The library does not repeat these sends.
         let is_given_up = match errno {
             libc::EMSGSIZE => split(messages).count() == 1,
             libc::ENOBUFS => sender == Some(&Sender::Alone),
@@ -663,7 +663,7 @@ impl World {
         0
     }
 
-    /// The packets of a verdict that was not executed are undecided again
+    /// Marks the packets of a verdict as undecided, because the kernel did not execute the verdict
     fn give_back(&mut self, message: &[u8]) {
         if !is_verdict(message) {
             return;
@@ -725,7 +725,7 @@ impl World {
     }
 }
 
-/// A verdict as it was sent
+/// A sent verdict
 #[derive(Debug)]
 struct Sent {
     is_batch: bool,
@@ -752,7 +752,7 @@ impl Sent {
         }
     }
 
-    /// Returns true if it is a batch verdict on this packet too
+    /// Returns true if this is a batch verdict and includes packet `id`
     fn covers(&self, id: u32) -> bool {
         self.is_batch && !is_after(id, self.key.id())
     }

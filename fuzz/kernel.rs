@@ -1,8 +1,8 @@
-//! System calls in a fuzz target (`--cfg fuzzing`): those of the target's kernel if the thread has
-//! one, else the real ones
+//! System calls in a fuzz target (`--cfg nfqnl_fuzzing`): those of the target's kernel if the
+//! thread has one, else the real ones
 //!
-//! Everything from the kernel reaches the library through these calls, so a target needs no other
-//! way in. A fuzzed program that only uses this crate sets no kernel, and has the real one.
+//! `src/sys.rs` includes this file. Everything from the kernel reaches the library through these
+//! calls, so a target needs no other way in.
 
 use std::cell::RefCell;
 use std::io;
