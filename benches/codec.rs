@@ -33,7 +33,7 @@ macro_rules! golden {
     };
 }
 
-/// An incoming packet, a forwarded, a truncated, one without payload, and a bridged one
+/// Packets: incoming, forwarded, truncated, without payload, bridged
 const PACKETS: [(&str, &[u8]); 5] = [
     golden!("ipv4_input"),
     golden!("forward"),
@@ -102,7 +102,7 @@ fn parse(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Reads the attributes that a typical program reads
+/// Reads the same attributes as a typical program
 fn common_getters(packet: &Packet<'_>) -> (u32, u32, usize, Option<u32>, u8) {
     (
         packet.id(),
@@ -234,7 +234,7 @@ fn verdicts(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// An attribute that netlink-packet-core can write
+/// An attribute for netlink-packet-core's writer
 struct TheirAttribute<'a>(u16, &'a [u8]);
 
 impl Nla for TheirAttribute<'_> {

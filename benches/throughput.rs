@@ -36,7 +36,7 @@ const MARK: u32 = 7;
 const IP_AND_UDP: usize = 28;
 const SENT: u8 = b's';
 const REWRITTEN: u8 = b'r';
-/// Offset of the byte that tells rewritten payloads apart. Before it is the packet's number.
+/// Offset of the byte marking a rewritten payload, behind the packet's number
 const STATE: usize = 4;
 
 /// The decisions on packets, which are numbered from 1
@@ -129,7 +129,7 @@ impl Size {
         }
     }
 
-    /// Packets that wait at once. The buffers of an ordinary user are small.
+    /// Number of packets waiting at once; the buffers of an ordinary user are small
     fn packets(self) -> u32 {
         match (netns::is_rootless(), self) {
             (false, _) => 128,
@@ -212,11 +212,11 @@ fn main() {
     criterion.final_summary();
 }
 
-/// A socket that sends packets to itself, through the queue
+/// A socket sending packets to itself through the queue
 struct Lab<'t> {
     socket: Udp,
     size: Size,
-    /// Counts the packets that were marked
+    /// Counts the marked packets
     later: &'t Chain<'t>,
     /// Number of the next packet, and its packet id
     next: u32,

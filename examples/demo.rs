@@ -7,7 +7,7 @@
 //!
 //! Without arguments the program makes its own rules and sends itself UDP, TCP and ICMP over IPv4
 //! and IPv6. It exits with 0 only if every packet got the expected verdict. With `--queue N` it
-//! prints and accepts the packets that the rules of this host put in queue N.
+//! prints and accepts the packets in queue N of this host.
 
 use std::error::Error;
 use std::net::{IpAddr, TcpListener};
@@ -140,13 +140,13 @@ fn attribute_name(kind: u16) -> &'static str {
 const FIRST: u16 = 1;
 /// The queue for requeued and repeated packets
 const SECOND: u16 = 2;
-/// The mark that a verdict sets; a later chain counts it
+/// The mark of a verdict; a later chain counts it
 const MARK: u32 = 7;
-/// The mark that ends the repetition of a packet
+/// The mark of repeated packets, which keeps them out of the first queue
 const REPEATED: u32 = 9;
 /// A new payload, longer than the old ones
 const REWRITTEN: &[u8] = b"rewritten by the demo, and longer than it was";
-/// The datagrams that each UDP job sends
+/// The number of datagrams of each UDP job
 const DATAGRAMS: [&[u8]; 2] = [b"first datagram", b"second"];
 
 /// One kind of traffic, and its expected result
@@ -314,7 +314,7 @@ fn alone() -> Result<bool> {
     Ok(fine)
 }
 
-/// Adds the rules that queue the jobs' packets; returns the later chain, which counts and drops
+/// Adds the rules for queueing the jobs' packets; returns the later chain, which counts and drops
 fn install_rules(table: &Table) -> std::io::Result<Chain<'_>> {
     let queue = table.chain("queue", Hook::Input, 0)?;
     let later = table.chain("later", Hook::Input, 10)?;
@@ -537,7 +537,7 @@ fn report(counted: &Counted) -> bool {
     fine
 }
 
-/// The packets of a job that arrive, for each one sent
+/// Returns the expected number of received packets per sent packet
 fn received(job: &Job) -> usize {
     match job.traffic {
         Traffic::Udp(_, Fate::Rewrite) if kernel::refuses_payloads() => 0,

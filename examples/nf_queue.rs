@@ -62,7 +62,7 @@ fn options() -> Result<Option<Options>> {
     let mut parser = Parser::from_env();
     while let Some(option) = parser.next()? {
         match option {
-            // As in the original, a number that is too large becomes 0.
+            // As in the original, an excessive number becomes 0.
             Short('q') => options.queue = number(&mut parser)?.try_into().unwrap_or(0),
             Short('Q') => {
                 let num = number(&mut parser)?.try_into();
@@ -197,7 +197,7 @@ fn description(packet: &Packet<'_>) -> String {
     )
 }
 
-/// Keys of packets that do not exist: their ids are half the id space away from this one
+/// Keys of nonexistent packets: their ids are half the id space away from this one
 fn bogus_keys(queue: &Queue, id: u32) -> impl Iterator<Item = PacketKey> {
     (0..50).map(move |n| queue.key(id.wrapping_add(0x7fff_ffff + n)))
 }

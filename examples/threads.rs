@@ -1,8 +1,8 @@
 //! Threads in two ways: one thread per queue of a range, and many threads for one queue
 //!
 //! ```text
-//! iptables -A INPUT -p udp --dport 5000 -j NFQUEUE --queue-balance 1:4    # or: nft … queue num 1-4
-//! iptables -A INPUT -p udp --dport 5001 -j NFQUEUE --queue-num 5          # or: nft … queue num 5
+//! iptables -A INPUT -p udp --dport 5000 -j NFQUEUE --queue-balance 1:4   # or: nft … queue num 1-4
+//! iptables -A INPUT -p udp --dport 5001 -j NFQUEUE --queue-num 5         # or: nft … queue num 5
 //! cargo run --release --example threads
 //! ```
 //!
@@ -102,7 +102,7 @@ fn main() -> Result<()> {
                 } else {
                     serve(&socket, stop)
                 };
-                stop.set(); // One thread that fails stops the others too.
+                stop.set(); // A failed thread stops the others too.
                 // From here on the kernel drops new packets. To lose none, remove the rule first.
                 queue.destroy()?;
                 result
@@ -117,7 +117,7 @@ fn main() -> Result<()> {
     })
 }
 
-/// Keeps the calling thread on the CPUs that feed its queue, if it may run on any of them
+/// Binds the calling thread to the CPUs of its queue, if it may run on any of them
 fn stay_at(index: usize, queues: usize) -> Result<()> {
     let allowed = sched_getaffinity(None)?;
     let mut feeding = CpuSet::new();
@@ -149,7 +149,7 @@ fn serve(socket: &Socket, stop: &Stop) -> Result<usize> {
     Ok(seen)
 }
 
-/// One thread that receives, and workers that send the verdicts
+/// Runs one receiving thread, and workers for the verdicts
 fn distribute(socket: &Socket, workers: usize, stop: &Stop) -> Result<usize> {
     thread::scope(|scope| {
         let work: Vec<mpsc::Sender<OwnedPacket>> = (0..workers.max(1))
@@ -185,7 +185,7 @@ fn distribute(socket: &Socket, workers: usize, stop: &Stop) -> Result<usize> {
             stop.count(seen - before);
         }
         Ok(seen)
-        // The channels close here. The workers answer the packets that they have, and end.
+        // The channels close here. The workers answer their remaining packets, and end.
     })
 }
 

@@ -37,7 +37,7 @@ async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     let mut report = tokio::time::interval(Duration::from_secs(1));
     let mut seen = 0;
     while seen < count {
-        // `select!` drops the futures that are not ready. `recv` loses no packet when dropped.
+        // `select!` drops the unfinished futures. A dropped `recv` does not lose packets.
         tokio::select! {
             events = socket.recv(&mut batch) => {
                 for event in events? {

@@ -32,7 +32,7 @@ const IP_AND_UDP: usize = 28;
 const SENT: u8 = b's';
 const REWRITTEN: u8 = b'r';
 
-/// Sockets that send packets to themselves through queues
+/// Sockets sending to themselves through queues
 struct Lab {
     sockets: Vec<Udp>,
     /// Packets per round; they have to fit the receive buffer
@@ -178,7 +178,7 @@ fn loop_with_batches() {
 #[test]
 fn loop_over_two_queues() {
     isolated(|| {
-        // Short ones, so that they fit the receive buffer of an ordinary user
+        // Short packets fit the receive buffer of an ordinary user.
         let lab = Lab::with(&[QUEUE, SECOND_QUEUE], 192, 10);
         let socket = Socket::builder().recv_buffer(1 << 20).open().unwrap();
         let _queues = [QUEUE, SECOND_QUEUE].map(|queue| socket.bind(queue).unwrap());

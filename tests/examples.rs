@@ -16,7 +16,8 @@ use nfqnl_testkit::traffic::{SILENCE, TIMEOUT, Udp, V4, V6};
 use nfqnl_testkit::{cpu, queue};
 use rustix::process::{Pid, Signal, kill_process};
 
-// For the unit test in it. Cargo could run that test too, but would then not build the program.
+// Runs the example's unit test here: with `test = true`, Cargo would build the example only as a
+// test, not as a program.
 #[allow(dead_code, reason = "only the unit test is used here")]
 #[path = "../examples/demo.rs"]
 mod demo;
@@ -211,7 +212,7 @@ fn batch_drops_marks_and_accepts() {
     });
 }
 
-/// Tests an example that accepts everything: with bursts, and with single packets
+/// Tests an accepting example with bursts and with single packets
 fn accepts_everything(name: &str) {
     const BURST: u8 = 100;
     const SINGLE: u8 = 10;
@@ -361,7 +362,7 @@ fn examples_refuse_unknown_arguments() {
     });
 }
 
-/// The output that Linux's `nft_queue.sh` reads; `tests/kernels/run selftest` runs that script
+/// The output read by Linux's `nft_queue.sh`; `tests/kernels/run selftest` runs the script
 mod nf_queue {
     use super::*;
 
@@ -376,7 +377,7 @@ mod nf_queue {
         }
     }
 
-    /// Starts it and waits until its queue is bound, which it does not print
+    /// Starts the example and waits for its queue, because the example does not report the bind
     fn start(queue: u16, arguments: &[&str]) -> Example {
         let number = format!("-q{queue}");
         let example = Example::start("nf_queue", &[arguments, &[&number]].concat());

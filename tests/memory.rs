@@ -47,10 +47,10 @@ impl Memory {
     }
 }
 
-/// A queue, and a UDP socket that sends packets to itself through the queue
+/// A queue, and a UDP socket sending to itself through the queue
 struct Lab {
     udp: Udp,
-    /// For sending and receiving, so that neither allocates while a batch is measured
+    /// For sending and receiving: neither may allocate during a measurement
     buf: Vec<u8>,
     socket: Socket,
     _queue: nfqnl::Queue,
@@ -104,7 +104,7 @@ impl Lab {
 #[test]
 fn a_default_batch_costs_what_its_packets_cost() {
     isolated(|| {
-        // Before anything else: the C library would give out freed memory that is already touched.
+        // Before other allocations: the C library would reuse freed, already touched memory.
         let before = Memory::now();
         let mut batch = RecvBatch::default();
         let mut verdicts = SendBatch::new();
@@ -121,7 +121,7 @@ fn a_default_batch_costs_what_its_packets_cost() {
         let mut lab = Lab::new(&config);
         // The buffers of an ordinary user hold only a few large packets.
         let large = if is_rootless() { 4 } else { 32 };
-        // The first packets allocate memory that does not belong to the batch.
+        // The first packets also allocate memory outside the batch.
         lab.handle_packets(
             &mut RecvBatch::new(1, 4 * KIB),
             &mut SendBatch::new(),
@@ -156,7 +156,7 @@ fn a_default_batch_costs_what_its_packets_cost() {
     });
 }
 
-/// Memory that the process has freed must not make later batches larger.
+/// Memory freed by the process must not make later batches larger.
 #[test]
 fn later_batches_cost_what_the_first_one_costs() {
     const PACKETS: usize = 16;

@@ -1,7 +1,7 @@
 //! The system calls of a batch loop
 //!
-//! The test starts itself again as a program that handles packets, and counts the system calls of
-//! that program with ptrace(2).
+//! The test starts itself again as a packet-handling program, and counts the program's system
+//! calls with ptrace(2).
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
 use std::collections::BTreeMap;
@@ -25,9 +25,9 @@ const IN: usize = 32;
 /// On machines of 32 bits (`asm-generic/unistd.h`)
 const SYS_CLOCK_GETTIME64: libc::c_long = 403;
 const _: () = assert!(2 * IN <= AT_MOST * RecvBatch::DEFAULT_SLOTS);
-/// The variable that names the style of the program that handles packets
+/// The environment variable with the style of the started program
 const STYLE: &str = "NFQNL_TEST_STYLE";
-/// The text before the thread id that the program prints
+/// The text before the thread id in the program's output
 const READY: &str = "handles packets as thread ";
 
 #[derive(Clone, Copy)]
@@ -92,7 +92,7 @@ fn two_for_32_packets_at_saturation() {
     });
 }
 
-/// Counts the system calls, by number, of a process that handles [`PACKETS`] waiting packets
+/// Counts the system calls, by number, of a process handling [`PACKETS`] waiting packets
 fn count(style: &str) -> BTreeMap<u64, usize> {
     // The same arguments lead to the same test.
     let mut process = Command::new(std::env::current_exe().unwrap())

@@ -34,9 +34,9 @@ const FEW_ROUNDS: usize = 10;
 const MANY_ROUNDS: usize = 60;
 const PORT: u16 = 5000;
 const QUEUE: u16 = 1;
-/// Receives, parses, reads, accepts, sends
+/// A loop: receive, parse, read, accept, send
 const LOOP: &str = "loop";
-/// The same, but parses, reads and accepts every packet twice
+/// The loop with parsing, reading and accepting every packet twice
 const TWICE: &str = "loop that decides twice";
 /// The same as the loop, with callbacks
 const CALLBACK: &str = "run_once";
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Reads the attributes that a typical program reads
+/// Reads the same attributes as a typical program
 fn common_getters(packet: &Packet<'_>) {
     black_box((packet.id(), packet.mark(), packet.payload()));
     black_box((packet.indev(), packet.hook()));
@@ -145,7 +145,7 @@ fn count(profile: Option<&Path>) -> Result<()> {
     }
 }
 
-/// Returns callgrind's count for a process that handles some rounds of packets
+/// Returns callgrind's count for a process handling some rounds of packets
 fn instructions(socket: &Udp, style: &str, rounds: usize, profile: Option<&Path>) -> Result<f64> {
     let program = std::env::current_exe()?;
     let directory: PathBuf = match profile {

@@ -412,7 +412,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_datagrams_come_each_into_its_slot_with_its_length() {
+    fn each_datagram_gets_its_own_slot_and_length() {
         let (here, there) = UnixDatagram::pair().unwrap();
         let sent: [&[u8]; 4] = [b"first", b"", b"too long for its slot", b"left"];
         for datagram in sent {
@@ -443,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_takes_as_long_as_it_says_and_no_longer_than_it_must() {
+    fn a_wait_ends_at_its_timeout_or_when_readable() {
         let (here, there) = UnixDatagram::pair().unwrap();
         let begin = Instant::now();
         assert!(!wait_readable(here.as_fd(), 0).unwrap());
@@ -456,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn the_receive_buffer_is_set_and_read_up_to_the_last_int() {
+    fn a_receive_buffer_of_any_size_is_set_and_read() {
         let (here, _there) = UnixDatagram::pair().unwrap();
         set_recv_buffer(here.as_fd(), 1 << 14).unwrap();
         assert_eq!(recv_buffer(here.as_fd()).unwrap(), 1 << 15);

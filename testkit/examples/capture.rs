@@ -24,7 +24,7 @@ use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4, V6};
 
 const PORT: u16 = 5000;
-const QUEUE: u16 = 258; // two bytes that differ
+const QUEUE: u16 = 258; // Its two bytes differ.
 const MARK: u32 = 0x0102_0304;
 const PRIORITY: u8 = 5;
 

@@ -1,11 +1,11 @@
-//! How much memory a program takes that accepts all packets of queue 1, at the rate at which it can
+//! Measures the memory of a program accepting all packets of queue 1 under full load
 //!
 //! ```text
 //! cargo run --release -p nfqnl-testkit --example resident -- PROGRAM [ARGUMENT...]
 //! ```
 //!
-//! It runs in a network namespace of its own, with packets that other threads send as fast as they come through. Prints
-//! the peak of its resident memory in KiB, and fails if a packet did not come through.
+//! The program runs in its own network namespace, while threads send packets as fast as possible.
+//! Prints the peak of the program's resident memory in KiB, and fails if a packet is lost.
 
 use std::error::Error;
 use std::fs;
@@ -22,14 +22,15 @@ const PORT: u16 = 5000;
 const QUEUE: u16 = 1;
 const SENDERS: usize = 2;
 const FOR: Duration = Duration::from_secs(2);
-/// Fewer are no load
+/// The least number of packets for a full load
 const AT_LEAST: u64 = 10_000;
-/// What waits stays charged to its sender's buffer, which packets of this size fill before their headers fill the program's.
+/// Waiting packets stay charged to their sender's buffer. Packets of this size fill the sender's
+/// buffer before their headers fill the program's receive buffer.
 const PAYLOAD: [u8; 4000] = [1; 4000];
 
 type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 
-/// A running program, which is ended with this
+/// A running program; dropping this kills it
 struct Program(Child);
 
 impl Drop for Program {
@@ -72,7 +73,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Sends for a while, and says how many
+/// Sends packets for a while, and returns their number
 fn send() -> Result<u64> {
     let socket = UdpSocket::bind((V4, 0))?;
     socket.set_write_timeout(Some(TIMEOUT))?;
@@ -108,7 +109,7 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()>
     Ok(())
 }
 
-/// The most that was in memory of a process, its program included, in KiB
+/// Returns the peak resident memory of a process in KiB, including its program
 fn peak(process: u32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let peak = status

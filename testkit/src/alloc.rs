@@ -1,4 +1,4 @@
-//! Memory that is taken: a global allocator that counts
+//! Memory use: a counting global allocator, and the memory of this process
 //!
 //! ```
 //! use nfqnl_testkit::alloc::CountingAllocator;
@@ -17,7 +17,7 @@ use std::io;
 
 pub use crate::sys::CountingAllocator;
 
-/// How many bytes of this process are in memory now, programs and libraries included
+/// Returns the resident memory of this process in bytes, including its program and libraries
 ///
 /// # Errors
 /// Without /proc, and before Linux 4.14.
@@ -25,7 +25,7 @@ pub fn resident() -> io::Result<usize> {
     in_memory("Rss:")
 }
 
-/// How many of them are its data: what it has touched of heap and stack, and no program
+/// Returns the resident memory of heap and stack in bytes, without program and libraries
 ///
 /// # Errors
 /// As [`resident`].

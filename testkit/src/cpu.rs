@@ -1,4 +1,6 @@
-//! Which CPU something happens on (a local packet goes through its hooks on that of its sender), and how long it takes
+//! Choice of a CPU, and CPU time
+//!
+//! A local packet passes its hooks on the CPU of its sender.
 
 use std::io;
 use std::thread;
@@ -7,24 +9,24 @@ use std::time::Duration;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use rustix::time::{ClockId, clock_gettime};
 
-/// How long the calling thread has run, which does not grow while others have the CPU
+/// Returns the CPU time of the calling thread; it does not grow while other threads have the CPU
 #[must_use]
 pub fn time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     time.try_into().expect("it is not negative")
 }
 
-/// How long all threads of this process have run, those that have ended included
+/// Returns the CPU time of all threads of this process, including ended ones
 #[must_use]
 pub fn process_time() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     time.try_into().expect("it is not negative")
 }
 
-/// The CPUs that the calling thread may run on
+/// Returns the CPUs on which the calling thread may run
 ///
 /// # Errors
-/// What the system says; EINVAL on a machine with more than 1024.
+/// The system call's error; EINVAL on a machine with more than 1024 CPUs.
 pub fn allowed() -> io::Result<Vec<usize>> {
     let set = sched_getaffinity(None)?;
     Ok((0..CpuSet::MAX_CPU)
@@ -32,10 +34,10 @@ pub fn allowed() -> io::Result<Vec<usize>> {
         .collect())
 }
 
-/// Runs something in a thread that stays on one CPU
+/// Runs `f` in a thread bound to one CPU
 ///
 /// # Errors
-/// What the system says; EINVAL if the thread may not run there.
+/// The system call's error; EINVAL if the thread may not run there.
 ///
 /// # Panics
 /// When `f` panics.

@@ -1,4 +1,6 @@
-//! Other hosts, each a network namespace behind a link, and this process's namespace as a router or a bridge between
+//! Other hosts, each a network namespace behind a link
+//!
+//! The namespace of this process is the router or the bridge between them.
 
 use std::fs;
 use std::io;
@@ -10,18 +12,18 @@ use crate::netns::Namespace;
 /// A host behind a link
 #[derive(Debug)]
 pub struct Host {
-    /// Where it lives
+    /// The host's network namespace
     pub namespace: Namespace,
-    /// Its IPv4 address
+    /// The host's IPv4 address
     pub v4: IpAddr,
-    /// Its IPv6 address
+    /// The host's IPv6 address
     pub v6: IpAddr,
-    /// Name of this end of the link to it; its own end is called `eth0`
+    /// Name of this end of the link; the host's end is called `eth0`
     pub link: &'static str,
 }
 
 impl Host {
-    /// Makes the host number `number` of a subnet, and the link to it
+    /// Makes host number `number` of a subnet, and the link to the host
     fn new(link: &'static str, subnet: u8, number: u8) -> io::Result<Self> {
         let namespace = Namespace::new()?;
         link::veth(link, "eth0", &namespace)?;
@@ -62,9 +64,9 @@ fn addresses(subnet: u8, host: u8) -> [IpAddr; 2] {
 /// ```
 #[derive(Debug)]
 pub struct Router {
-    /// A host
+    /// The first host
     pub client: Host,
-    /// Another
+    /// The second host
     pub server: Host,
 }
 
@@ -72,7 +74,7 @@ impl Router {
     /// Makes both hosts, links, addresses and routes
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn new() -> io::Result<Self> {
         link::no_duplicate_detection()?;
         let host = |link, subnet| -> io::Result<Host> {
@@ -95,7 +97,9 @@ impl Router {
     }
 }
 
-/// This process's namespace as a bridge between two hosts in one subnet; its packets pass the IP hooks (br_netfilter)
+/// This process's namespace as a bridge between two hosts in one subnet
+///
+/// The bridge's packets pass the IP hooks (`br_netfilter`).
 ///
 /// ```text
 /// left  10.0.2.2, fd02::2 ── to-left  ┐
@@ -104,9 +108,9 @@ impl Router {
 /// ```
 #[derive(Debug)]
 pub struct Bridge {
-    /// A host
+    /// The first host
     pub left: Host,
-    /// Another
+    /// The second host
     pub right: Host,
 }
 
@@ -117,7 +121,7 @@ impl Bridge {
     /// Makes both hosts, links and the bridge
     ///
     /// # Errors
-    /// What the kernel says; where `br_netfilter` is not loaded, that.
+    /// The kernel's error; `NotFound` with a hint if `br_netfilter` is not loaded.
     pub fn new() -> io::Result<Self> {
         let bridge = Self {
             left: Host::new("to-left", 2, 2)?,

@@ -1,12 +1,12 @@
-//! The running kernel, where tests have to know what it can
+//! Version and features of the running kernel
 
 use std::{env, fs};
 
 use crate::netns::is_rootless;
 
-/// Whether the running kernel is this version or a later one
+/// Returns whether the running kernel is this version or a later one
 ///
-/// For what a kernel is expected to do differently: tests assert both, and skip neither.
+/// If kernels behave differently, tests assert both behaviours and skip neither.
 ///
 /// # Panics
 /// Without /proc.
@@ -16,24 +16,28 @@ pub fn is_at_least(major: u32, minor: u32) -> bool {
     version(&release).expect("a version") >= (major, minor)
 }
 
-/// Whether the running kernel drops what gets a new payload, without a word: since Linux 7.2, in the network namespace of an
-/// ordinary user
+/// Returns whether the running kernel silently drops packets with a new payload
+///
+/// Linux 7.2 and later do so in the network namespace of an ordinary user.
 #[must_use]
 pub fn refuses_payloads() -> bool {
     is_rootless() && is_at_least(7, 2)
 }
 
-/// Whether `NFQNL_COMPLETE_KERNEL=1` says that the running kernel has all that can be asked for, as `tests/kernels/run` says
-/// of Debian's; then what is not there is a failure
+/// Returns whether `NFQNL_COMPLETE_KERNEL=1` is set: the running kernel must have every feature
+///
+/// `tests/kernels/run` sets it for Debian's kernels. A missing feature is then a failure.
 #[must_use]
 pub fn is_complete() -> bool {
     env::var_os("NFQNL_COMPLETE_KERNEL").is_some_and(|value| value == "1")
 }
 
-/// Whether the running kernel has a function, in itself or in a loaded module; `None` if it does not say
+/// Returns whether the running kernel or a loaded module has a function
+///
+/// `None` if /proc/kallsyms does not list the kernel's functions.
 #[must_use]
 pub fn has_function(name: &str) -> Option<bool> {
-    /// In every kernel that has queues
+    /// Part of every kernel with NFQUEUE
     const KNOWN: &str = "nfqnl_recv_verdict";
     if is_complete() {
         return Some(true);
@@ -47,7 +51,7 @@ pub fn has_function(name: &str) -> Option<bool> {
     has(KNOWN).then(|| has(name))
 }
 
-/// The first two numbers of a release like `6.12.95+deb12-s390x` or `7.3-rc1`
+/// Returns the first two numbers of a release like `6.12.95+deb12-s390x` or `7.3-rc1`
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release
         .split(|character: char| !character.is_ascii_digit())

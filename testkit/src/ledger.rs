@@ -1,6 +1,7 @@
-//! The conservation law of tests: what was sent was accepted, dropped by a verdict, or lost and counted
+//! The conservation law of tests: each sent packet is accepted, dropped by a verdict, or counted
+//! as lost
 //!
-//! Packets have their number in them, from 0 on, and each has its entry: what was decided, and whether it was delivered.
+//! Each packet contains its number, counted from 0. Its entry records the verdict and the delivery.
 
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
@@ -9,7 +10,7 @@ use std::time::Instant;
 
 use crate::traffic::{TIMEOUT, Udp};
 
-/// What is known of each packet; any thread may note it
+/// The state of each packet; any thread may record events
 #[derive(Debug)]
 pub struct Ledger {
     packets: Vec<AtomicU8>,
@@ -22,10 +23,10 @@ const DROPPED: u8 = 2;
 const GONE: u8 = 4;
 const DELIVERED: u8 = 8;
 
-/// The number in a packet
+/// Returns the number in a packet
 ///
 /// # Panics
-/// If there is none.
+/// If the payload is too short for a number.
 #[must_use]
 pub fn number(payload: &[u8]) -> u32 {
     let number = payload.first_chunk().expect("a packet has its number");
@@ -33,7 +34,7 @@ pub fn number(payload: &[u8]) -> u32 {
 }
 
 impl Ledger {
-    /// Room for so many packets
+    /// Makes a ledger for this many packets
     #[must_use]
     pub fn new(packets: u32) -> Self {
         Self {
@@ -43,7 +44,7 @@ impl Ledger {
         }
     }
 
-    /// Begins anew, while no packet is open
+    /// Forgets all packets; none may be open
     pub fn clear(&self) {
         for entry in &self.packets {
             entry.store(0, Ordering::SeqCst);
@@ -53,7 +54,7 @@ impl Ledger {
         }
     }
 
-    /// Sends the next so many packets; one thread does
+    /// Sends the next `packets` packets; only one thread may send
     pub fn send(&self, packets: u32, mut send: impl FnMut(&[u8])) {
         for _ in 0..packets {
             let number = self.sent.fetch_add(1, Ordering::SeqCst);
@@ -61,43 +62,44 @@ impl Ledger {
         }
     }
 
-    /// How many were sent
+    /// Returns the number of sent packets
     #[must_use]
     pub fn sent(&self) -> u32 {
         self.sent.load(Ordering::SeqCst)
     }
 
-    /// How many have come to their end, as far as is known: delivered, dropped by a verdict, or lost
+    /// Returns the number of packets known to be delivered, dropped by a verdict, or lost
     #[must_use]
     pub fn settled(&self) -> u32 {
         self.settled.load(Ordering::SeqCst)
     }
 
-    /// How many have not
+    /// Returns the number of sent packets without a known end
     #[must_use]
     pub fn open(&self) -> u32 {
         self.sent() - self.settled()
     }
 
-    /// Notes that a verdict accepts a packet
+    /// Records an accepting verdict
     pub fn accept(&self, number: u32) {
         self.note(number, ACCEPTED);
     }
 
-    /// Notes that a verdict drops a packet
+    /// Records a dropping verdict
     pub fn drop(&self, number: u32) {
         self.note(number, DROPPED);
     }
 
-    /// Notes that this very packet is known to be lost, whatever was decided: its verdict was refused, or its queue ended
+    /// Records the loss of this packet, whatever its verdict: the verdict was refused, or the queue
+    /// ended
     pub fn lose(&self, number: u32) {
         self.note(number, GONE);
     }
 
-    /// Takes in what was delivered to a socket
+    /// Records the packets delivered to a socket
     ///
     /// # Errors
-    /// What the system says.
+    /// The system call's error.
     pub fn collect(&self, socket: &Udp) -> io::Result<()> {
         socket.take_in(|payload| self.note(number(payload), DELIVERED))
     }
@@ -113,7 +115,7 @@ impl Ledger {
             describe(before),
             describe(what)
         );
-        // Delivery may be seen before the verdict is noted.
+        // The delivery may be recorded before the verdict.
         if what != ACCEPTED && before & !ACCEPTED == 0 {
             self.settled.fetch_add(1, Ordering::SeqCst);
         }
@@ -123,9 +125,10 @@ impl Ledger {
         &self.packets[usize::try_from(number).expect("not so many")]
     }
 
-    /// Fails unless every packet is accounted for, after taking in what is still delivered
+    /// Waits for outstanding deliveries, and panics unless every packet is accounted for
     ///
-    /// Counters have to explain those without a verdict: so many are `lost`, and so many have `passed` all the same.
+    /// The caller's counters must explain the packets without a verdict: `lost` of them are lost,
+    /// and `passed` of them were delivered.
     ///
     /// # Panics
     /// If a packet, or a count, can't be explained.
@@ -142,7 +145,7 @@ impl Ledger {
         }
     }
 
-    /// What can't be explained, if anything
+    /// Returns a description of unexplained packets, if there are any
     fn imbalance(&self, lost: u64, passed: u64) -> Option<String> {
         let mut missing = self.that_are(ACCEPTED);
         if let Some(first) = missing.next() {
@@ -162,7 +165,7 @@ impl Ledger {
         })
     }
 
-    /// The packets whose entry is this
+    /// Returns the packets with this entry
     fn that_are(&self, entry: u8) -> impl Iterator<Item = u32> {
         (0..self.sent()).filter(move |&number| self.entry(number).load(Ordering::SeqCst) == entry)
     }
@@ -195,7 +198,7 @@ mod tests {
         let ledger = ledger(6);
         ledger.accept(0);
         ledger.note(0, DELIVERED);
-        ledger.note(1, DELIVERED); // which may be seen first
+        ledger.note(1, DELIVERED); // The delivery may be recorded first.
         ledger.accept(1);
         ledger.drop(2);
         ledger.accept(3);

@@ -1,12 +1,13 @@
-//! What nfqnl's tests, benches and examples stand on: network namespaces, firewall rules and traffic, by system calls
-//! alone
+//! Network namespaces, firewall rules and traffic for nfqnl's tests, benches and examples
+//!
+//! The crate uses only system calls, and needs no other programs.
 //!
 //! ```no_run
 //! use nfqnl_testkit::rules::{Family, Hook, Rule, Table};
 //! use nfqnl_testkit::traffic::{self, Udp};
 //!
 //! # fn f() -> std::io::Result<()> {
-//! nfqnl_testkit::netns::enter().expect("namespaces"); // from here on, everything is in one of our own
+//! nfqnl_testkit::netns::enter().expect("namespaces"); // the process now has its own namespace
 //! let table = Table::new(Family::Ip, "demo")?;
 //! table
 //!     .chain("in", Hook::Input, 0)?

@@ -29,7 +29,7 @@ const VETH_INFO_PEER: u16 = 1;
 const IFLA_VLAN_ID: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
-/// No duplicate address detection: an IPv6 address is usable at once
+/// No duplicate address detection: an IPv6 address is usable immediately
 const IFA_F_NODAD: u8 = 0x02;
 const RTA_GATEWAY: u16 = 5;
 const RT_TABLE_MAIN: u8 = 254;
@@ -39,15 +39,15 @@ const RTN_UNICAST: u8 = 1;
 /// Brings a link up
 ///
 /// # Errors
-/// What the kernel says, with the link's name.
+/// The kernel's error, with the link's name.
 pub fn up(name: &str) -> io::Result<()> {
     set_flags(name, IFF_UP)
 }
 
-/// Takes a link down; packets that wait in queues and have to do with it are dropped by the kernel
+/// Takes a link down; the kernel drops the link's packets from all queues
 ///
 /// # Errors
-/// What the kernel says, with the link's name.
+/// The kernel's error, with the link's name.
 pub fn down(name: &str) -> io::Result<()> {
     set_flags(name, 0)
 }
@@ -63,7 +63,7 @@ fn set_flags(name: &str, flags: u32) -> io::Result<()> {
 /// Sets a link's MTU
 ///
 /// # Errors
-/// What the kernel says, with the link's name.
+/// The kernel's error, with the link's name.
 pub fn set_mtu(name: &str, mtu: u32) -> io::Result<()> {
     let mut message = Message::new(RTM_NEWLINK, NLM_F_ACK, &ifinfo(0, 0));
     message
@@ -75,7 +75,7 @@ pub fn set_mtu(name: &str, mtu: u32) -> io::Result<()> {
 /// Makes a pair of Ethernet links: `name` here, and `peer` in another namespace
 ///
 /// # Errors
-/// What the kernel says, with the link's name.
+/// The kernel's error, with the link's name.
 pub fn veth(name: &str, peer: &str, namespace: &Namespace) -> io::Result<()> {
     let mut message = Message::new(
         RTM_NEWLINK,
@@ -97,10 +97,10 @@ pub fn veth(name: &str, peer: &str, namespace: &Namespace) -> io::Result<()> {
     route_request(message, name)
 }
 
-/// Makes a link for the frames of another one that have the tag of a VLAN
+/// Makes a link for the frames of `parent` with the tag of VLAN `id`
 ///
 /// # Errors
-/// What the kernel says, with the link's name.
+/// The kernel's error, with the link's name.
 pub fn vlan(name: &str, parent: &str, id: u16) -> io::Result<()> {
     let mut message = Message::new(
         RTM_NEWLINK,
@@ -122,7 +122,7 @@ pub fn vlan(name: &str, parent: &str, id: u16) -> io::Result<()> {
 /// Makes a bridge
 ///
 /// # Errors
-/// What the kernel says, with the link's name.
+/// The kernel's error, with the link's name.
 pub fn bridge(name: &str) -> io::Result<()> {
     let mut message = Message::new(
         RTM_NEWLINK,
@@ -138,7 +138,7 @@ pub fn bridge(name: &str) -> io::Result<()> {
 /// Makes a link the port of a bridge
 ///
 /// # Errors
-/// What the kernel says, with the link's name.
+/// The kernel's error, with the link's name.
 pub fn set_master(name: &str, bridge: &str) -> io::Result<()> {
     let mut message = Message::new(RTM_NEWLINK, NLM_F_ACK, &ifinfo(0, 0));
     message
@@ -150,7 +150,7 @@ pub fn set_master(name: &str, bridge: &str) -> io::Result<()> {
 /// Gives a link an address
 ///
 /// # Errors
-/// What the kernel says, with the link's name.
+/// The kernel's error, with the link's name.
 pub fn address(name: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
     let family = family(address);
     let mut ifaddr = vec![family, prefix, IFA_F_NODAD, 0];
@@ -161,10 +161,10 @@ pub fn address(name: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
     route_request(message, name)
 }
 
-/// Sends everything that has no other route through a gateway
+/// Adds the default route through a gateway
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn default_route(gateway: IpAddr) -> io::Result<()> {
     let route = [
         family(gateway),
@@ -185,15 +185,16 @@ pub fn default_route(gateway: IpAddr) -> io::Result<()> {
     route_request(message, "default route")
 }
 
-/// Makes addresses of links that this namespace gets later usable at once, those too that the kernel gives them by itself
+/// Turns duplicate address detection off for links added later
 ///
-/// A router asks for a neighbour from its link-local address. While that is being looked for elsewhere, which takes up to
-/// two seconds, it does not ask; and in three it has given up, so at times the first packet would be lost.
+/// Without this, the first packet is lost at times. A router asks for a neighbour from its
+/// link-local address. Duplicate address detection delays the use of this address by up to two
+/// seconds, and the router gives up after three.
 ///
 /// # Errors
 /// If /proc/sys is not writable.
 pub fn no_duplicate_detection() -> io::Result<()> {
-    // Each link has the larger one of its own and that of all.
+    // The kernel uses the larger value of the link and of `all`.
     fs::write("/proc/sys/net/ipv6/conf/all/accept_dad", "0")?;
     fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0")
 }
@@ -203,15 +204,15 @@ pub fn no_duplicate_detection() -> io::Result<()> {
 /// # Errors
 /// If /proc/sys is not writable.
 pub fn forward() -> io::Result<()> {
-    // Of `current`'s namespace, which for the main thread of a test is the test's.
+    // /proc/sys shows the calling thread's namespace.
     fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
     fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
 }
 
-/// A link's index
+/// Returns a link's index
 ///
 /// # Errors
-/// If there is no such link.
+/// If the link does not exist.
 pub fn index(name: &str) -> io::Result<u32> {
     let answer = get(name)?;
     let index = answer.get(4..).and_then(|rest| rest.first_chunk());
@@ -220,7 +221,7 @@ pub fn index(name: &str) -> io::Result<u32> {
         .ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// A link's name, by its index
+/// Returns a link's name by its index
 #[must_use]
 pub fn name(index: u32) -> Option<String> {
     let mut ifinfo = ifinfo(0, 0);
@@ -232,10 +233,12 @@ pub fn name(index: u32) -> Option<String> {
     String::from_utf8(name.to_vec()).ok()
 }
 
-/// Waits until a link carries packets: a moment after both of its ends are up, until when the kernel throws them away
+/// Waits until a link carries packets
+///
+/// The kernel drops packets until a moment after both ends are up.
 ///
 /// # Errors
-/// If there is no such link, or its other end stays down.
+/// If the link does not exist, or its other end stays down.
 pub fn wait_for_carrier(name: &str) -> io::Result<()> {
     const LIMIT: Duration = Duration::from_secs(30);
     let end = Instant::now() + LIMIT;
@@ -252,10 +255,10 @@ pub fn wait_for_carrier(name: &str) -> io::Result<()> {
     }
 }
 
-/// A link's hardware address
+/// Returns a link's hardware address
 ///
 /// # Errors
-/// If there is no such link.
+/// If the link does not exist.
 pub fn mac(name: &str) -> io::Result<Vec<u8>> {
     let answer = get(name)?;
     attr(answer.get(IFINFO_LEN..).unwrap_or_default(), IFLA_ADDRESS)

@@ -1,4 +1,4 @@
-//! As much netlink as links and rules take: a message writer, and a request that waits for its answer
+//! A small netlink client for links and rules: a message writer, and requests with their answers
 
 use std::io;
 
@@ -15,10 +15,10 @@ const NLMSG_DONE: u16 = 3;
 const NLA_F_NESTED: u16 = 1 << 15;
 const HEADER_LEN: usize = 16;
 const ATTR_HEADER_LEN: usize = 4;
-/// Longer than any answer here
+/// Longer than every answer
 const RECV_LEN: usize = 64 * 1024;
 
-/// A netlink message that is being written
+/// A netlink message under construction
 pub(crate) struct Message {
     bytes: Vec<u8>,
     kind: u16,
@@ -26,7 +26,7 @@ pub(crate) struct Message {
 }
 
 impl Message {
-    /// `fixed` is the family's own header
+    /// Begins a message; `fixed` is the family's own header
     pub(crate) fn new(kind: u16, flags: u16, fixed: &[u8]) -> Self {
         let mut bytes = vec![0; HEADER_LEN];
         bytes.extend(fixed);
@@ -41,7 +41,7 @@ impl Message {
         self.nest_as(kind, |message| message.bytes.extend(value))
     }
 
-    /// A string, NUL-terminated as the kernel wants it
+    /// Appends a NUL-terminated string
     pub(crate) fn text(&mut self, kind: u16, value: &str) -> &mut Self {
         self.nest_as(kind, |message| {
             message.bytes.extend(value.as_bytes());
@@ -64,7 +64,7 @@ impl Message {
         self
     }
 
-    /// Bytes without a header, within a nest
+    /// Appends bytes without an attribute header
     pub(crate) fn raw(&mut self, bytes: &[u8]) -> &mut Self {
         self.bytes.extend(bytes);
         self
@@ -80,13 +80,13 @@ impl Message {
     }
 }
 
-/// `struct nfgenmsg`, the fixed header of netfilter's messages
+/// Returns `struct nfgenmsg`, the fixed header of netfilter's messages
 pub(crate) fn nfgenmsg(family: u8, resource: u16) -> [u8; 4] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
 }
 
-/// Sends messages in one datagram, and waits for the acknowledgement of each that asks for one
+/// Sends messages in one datagram, and waits for all requested acknowledgements
 pub(crate) fn transact(protocol: libc::c_int, messages: Vec<Message>) -> io::Result<()> {
     let socket = open(protocol)?;
     let mut datagram = Vec::new();
@@ -109,7 +109,7 @@ pub(crate) fn transact(protocol: libc::c_int, messages: Vec<Message>) -> io::Res
     Ok(())
 }
 
-/// Sends one request and returns the bodies of its answers: of a dump all, else the one
+/// Sends one request and returns the body of the answer, or of all answers of a dump
 pub(crate) fn query(protocol: libc::c_int, message: Message) -> io::Result<Vec<Vec<u8>>> {
     let socket = open(protocol)?;
     let dump = message.flags & NLM_F_DUMP == NLM_F_DUMP;
@@ -131,7 +131,7 @@ pub(crate) fn query(protocol: libc::c_int, message: Message) -> io::Result<Vec<V
     }
 }
 
-/// Kinds and values of attributes
+/// Returns kinds and values of attributes
 pub(crate) fn attrs(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let (header, _) = bytes.split_first_chunk::<ATTR_HEADER_LEN>()?;

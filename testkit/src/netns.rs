@@ -1,7 +1,8 @@
-//! Network namespaces: one for a test's or a program's whole process, and more for the far ends of its links
+//! Network namespaces: one for the process of a test or a program, and more for the far ends of
+//! links
 //!
-//! A user namespace can only be made by a process that is single-threaded. So a test or a program that wants
-//! namespaces runs itself again, and the new process makes them before its program starts.
+//! Only a single-threaded process can make a user namespace. A test or a program therefore runs
+//! itself again, and the child makes its namespaces between fork and exec.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -19,26 +20,27 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::{link, sys};
 
-/// Set in a process that runs in namespaces of its own; the value says for what
+/// Set in a process with its own namespaces; the value names the test, or is `program`
 const MARK: &str = "NFQNL_TESTKIT_ISOLATED";
-/// Another value of it: the process does nothing
+/// The value of [`MARK`] in a process started by [`idle`]
 const IDLE: &str = "idle";
-/// Set in a process that [`part_in_another_process`] has started, to the part that it has
+/// Set in a process started by [`part_in_another_process`], to the name of its part
 const PART: &str = "NFQNL_TESTKIT_PART";
-/// Leaves out what needs namespaces, and says so
+/// Set to 1 to skip tests in namespaces; each skipped test is printed
 const SKIP: &str = "NFQNL_SKIP_LIVE";
-/// Longer than any test here takes on a slow machine
+/// Longer than every test takes on a slow machine
 const TEST_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Runs a test in a process and a network namespace of its own, with loopback up
+/// Runs a test in its own process and network namespace, with loopback up
 ///
-/// Call it as the one statement of a `#[test]` function, with a closure written there: the closure's type names the
-/// test, and the test binary is run again for that test alone. An ordinary user gets a user namespace too, in which
-/// it is root. What the test prints and how it panics comes out here.
+/// Call this as the only statement of a `#[test]` function, with a closure written there. The
+/// closure's type contains the test's name, and the test binary runs again for this test only.
+/// An ordinary user also gets a user namespace and is root there. The test's output appears in
+/// the output of the calling process.
 ///
 /// # Panics
-/// If the test fails, takes too long, or no namespace can be made and `NFQNL_SKIP_LIVE=1` does not say
-/// that this is known.
+/// If the test fails or takes too long. If no namespace can be made and `NFQNL_SKIP_LIVE=1` is
+/// not set.
 #[track_caller]
 pub fn isolated<F: FnOnce()>(test: F) {
     let name = test_name::<F>();
@@ -52,7 +54,7 @@ pub fn isolated<F: FnOnce()>(test: F) {
         return test();
     }
     if std::env::var_os(SKIP).is_some_and(|value| value == "1") {
-        // Past libtest's capture, so that it is seen.
+        // libtest captures `eprintln!`, but not a direct write.
         let _ = io::Write::write_all(
             &mut io::stderr(),
             format!("SKIPPED by {SKIP}=1: {name}\n").as_bytes(),
@@ -87,14 +89,15 @@ pub fn isolated<F: FnOnce()>(test: F) {
     }
 }
 
-/// Starts another process, within [`isolated`], that does nothing until it is killed; it ends with its test at the latest
+/// Starts a process within [`isolated`] which sleeps until it is killed
 ///
-/// Like any other program that is started, it has those descriptors alone that are not closed on exec, and `stdin`.
+/// The process ends with its test at the latest. It has only `stdin` and the descriptors without
+/// `O_CLOEXEC`, like every other started program.
 ///
 /// # Errors
-/// What the system says.
+/// The system call's error.
 pub fn idle(stdin: impl Into<Stdio>) -> io::Result<Child> {
-    // The same arguments lead to the same test, where it goes no further than `isolated`.
+    // The same arguments lead to the same test, and the process parks in `isolated`.
     again(std::env::args_os().skip(1), IDLE)
         .stdin(stdin)
         .stdout(Stdio::null())
@@ -102,13 +105,13 @@ pub fn idle(stdin: impl Into<Stdio>) -> io::Result<Child> {
         .spawn()
 }
 
-/// Starts another process, within [`isolated`], that runs the same test in the same namespaces, and finds its part of it by
-/// [`part`]; it ends with its test at the latest
+/// Starts a process within [`isolated`] which runs the same test in the same namespaces
 ///
-/// Like any other program that is started, it has those descriptors alone that are not closed on exec, and `stdin`.
+/// [`part`] returns `part` in the new process. The process ends with its test at the latest. It has
+/// only `stdin` and the descriptors without `O_CLOEXEC`, like every other started program.
 ///
 /// # Errors
-/// What the system says.
+/// The system call's error.
 pub fn part_in_another_process(part: &str, stdin: impl Into<Stdio>) -> io::Result<Child> {
     let mark = std::env::var(MARK).map_err(io::Error::other)?;
     again(std::env::args_os().skip(1), &mark)
@@ -118,15 +121,16 @@ pub fn part_in_another_process(part: &str, stdin: impl Into<Stdio>) -> io::Resul
         .spawn()
 }
 
-/// The part of the test that this process has, if [`part_in_another_process`] has started it
+/// Returns this process's part of the test, if [`part_in_another_process`] started the process
 #[must_use]
 pub fn part() -> Option<String> {
     std::env::var(PART).ok()
 }
 
-/// Runs the whole program again in a network namespace of its own, with loopback up
+/// Runs the whole program again in its own network namespace, with loopback up
 ///
-/// Returns in that new process; the old one waits for it and exits with its status. Call it first in `main`.
+/// Returns in the new process. The old process waits for the new one and exits with its status.
+/// Call this first in `main`.
 ///
 /// # Errors
 /// If no namespace can be made.
@@ -139,7 +143,7 @@ pub fn enter() -> Result<(), NamespaceError> {
     std::process::exit(status.code().unwrap_or(1))
 }
 
-/// Whether this is root of a user namespace only, and not of the machine
+/// Returns whether this process is root only of a user namespace, not of the machine
 #[must_use]
 pub fn is_rootless() -> bool {
     const ALL: u32 = u32::MAX;
@@ -152,14 +156,16 @@ pub fn is_rootless() -> bool {
     })
 }
 
-/// Path of the test that a closure was written in: its type is called `binary::module::test::{{closure}}`
+/// Returns the path of the test around a closure
+///
+/// The closure's type is called `binary::module::test::{{closure}}`.
 fn test_name<F>() -> &'static str {
     let path = std::any::type_name::<F>();
     let (_, path) = path.split_once("::").unwrap_or(("", path));
     path.trim_end_matches("::{{closure}}")
 }
 
-/// This program again, marked
+/// Returns a command for this program, with [`MARK`] set
 fn again(arguments: impl IntoIterator<Item = OsString>, mark: &str) -> Command {
     let program = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
     let mut command = Command::new(program);
@@ -167,7 +173,7 @@ fn again(arguments: impl IntoIterator<Item = OsString>, mark: &str) -> Command {
     command
 }
 
-/// Starts a program in namespaces of its own
+/// Starts a program in its own namespaces
 fn spawn(mut command: Command) -> Result<Child, NamespaceError> {
     let maps = (!geteuid().is_root()).then(sys::UserMaps::new);
     sys::isolate(&mut command, maps)
@@ -175,9 +181,11 @@ fn spawn(mut command: Command) -> Result<Child, NamespaceError> {
         .map_err(NamespaceError::new)
 }
 
-/// Waits for a child and collects its output; ends it when its time is up, and in any case what it has started
+/// Waits for a child and collects its output
+///
+/// Kills the child at the deadline, and always kills the processes started by the child.
 fn wait(mut child: Child, timeout: Duration) -> (Option<ExitStatus>, String) {
-    /// How often to look whether it has ended
+    /// Interval between checks for the child's end
     const LOOK: Duration = Duration::from_millis(2);
     let (send, chunks) = mpsc::channel();
     let pipes: [Option<Box<dyn Read + Send>>; 2] = [
@@ -201,7 +209,7 @@ fn wait(mut child: Child, timeout: Duration) -> (Option<ExitStatus>, String) {
     }
     let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     let _ = child.wait();
-    // Nobody has the pipes any more, and they end when all that is in them has been read.
+    // All writers of the pipes are dead, so the loop ends at the end of their contents.
     let mut output = String::new();
     for line in chunks {
         output.push_str(&String::from_utf8_lossy(&line));
@@ -210,15 +218,15 @@ fn wait(mut child: Child, timeout: Duration) -> (Option<ExitStatus>, String) {
     (ended, output)
 }
 
-/// Another network namespace, which lives as long as this or anything in it
+/// Another network namespace; it lives as long as this value or a process or socket in it
 #[derive(Debug)]
 pub struct Namespace(File);
 
 impl Namespace {
-    /// Makes a new one, with loopback up
+    /// Makes a namespace, with loopback up
     ///
     /// # Errors
-    /// What the kernel says; EPERM outside [`isolated`] and [`enter`] for an ordinary user.
+    /// The kernel's error; EPERM for an ordinary user outside [`isolated`] and [`enter`].
     pub fn new() -> io::Result<Self> {
         thread::scope(|scope| {
             let made = scope.spawn(|| {
@@ -230,7 +238,7 @@ impl Namespace {
         })
     }
 
-    /// The calling thread's
+    /// Returns the calling thread's namespace
     ///
     /// # Errors
     /// Without /proc.
@@ -238,7 +246,7 @@ impl Namespace {
         File::open("/proc/thread-self/ns/net").map(Self)
     }
 
-    /// Runs something in there, in a thread of its own
+    /// Runs `f` in this namespace, in a new thread
     ///
     /// # Panics
     /// When `f` panics.
@@ -259,7 +267,7 @@ impl Namespace {
     }
 }
 
-/// No namespace could be made; says which setting forbids it
+/// Failure to make a namespace, with the setting responsible
 #[derive(Debug)]
 pub struct NamespaceError {
     source: io::Error,
@@ -285,7 +293,7 @@ impl NamespaceError {
     }
 }
 
-/// The sysctl that keeps this user from making namespaces
+/// Returns the sysctl which forbids namespaces to this user
 fn forbidding_setting() -> Option<String> {
     const FORBIDDING: [(&str, &str, &str); 4] = [
         ("user/max_user_namespaces", "0", "a number above 0"),

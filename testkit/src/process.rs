@@ -1,4 +1,4 @@
-//! Another process, and a process to which the system says no
+//! Child processes, and processes whose system calls fail
 
 use std::fs::File;
 use std::io;
@@ -12,27 +12,29 @@ use rustix::process::{
 
 use crate::sys;
 
-/// A copy of this process, with its memory and descriptors and one thread; killed when this is dropped
+/// A forked copy of this process, with one thread; dropping this kills it
 #[derive(Debug)]
 pub struct Forked(Option<Pid>);
 
-/// Forks; the copy does this alone, and drops nothing that it has from here
+/// Forks; the copy only runs `f`, and drops none of the values it inherits
 ///
 /// # Errors
-/// What the system says.
+/// The system call's error.
 pub fn fork(f: impl FnOnce()) -> io::Result<Forked> {
     sys::fork(f).map(Forked)
 }
 
 impl Forked {
-    /// Kills it (`SIGKILL`), and returns when it has ended
+    /// Kills the process (`SIGKILL`), and returns after its end
     pub fn kill(self) {}
 
-    /// Waits for its end as [`wait`](Self::wait) does, and stops it again and again meanwhile, as a debugger does, a cgroup's
-    /// freezer or a hypervisor: each time for `pause`, after it has had `interval`
+    /// Waits like [`wait`](Self::wait), and repeatedly stops the process meanwhile
+    ///
+    /// The process runs for `interval` and is then stopped for `pause`, as by a debugger, a
+    /// cgroup's freezer or a hypervisor.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system call's error.
     pub fn wait_while_stopping(mut self, pause: Duration, interval: Duration) -> io::Result<bool> {
         while let Some(child) = self.0 {
             thread::sleep(interval);
@@ -47,10 +49,10 @@ impl Forked {
         Ok(false)
     }
 
-    /// Waits for its end, and says whether it did what it should without a panic
+    /// Waits for the end of the process, and returns whether it ended without a panic
     ///
     /// # Errors
-    /// What the system says.
+    /// The system call's error.
     pub fn wait(mut self) -> io::Result<bool> {
         let Some(child) = self.0.take() else {
             return Ok(false);
@@ -69,20 +71,20 @@ impl Drop for Forked {
     }
 }
 
-/// Runs something while this process can't have another descriptor (`RLIMIT_NOFILE`)
+/// Runs `f` while this process cannot open another descriptor (`RLIMIT_NOFILE`)
 ///
 /// # Errors
-/// What the system says.
+/// The system call's error.
 pub fn without_descriptors<T>(f: impl FnOnce() -> T) -> io::Result<T> {
-    // The number that the next one would get
+    // The number of the next descriptor
     let next = File::open("/dev/null")?.as_raw_fd();
     with_descriptor_limit(next.try_into().map_err(io::Error::other)?, f)
 }
 
-/// Runs something while `RLIMIT_NOFILE` is this low; descriptors that are open stay open
+/// Runs `f` with this value of `RLIMIT_NOFILE`; open descriptors stay open
 ///
 /// # Errors
-/// What the system says.
+/// The system call's error.
 pub fn with_descriptor_limit<T>(limit: u64, f: impl FnOnce() -> T) -> io::Result<T> {
     let before = getrlimit(Resource::Nofile);
     let low = Rlimit {
@@ -95,10 +97,10 @@ pub fn with_descriptor_limit<T>(limit: u64, f: impl FnOnce() -> T) -> io::Result
     Ok(result)
 }
 
-/// Runs something in a thread whose sends all fail with this error, by a seccomp filter
+/// Runs `f` in a thread with a seccomp filter: all its sends fail with this error
 ///
 /// # Panics
-/// When `f` panics, or where there is no seccomp.
+/// When `f` panics, or on a kernel without seccomp.
 pub fn without_sending<T: Send>(errno: u16, f: impl FnOnce() -> T + Send) -> T {
     let result = thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -108,4 +110,16 @@ pub fn without_sending<T: Send>(errno: u16, f: impl FnOnce() -> T + Send) -> T {
         thread.join()
     });
     result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Allows the calling thread, and threads that it starts, only these system calls (`SYS_poll`, …),
+/// by a seccomp filter
+///
+/// Any other call ends the process with status 1, after a line with the call's number.
+///
+/// # Errors
+/// What the system says.
+#[cfg(target_arch = "x86_64")]
+pub fn allow_only(calls: &[i64]) -> io::Result<()> {
+    sys::allow_only(calls)
 }

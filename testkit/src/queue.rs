@@ -1,4 +1,4 @@
-//! Who has a queue, where nobody tells
+//! A check for bound queues, without /proc
 
 use std::io;
 
@@ -9,13 +9,15 @@ const NFQNL_MSG_CONFIG: u16 = 2;
 const NFQA_CFG_MASK: u16 = 4;
 const NFQA_CFG_FLAGS: u16 = 5;
 
-/// Whether another socket has bound a queue, and set what it set in the same message
+/// Returns whether another socket has bound a queue
 ///
-/// Asks for a change of no flags, which is refused to all but the queue's owner. Unlike the kernel's table in /proc, it
-/// also answers root of a user namespace; to who has no `CAP_NET_ADMIN` it always says yes.
+/// The request changes no flag, and the kernel refuses it to all sockets except the queue's
+/// owner. Unlike the kernel's table in /proc, this also works for root of a user namespace.
+/// Without `CAP_NET_ADMIN` the result is always true. A bound queue also has the settings from
+/// the binding message.
 ///
 /// # Errors
-/// What else the kernel says.
+/// The kernel's other errors.
 pub fn is_bound(queue: u16) -> io::Result<bool> {
     let mut message = Message::new(
         NFNL_SUBSYS_QUEUE << 8 | NFQNL_MSG_CONFIG,

@@ -1,7 +1,8 @@
-//! Firewall rules by nf_tables messages, without iptables or nft (`linux/netfilter/nf_tables.h`)
+//! Firewall rules as nf_tables messages, without iptables or nft (`linux/netfilter/nf_tables.h`)
 //!
-//! Packets go to a queue by the `queue` expression where the kernel has it (`CONFIG_NFT_QUEUE`), and else by what
-//! `iptables-nft -j NFQUEUE` installs: the `target` expression around the xtables target.
+//! Rules queue packets by the `queue` expression if the kernel has it (`CONFIG_NFT_QUEUE`).
+//! Otherwise they use the `target` expression around the xtables target, like
+//! `iptables-nft -j NFQUEUE`.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -72,14 +73,14 @@ const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 const QUEUE_FLAG_BYPASS: u16 = 1;
 const QUEUE_FLAG_CPU_FANOUT: u16 = 2;
 
-/// Which packets a table sees
+/// The packets seen by a table
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// IPv4
     Ip,
     /// IPv6
     Ip6,
-    /// Whatever passes a bridge; xtables can't queue there
+    /// Frames on a bridge; xtables cannot queue there
     Bridge,
 }
 
@@ -97,18 +98,18 @@ impl Family {
     }
 }
 
-/// Where in the kernel a chain sees packets (`enum nf_inet_hooks`)
+/// The place of a chain in the kernel (`enum nf_inet_hooks`)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
-    /// Everything that has arrived
+    /// All arriving packets
     Prerouting,
-    /// What is for this host
+    /// Packets to this host
     Input,
-    /// What passes through
+    /// Forwarded packets
     Forward,
-    /// What this host has made
+    /// Packets sent by this host
     Output,
-    /// Everything that leaves
+    /// All leaving packets
     Postrouting,
 }
 
@@ -122,14 +123,14 @@ impl Hook {
         Self::Postrouting,
     ];
 
-    /// Its number in the kernel
+    /// Returns the hook's number in the kernel
     #[must_use]
     pub const fn number(self) -> u8 {
         self as u8
     }
 }
 
-/// A table of rules, in the calling thread's network namespace; it stays when this is dropped
+/// A table of rules in the calling thread's network namespace; dropping this keeps the table
 #[derive(Debug)]
 pub struct Table {
     family: Family,
@@ -140,7 +141,7 @@ impl Table {
     /// Makes a table
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn new(family: Family, name: &str) -> io::Result<Self> {
         let table = Self {
             family,
@@ -152,10 +153,12 @@ impl Table {
         Ok(table)
     }
 
-    /// Makes a base chain: its rules see every packet that comes by the hook, in the order of priorities
+    /// Makes a base chain: its rules see every packet at the hook
+    ///
+    /// The chains of one hook run in the order of their priorities.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn chain(&self, name: &str, hook: Hook, priority: i32) -> io::Result<Chain<'_>> {
         let mut message = self.message(NFT_MSG_NEWCHAIN, NLM_F_CREATE);
         message
@@ -174,10 +177,10 @@ impl Table {
         })
     }
 
-    /// Deletes the table and everything in it; the kernel drops whatever waits in any queue of this namespace
+    /// Deletes the table and its contents; the kernel drops all queued packets of this namespace
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn delete(self) -> io::Result<()> {
         let mut message = self.message(NFT_MSG_DELTABLE, 0);
         message.text(NFTA_TABLE_NAME, &self.name);
@@ -217,7 +220,7 @@ impl Chain<'_> {
     /// Appends a rule
     ///
     /// # Errors
-    /// What the kernel says; `ENOENT` where it has no way to queue.
+    /// The kernel's error; `ENOENT` if the kernel cannot queue packets.
     pub fn add(&self, rule: &Rule) -> io::Result<()> {
         let added = self.add_with(rule, QueueExpression::Native);
         let is_unknown = matches!(&added, Err(error) if error.kind() == io::ErrorKind::NotFound);
@@ -241,10 +244,10 @@ impl Chain<'_> {
         self.table.change(message)
     }
 
-    /// Deletes the chain's rules; packets that wait in queues go on waiting
+    /// Deletes the chain's rules; packets stay in their queues
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn flush(&self) -> io::Result<()> {
         let mut message = self.table.message(NFT_MSG_DELRULE, 0);
         message
@@ -253,10 +256,10 @@ impl Chain<'_> {
         self.table.change(message)
     }
 
-    /// How many packets the rule counted that was added with this label
+    /// Returns the packet counter of the rule with this label
     ///
     /// # Errors
-    /// What the kernel says; `NotFound` if there is no such rule.
+    /// The kernel's error; `NotFound` if no rule has the label.
     pub fn count(&self, label: &str) -> io::Result<u64> {
         let fixed = nfgenmsg(self.table.family.number(), 0);
         let mut message = Message::new(
@@ -284,23 +287,23 @@ impl Chain<'_> {
     }
 }
 
-/// How a rule says "queue"
+/// The expression for queueing in a rule
 #[derive(Clone, Copy)]
 enum QueueExpression {
     Native,
     Xtables,
 }
 
-/// What a queueing rule says besides the queue's number
+/// Options of a queueing rule
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueOptions {
-    /// Packets go on to the next hook while nobody has bound the queue
+    /// Packets go on to the next hook while no socket has bound the queue
     pub bypass: bool,
-    /// Within a range of queues, the CPU chooses, and not the addresses
+    /// The CPU chooses within a range of queues, instead of the packet's addresses
     pub fanout: bool,
 }
 
-/// Matches, and what to do with a packet that they all fit
+/// Conditions, and an action for packets meeting all of them
 #[derive(Clone, Debug, Default)]
 #[must_use]
 pub struct Rule {
@@ -313,7 +316,7 @@ pub struct Rule {
 #[derive(Clone, Debug)]
 enum Match {
     Protocol(u8),
-    /// A port at this offset of the transport header
+    /// An offset in the transport header, and the port there
     Port(u32, u16),
     Mark(u32, u32),
     NewConnection,
@@ -371,7 +374,7 @@ impl Rule {
         self.matching(Match::Mark(NFT_CMP_NEQ, mark))
     }
 
-    /// Only what begins a connection; where a rule asks for that, the kernel tracks the namespace's connections
+    /// Only new connections; such a rule turns on connection tracking in the namespace
     pub fn new_connection(self) -> Self {
         self.matching(Match::NewConnection)
     }
@@ -381,30 +384,30 @@ impl Rule {
         self
     }
 
-    /// Counts the packets that get here; see [`Chain::count`]
+    /// Counts the matching packets; see [`Chain::count`]
     pub fn counted(mut self, label: &str) -> Self {
         self.label = Some(label.to_owned());
         self
     }
 
-    /// To a queue
+    /// Sends the packets to a queue
     pub fn queue(self, number: u16) -> Self {
         self.queue_with(number..=number, QueueOptions::default())
     }
 
-    /// To one of a range of queues
+    /// Sends each packet to one queue of a range
     pub fn queue_with(mut self, numbers: RangeInclusive<u16>, options: QueueOptions) -> Self {
         self.queue = Some((numbers, options));
         self
     }
 
-    /// To the next chain
+    /// Accepts the packets in this chain
     pub fn accept(mut self) -> Self {
         self.verdict = Some(1);
         self
     }
 
-    /// Nowhere
+    /// Drops the packets
     pub fn drop(mut self) -> Self {
         self.verdict = Some(0);
         self
@@ -493,7 +496,7 @@ fn compare(list: &mut Message, op: u32, value: &[u8]) {
     });
 }
 
-/// Number of the first queue, how many there are, and the flags, as both expressions have them
+/// Returns the number of the first queue, the number of queues, and the flags
 fn queue_numbers(numbers: &RangeInclusive<u16>, options: QueueOptions) -> [u16; 3] {
     let bypass = if options.bypass { QUEUE_FLAG_BYPASS } else { 0 };
     let fanout = if options.fanout {
@@ -514,7 +517,8 @@ fn queue_expression(list: &mut Message, numbers: &RangeInclusive<u16>, options: 
     });
 }
 
-/// `struct xt_NFQ_info_v3` (`linux/netfilter/xt_NFQUEUE.h`), in host byte order, as long as xtables aligns it
+/// Writes `struct xt_NFQ_info_v3` (`linux/netfilter/xt_NFQUEUE.h`), in host byte order, padded to
+/// the alignment of xtables
 fn queue_target(list: &mut Message, numbers: &RangeInclusive<u16>, options: QueueOptions) {
     const REVISION: u32 = 3;
     let mut info = queue_numbers(numbers, options)

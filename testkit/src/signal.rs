@@ -1,4 +1,4 @@
-//! Signals, which end many a system call with EINTR
+//! Signals; they interrupt system calls with EINTR
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,26 +7,26 @@ use std::time::Duration;
 
 use crate::sys;
 
-/// Runs something in the calling thread while signals interrupt its waits, a hundred times a second
+/// Runs `f` in the calling thread while signals interrupt it a hundred times a second
 ///
-/// Returns how many have been handled, too.
+/// Also returns the number of handled signals.
 ///
 /// # Errors
-/// What the system says.
+/// The system call's error.
 pub fn interrupting<T>(f: impl FnOnce() -> T) -> io::Result<(T, usize)> {
     interrupting_every(Duration::from_millis(10), f)
 }
 
-/// The same at another pace, as fast as the system goes along
+/// Like [`interrupting`], at another interval
 ///
 /// # Errors
-/// What the system says.
+/// The system call's error.
 pub fn interrupting_every<T>(interval: Duration, f: impl FnOnce() -> T) -> io::Result<(T, usize)> {
     sys::count_signals()?;
     let (done, target) = (AtomicBool::new(false), sys::Thread::current());
     let before = sys::signals();
     let result = thread::scope(|scope| {
-        // Also when `f` panics, for the scope waits for the thread.
+        // Sets `done` even if `f` panics, because the scope waits for the thread.
         let _end = SetOnDrop(&done);
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
@@ -39,29 +39,30 @@ pub fn interrupting_every<T>(interval: Duration, f: impl FnOnce() -> T) -> io::R
     Ok((result, sys::signals() - before))
 }
 
-/// How many have been handled in this process
+/// Returns the number of signals handled in this process
 #[must_use]
 pub fn count() -> usize {
     sys::signals()
 }
 
-/// Has the handler of these signals call a function; only the first call in a process counts
+/// Makes the handler of these signals call a function; only the first `call` in a process counts
 ///
-/// The function must be async-signal-safe. What it does to `errno` is seen by the interrupted thread.
+/// The function must be async-signal-safe. The interrupted thread sees its changes to `errno`.
 pub fn call(f: fn()) {
     sys::call_on_signal(f);
 }
 
-/// A thread that stays in a signal handler, as if its CPU were busy with something more urgent; it goes on when this is
-/// dropped
+/// A thread held in a signal handler, as if its CPU were busy; dropping this releases the thread
 #[derive(Debug)]
 pub struct Held(());
 
 impl Held {
-    /// Holds a thread of this process wherever it is, one at a time; a system call that it waits in has ended for it
+    /// Holds a thread of this process, one at a time
+    ///
+    /// The signal interrupts a waiting system call of the thread.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system call's error.
     pub fn new(thread: i32) -> io::Result<Self> {
         sys::hold(thread)?;
         Ok(Self(()))

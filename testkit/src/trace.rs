@@ -1,4 +1,4 @@
-//! The system calls that another process makes, without a program such as strace
+//! The system calls of another process, without a program such as strace
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,7 +7,7 @@ use std::os::unix::process::parent_id;
 
 use crate::sys::{Stop, Traced};
 
-/// The calling thread's id, for another process to trace it by
+/// Returns the calling thread's id, for a tracer in another process
 ///
 /// # Errors
 /// Without /proc.
@@ -17,15 +17,16 @@ pub fn thread_id() -> io::Result<i32> {
     id.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// Makes a system call that hardly anything else makes, for [`SystemCalls::between_marks`]
+/// Makes a rarely used system call as a mark for [`SystemCalls::between_marks`]
 pub fn mark() {
     let _ = parent_id();
 }
 
-/// System calls of one thread of another process, as they begin
+/// The system calls of one thread of another process
 ///
-/// The thread runs while [`next`](Iterator::next) waits for it, and is stopped otherwise. It goes on alone when this is
-/// dropped. Use it from one thread: to the kernel that one is the tracer.
+/// The thread runs only while [`next`](Iterator::next) waits for its next call. It continues
+/// freely when this value is dropped. Use this value from one thread, because the kernel accepts
+/// requests only from the tracing thread.
 #[derive(Debug)]
 pub struct SystemCalls(Traced);
 
@@ -33,15 +34,15 @@ impl SystemCalls {
     /// Begins to trace a thread of a child of this process
     ///
     /// # Errors
-    /// What the kernel says; EPERM if a security module forbids it.
+    /// The kernel's error; EPERM if a security module forbids tracing.
     pub fn of(thread: i32) -> io::Result<Self> {
         Traced::seize(thread).map(Self)
     }
 
-    /// How many calls the thread makes from its next [`mark`] to the one after that, by number
+    /// Counts the thread's calls between its next two [`mark`]s, by system call number
     ///
     /// # Errors
-    /// What the kernel says; `UnexpectedEof` if the thread ends first.
+    /// The kernel's error; `UnexpectedEof` if the thread ends first.
     pub fn between_marks(&mut self) -> io::Result<BTreeMap<u64, usize>> {
         let mut begun = false;
         let mut counted = BTreeMap::new();

@@ -1,7 +1,7 @@
-//! UDP, TCP and ICMP traffic, none of which waits for ever
+//! UDP, TCP and ICMP traffic; every operation has a timeout
 //!
-//! A packet that waits in a queue stays charged to its sender's buffer. So senders here have a large one and don't
-//! block: without a verdict for some 250 packets, a plain blocking sender would stand still.
+//! A queued packet stays charged to its sender's buffer. A plain blocking sender would stop after
+//! about 250 packets without a verdict. These senders have a large buffer and do not block.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -12,50 +12,50 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
 
 use crate::sys;
 
-/// How long receivers wait
+/// Timeout of receivers
 pub const TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for what should not come
+/// Waiting time for packets expected not to arrive
 pub const SILENCE: Duration = Duration::from_millis(200);
 /// `127.0.0.1`
 pub const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// `::1`
 pub const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
-/// A UDP socket that sends all but without blocking, and receives with a timeout
+/// A UDP socket; sends block for a millisecond at most, and receives have a timeout
 #[derive(Debug)]
 pub struct Udp(UdpSocket);
 
 impl Udp {
-    /// Binds to an address; port 0 for any
+    /// Binds to an address; port 0 chooses a free port
     ///
     /// # Errors
-    /// What the system says.
+    /// The system call's error.
     pub fn bind(address: IpAddr, port: u16) -> io::Result<Self> {
         const SEND_BUFFER: libc::c_int = 1 << 26;
         let socket = UdpSocket::bind((address, port))?;
         socket.set_read_timeout(Some(TIMEOUT))?;
-        // Non-blocking mode would be for receiving too.
+        // Non-blocking mode would also affect receiving.
         socket.set_write_timeout(Some(Duration::from_millis(1)))?;
         for buffer in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
             sys::set_option(&socket, libc::SOL_SOCKET, buffer, SEND_BUFFER)?;
         }
-        // Beyond the system's limit for the machine's root alone.
+        // Only root of the machine may exceed the system's limit.
         for buffer in [libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE] {
             let _ = sys::set_option(&socket, libc::SOL_SOCKET, buffer, SEND_BUFFER);
         }
         Ok(Self(socket))
     }
 
-    /// Where it is bound
+    /// Returns the local address
     ///
     /// # Panics
-    /// Never: it is bound.
+    /// Never: the socket is bound.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.0.local_addr().expect("a bound socket has an address")
     }
 
-    /// Marks what it sends (`SO_MARK`)
+    /// Sets the mark of sent packets (`SO_MARK`)
     ///
     /// # Errors
     /// EPERM without CAP_NET_ADMIN.
@@ -66,7 +66,7 @@ impl Udp {
         )
     }
 
-    /// Gives what it sends a priority (`SO_PRIORITY`)
+    /// Sets the priority of sent packets (`SO_PRIORITY`)
     ///
     /// # Errors
     /// EPERM above 6 without CAP_NET_ADMIN.
@@ -74,11 +74,13 @@ impl Udp {
         self.set(libc::SO_PRIORITY, priority.into())
     }
 
-    /// Has the kernel cut what it sends into datagrams of so many bytes, as late as it can: until then, one large packet
-    /// goes its way (`UDP_SEGMENT`, "GSO"); and has it not cut what it receives (`UDP_GRO`). Linux 5.0
+    /// Turns on GSO for sending (`UDP_SEGMENT`) and GRO for receiving (`UDP_GRO`); Linux 5.0
+    ///
+    /// The kernel cuts a sent payload into datagrams of `bytes` bytes as late as possible. Until
+    /// then it handles one large packet. It does not cut a large packet for this receiver.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system call's error.
     pub fn send_segmented(&self, bytes: u16) -> io::Result<()> {
         for (option, value) in [(libc::UDP_SEGMENT, bytes.into()), (libc::UDP_GRO, 1)] {
             sys::set_option(&self.0, libc::SOL_UDP, option, value)?;
@@ -86,10 +88,12 @@ impl Udp {
         Ok(())
     }
 
-    /// Asks for times of receipt (`SO_TIMESTAMP`); while any socket does, the kernel takes them for every packet
+    /// Turns on receive timestamps (`SO_TIMESTAMP`)
+    ///
+    /// While one socket has the option, the kernel takes a timestamp of every packet.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system call's error.
     pub fn want_timestamps(&self) -> io::Result<()> {
         self.set(libc::SO_TIMESTAMP, 1)
     }
@@ -101,18 +105,18 @@ impl Udp {
     /// Sends a datagram
     ///
     /// # Errors
-    /// What the system says; `WouldBlock` when the send buffer is full of packets that wait.
+    /// The system call's error; `WouldBlock` when queued packets fill the send buffer.
     pub fn send(&self, payload: &[u8], to: SocketAddr) -> io::Result<()> {
         self.0.send_to(payload, to).map(|_| ())
     }
 
-    /// Receives a datagram's payload; `None` if none comes in [`TIMEOUT`]
+    /// Receives a datagram's payload; `None` after [`TIMEOUT`]
     #[must_use]
     pub fn recv(&self) -> Option<Vec<u8>> {
         self.recv_within(TIMEOUT)
     }
 
-    /// Receives a datagram's payload; `None` if none comes in time
+    /// Receives a datagram's payload; `None` after `timeout`
     ///
     /// # Panics
     /// For a timeout of 0.
@@ -124,7 +128,7 @@ impl Udp {
         Some(buf)
     }
 
-    /// Receives a datagram's payload into `buf`, and returns how long it is; `None` if none comes in time
+    /// Receives a datagram's payload into `buf` and returns its length; `None` after `timeout`
     ///
     /// # Panics
     /// For a timeout of 0.
@@ -136,26 +140,29 @@ impl Udp {
         self.0.recv_from(buf).ok().map(|(len, _)| len)
     }
 
-    /// Whether nothing comes for a moment
+    /// Returns whether no datagram arrives within [`SILENCE`]
     #[must_use]
     pub fn is_silent(&self) -> bool {
         self.recv_within(SILENCE).is_none()
     }
 
-    /// How many datagrams are there already; not while another thread receives
+    /// Discards and counts the datagrams in the receive buffer; no other thread may receive
+    /// meanwhile
     ///
     /// # Errors
-    /// What the system says.
+    /// The system call's error.
     pub fn drain_now(&self) -> io::Result<usize> {
         let mut count = 0;
         self.take_in(|_| count += 1)?;
         Ok(count)
     }
 
-    /// Receives the datagrams that are there already, as far as 64 bytes of each; not while another thread receives
+    /// Passes the datagrams in the receive buffer to `each`, up to 64 bytes of each datagram
+    ///
+    /// No other thread may receive meanwhile, because the socket is non-blocking during the call.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system call's error.
     pub fn take_in(&self, mut each: impl FnMut(&[u8])) -> io::Result<()> {
         let mut buf = [0; 64];
         self.0.set_nonblocking(true)?;
@@ -170,27 +177,28 @@ impl Udp {
         self.0.set_nonblocking(false)
     }
 
-    /// How many datagrams come until none does for a moment
+    /// Discards and counts datagrams until none arrives within [`SILENCE`]
     #[must_use]
     pub fn drain(&self) -> usize {
         std::iter::from_fn(|| self.recv_within(SILENCE)).count()
     }
 }
 
-/// Waits for one TCP connection, sends back what it gets, and returns when the peer is done
+/// Accepts one TCP connection, echoes all data, and returns their total length at the end
 ///
 /// # Errors
-/// What the system says; `WouldBlock` if nobody connects in [`TIMEOUT`], or the peer stands still for as long.
+/// The system call's error; `WouldBlock` if no peer connects, or the peer is silent, for
+/// [`TIMEOUT`].
 pub fn tcp_echo(listener: &TcpListener) -> io::Result<usize> {
     tcp_echo_within(listener, TIMEOUT)
 }
 
-/// The same, with another timeout
+/// Like [`tcp_echo`], with another timeout
 ///
 /// # Errors
 /// As [`tcp_echo`].
 pub fn tcp_echo_within(listener: &TcpListener, timeout: Duration) -> io::Result<usize> {
-    // On Linux a receive timeout is for `accept` too; only std does not offer it on listeners.
+    // On Linux a receive timeout also limits `accept`, but std does not offer it on listeners.
     UdpSocket::from(listener.as_fd().try_clone_to_owned()?).set_read_timeout(Some(timeout))?;
     let (mut stream, _) = listener.accept()?;
     stream.set_read_timeout(Some(timeout))?;
@@ -207,10 +215,10 @@ pub fn tcp_echo_within(listener: &TcpListener, timeout: Duration) -> io::Result<
     }
 }
 
-/// Connects, sends `data` and returns what comes back
+/// Connects, sends `data` and returns the answer
 ///
 /// # Errors
-/// What the system says; `TimedOut` or `WouldBlock` after [`TIMEOUT`].
+/// The system call's error; `TimedOut` or `WouldBlock` after [`TIMEOUT`].
 pub fn tcp_exchange(to: SocketAddr, data: &[u8]) -> io::Result<Vec<u8>> {
     let mut stream = TcpStream::connect_timeout(&to, TIMEOUT)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
@@ -222,10 +230,12 @@ pub fn tcp_exchange(to: SocketAddr, data: &[u8]) -> io::Result<Vec<u8>> {
     Ok(back)
 }
 
-/// Sends an ICMP echo request from a raw socket, and says whether the reply with the same data comes in time
+/// Sends an ICMP echo request from a raw socket
+///
+/// Returns whether the reply with the same data arrives within `timeout`.
 ///
 /// # Errors
-/// EPERM without CAP_NET_RAW; else what the system says.
+/// EPERM without CAP_NET_RAW; otherwise the system call's error.
 pub fn ping(to: IpAddr, data: &[u8], timeout: Duration) -> io::Result<bool> {
     let (domain, protocol, request, reply, header_len) = match to {
         IpAddr::V4(_) => (AddressFamily::INET, ipproto::ICMP, 8, 0, 20),
@@ -238,7 +248,7 @@ pub fn ping(to: IpAddr, data: &[u8], timeout: Duration) -> io::Result<bool> {
         SocketFlags::CLOEXEC,
         Some(protocol),
     )?;
-    // For `connect`, `send` and timeouts a raw socket is as good as a UDP one; only std has no name for it.
+    // std has no raw sockets; `connect`, `send` and timeouts work alike through `UdpSocket`.
     let socket = UdpSocket::from(raw);
     socket.connect((to, 0))?;
     let id = socket.as_fd().as_raw_fd().to_be_bytes();
@@ -270,7 +280,7 @@ pub fn ping(to: IpAddr, data: &[u8], timeout: Duration) -> io::Result<bool> {
     }
 }
 
-/// RFC 1071
+/// Returns the checksum of RFC 1071
 fn internet_checksum(bytes: &[u8]) -> u16 {
     let sum: u32 = bytes
         .chunks(2)

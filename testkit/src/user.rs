@@ -1,4 +1,4 @@
-//! Privileges to be without
+//! Dropping privileges
 
 use std::thread;
 
@@ -7,15 +7,15 @@ use crate::sys;
 /// `CAP_NET_ADMIN` (`linux/capability.h`)
 const CAP_NET_ADMIN: u32 = 12;
 
-/// Gives the calling thread's `CAP_NET_ADMIN` up, and with it that of a process with one thread
+/// Drops `CAP_NET_ADMIN` from the calling thread
 ///
 /// # Panics
-/// Never: a thread may.
+/// Never: every thread may drop a capability.
 pub fn drop_net_admin() {
     sys::drop_capability(CAP_NET_ADMIN).expect("a thread may give up a capability");
 }
 
-/// Runs something in a thread that has no `CAP_NET_ADMIN`
+/// Runs `f` in a thread without `CAP_NET_ADMIN`
 ///
 /// # Panics
 /// When `f` panics.

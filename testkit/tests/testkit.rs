@@ -1,6 +1,6 @@
-//! The ground that everything else stands on, checked on its own
+//! Tests of the test kit itself
 //!
-//! No queue is bound here, so what the kernel does with a packet says whether the rules work.
+//! No test binds a queue, so the fate of a packet shows whether the rules work.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, TcpListener, TcpStream};
@@ -63,7 +63,7 @@ fn traffic_of_all_protocols_flows() {
 }
 
 #[test]
-fn an_echo_ends_when_nobody_connects_or_the_peer_is_silent() {
+fn tcp_echo_fails_without_a_peer_or_its_data() {
     isolated(|| {
         let listener = TcpListener::bind((V4, 0)).unwrap();
         let alone = traffic::tcp_echo_within(&listener, SILENCE).unwrap_err();
@@ -107,7 +107,7 @@ fn rules_match_count_drop_and_end() {
 }
 
 #[test]
-fn a_packet_to_a_queue_that_nobody_has_bound_is_dropped_or_bypasses_it() {
+fn an_unbound_queue_drops_or_bypasses_packets() {
     isolated(|| {
         for (family, address) in BOTH {
             let table = Table::new(family, "t").unwrap();

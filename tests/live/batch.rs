@@ -22,13 +22,13 @@ use crate::lab::{
     recv_past_the_library, run, steal_past_the_library, take_all, udp_payload,
 };
 
-/// Has the kernel drop all waiting packets
+/// Makes the kernel drop all waiting packets
 fn drop_waiting() {
     link::down("lo").unwrap();
     link::up("lo").unwrap();
 }
 
-/// Has the kernel drop the packets, then sends their verdicts. Returns the operations of the
+/// Makes the kernel drop the packets, then sends their verdicts. Returns the operations of the
 /// refusals: one per message
 fn refusals(socket: &Socket, batch: &mut RecvBatch, verdicts: &mut SendBatch) -> Vec<Operation> {
     drop_waiting();
@@ -45,7 +45,7 @@ fn refusals(socket: &Socket, batch: &mut RecvBatch, verdicts: &mut SendBatch) ->
     refused
 }
 
-/// Pushes the same verdict for all of these
+/// Pushes the same verdict for all keys
 fn push_all(verdicts: &mut SendBatch, keys: &[PacketKey], verdict: Verdict) {
     for &key in keys {
         verdicts.push(key, verdict).unwrap();
@@ -284,8 +284,7 @@ fn processes_that_share_a_socket_answer_their_own() {
     });
 }
 
-/// The caller vouches for the packets that this verdict answers: those of other holders are among
-/// them
+/// The caller is responsible for all answered packets, including packets held by others
 #[test]
 fn a_verdict_up_to_a_packet_answers_all_before_it() {
     isolated(|| {
@@ -317,7 +316,7 @@ fn a_verdict_up_to_a_packet_answers_all_before_it() {
         });
         assert_eq!(refused, [Some(held)], "it was answered before");
 
-        // The same by a sender, with a mark, and with a key from an id
+        // Again by a sender, with a mark, and with a key from an id
         let sender = socket.verdict_sender();
         let last = queue.key(all[3].id());
         sender
@@ -370,7 +369,7 @@ fn merging_goes_on_after_a_verdict_up_to() {
 fn a_batch_may_need_several_system_calls() {
     isolated(|| {
         const N: u32 = 600;
-        // This many fit the buffers of an ordinary user.
+        // The buffers of an ordinary user have room for this many packets.
         const AT_ONCE: u32 = 100;
         let lab = Lab::new();
         let socket = Socket::open().unwrap();
@@ -529,7 +528,7 @@ fn run_once_reports_what_has_no_callback() {
         handle.on_event(move |event| send.send(format!("{event:?}")).unwrap());
         let queue = handle
             .create_queue_with(QUEUE, &WHOLE_PACKETS, |data| {
-                // The kernel refuses this one.
+                // The kernel refuses this verdict.
                 data.set_verdict(Verdict::Stolen, None);
             })
             .unwrap();
@@ -568,7 +567,7 @@ fn run_once_reports_what_has_no_callback() {
     });
 }
 
-/// Its slots are as long as the copy mode and range ask for
+/// The slots are as long as required by copy mode and range
 #[test]
 fn a_batch_for_a_configuration_holds_its_packets() {
     isolated(|| {
@@ -593,7 +592,7 @@ fn a_batch_for_a_configuration_holds_its_packets() {
     });
 }
 
-/// In the caller's own loop other code may have any packet, so each packet has its own verdict
+/// The caller's own loop may pass any packet to other code, so each packet gets its own verdict
 #[test]
 fn handle_packet_ends_merging() {
     isolated(|| {
@@ -705,7 +704,7 @@ fn a_refusal_without_the_capability_ends_merging() {
         socket.set_verdict(all[1], Verdict::Accept).unwrap();
         assert_eq!(other.recv().as_deref(), Some(&[0][..]), "it waited");
 
-        // For good, and also for queues bound later
+        // Permanently, and also for queues bound later
         let _later = socket.bind(3).unwrap();
         let third = lab.add_queue(3);
         for number in 0..3 {
@@ -750,7 +749,7 @@ fn try_run_once_gets_to_packets_behind_refusals() {
     });
 }
 
-/// The other verdicts are sent although one fits no system call
+/// The other verdicts are sent although one verdict is too long for a system call
 #[test]
 fn a_verdict_longer_than_the_send_buffer_fails_alone() {
     isolated(|| {
@@ -765,7 +764,7 @@ fn a_verdict_longer_than_the_send_buffer_fails_alone() {
         for (i, &key) in all.iter().enumerate() {
             match i {
                 1 => verdicts.push(key, Verdict::Accept.with_payload(&long)),
-                // Each is different: together they are too many messages for one call.
+                // Different verdicts are not merged, and one call cannot send this many messages.
                 _ => verdicts.push(key, Verdict::Accept.with_mark(u32::try_from(i).unwrap())),
             }
             .unwrap();

@@ -30,16 +30,16 @@ use crate::lab::{
 /// Room for some 40 packets
 const SMALL_BUFFER: usize = 1 << 14;
 
-/// A packet that waits for its verdict, and its number
+/// A packet without a verdict, and its number
 type Held = (PacketKey, u32);
 
-/// Numbered packets to a UDP socket, and an entry for each in a ledger
+/// Numbered packets to a UDP socket, and their ledger
 struct Books<'s> {
     receiver: &'s Udp,
     ledger: Ledger,
 }
 
-/// Everything that was received
+/// All received events
 #[derive(Debug, Default)]
 struct Received {
     packets: Vec<Held>,
@@ -81,12 +81,12 @@ impl<'s> Books<'s> {
         self.ledger.send(packets, send);
     }
 
-    /// Receives everything that is there
+    /// Receives all available events
     fn receive(&self, socket: &Socket) -> Received {
         self.receive_until(socket, |_| true)
     }
 
-    /// Receives until `is_all`, and then everything that is there
+    /// Receives until `is_all`, and then all available events
     #[track_caller]
     fn receive_until(&self, socket: &Socket, is_all: impl Fn(&Received) -> bool) -> Received {
         let (mut batch, mut received) = (RecvBatch::default(), Received::default());
@@ -129,7 +129,7 @@ impl<'s> Books<'s> {
         self.answer(socket, &self.packets(socket, 10));
     }
 
-    /// Notes that packets are lost, whatever verdicts they got
+    /// Records the loss of packets, whatever their verdicts
     fn lose(&self, packets: &[Held]) {
         for &(_, number) in packets {
             self.ledger.lose(number);
@@ -172,8 +172,8 @@ fn fail_open(is_open: bool) -> QueueConfig {
     WHOLE_PACKETS.flags(ConfigFlags::FAIL_OPEN, flags)
 }
 
-/// The number of packets that the kernel dropped because the queue was full, and because the
-/// receive buffer was; only root may know
+/// Returns the kernel's counts of packets dropped because of a full queue, and because of a full
+/// receive buffer; only root may read them
 fn kernel_drops() -> Option<(u64, u64)> {
     match QueueStats::read(QUEUE) {
         Err(_) if is_rootless() => None,
@@ -184,7 +184,7 @@ fn kernel_drops() -> Option<(u64, u64)> {
     }
 }
 
-/// Fails unless the kernel has dropped this many, if it says
+/// Fails unless the kernel has dropped this many packets, if the counts are readable
 #[track_caller]
 fn expect_kernel_drops(full_queue: u64, full_socket: u64) {
     if let Some(drops) = kernel_drops() {
@@ -203,8 +203,8 @@ fn lab() -> Lab {
     Lab::with(Hook::Output, &queueing_rule())
 }
 
-/// Makes and deletes a base chain that no queued packet passes: the kernel drops every packet that
-/// waits
+/// Makes and deletes a base chain: the kernel drops every waiting packet, although none passes the
+/// chain
 fn delete_a_chain() {
     let table = Table::new(Family::Ip, "another").unwrap();
     table.chain("chain", Hook::Forward, 0).unwrap();
@@ -228,7 +228,7 @@ fn a_flood_beyond_the_receive_buffer() {
                 books.answer(&socket, &received.packets);
                 books.ledger.collect(books.receiver).unwrap();
             }
-            books.go_on(&socket); // and its packets show the gap before them
+            books.go_on(&socket); // The packets show the gap before them.
             let stats = socket.stats();
             let lost = stats.missing_packets;
             assert!(lost > 0, "it all fits the buffer");
@@ -353,8 +353,7 @@ fn acknowledgements_lost_in_an_overrun() {
             let mut queue = Some(queue);
             let mut destroy = || queue.take().unwrap().destroy();
             is_lost(&mut destroy, Operation::Unbind(QUEUE));
-            // Packets that were received before the queue ended may come out; their verdicts are
-            // late.
+            // Packets received before the end of the queue may be events; their verdicts are late.
             let received = books.receive(&socket);
             assert_eq!(received.overruns > 0, reports);
             for (key, _) in received.packets {
@@ -398,7 +397,7 @@ fn a_consumer_is_killed_and_another_takes_over() {
                 }
             })
             .unwrap();
-            drop(there); // so that the read ends with the consumer
+            drop(there); // If the consumer dies, the reads below fail.
             let mut word = [0; 8];
             here.read_exact(&mut word).unwrap();
             books.send(20);
@@ -409,7 +408,7 @@ fn a_consumer_is_killed_and_another_takes_over() {
                 books.ledger.accept(number);
             }
             for number in 10..20 {
-                books.ledger.lose(number); // held by it, and in its socket
+                books.ledger.lose(number); // The consumer held it, or its socket contained it.
             }
             books.send(5);
 
@@ -447,8 +446,7 @@ fn a_socket_is_dropped_with_packets_held() {
     });
 }
 
-/// One thread accepts packets of the first binding while the second one begins: its packets have
-/// the same ids
+/// One thread accepts packets of the first binding while the second one begins with the same ids
 #[test]
 fn no_late_verdict_hits_a_packet_of_a_new_binding() {
     isolated(|| {
@@ -472,7 +470,7 @@ fn no_late_verdict_hits_a_packet_of_a_new_binding() {
                             verdicts.push(key, Verdict::Accept).unwrap();
                         }
                         socket.send(&mut verdicts).unwrap();
-                        // All of them or none: they are of one queue, and one system call.
+                        // All or none are late, because they have the same queue and system call.
                         let late = socket.stats().late_verdicts - before;
                         assert!(late == 0 || late == packets.len() as u64, "{late}");
                         late > 0
@@ -524,7 +522,7 @@ fn no_late_verdict_hits_a_packet_of_a_new_binding() {
                 books.ledger.drop(number);
             }
             socket.sync().unwrap();
-            // Each packet was there, and was dropped.
+            // Each packet was waiting, and was dropped.
             books.expect_refusals(&socket, &[], ErrorKind::NotBound);
             books.assert_balanced(0, 0);
             queue.destroy().unwrap();
@@ -537,7 +535,7 @@ fn packets_dropped_while_waiting_are_each_reported() {
     isolated(|| {
         let lab = lab();
         let faults: [&dyn Fn(); 2] = [
-            // Any base chain, also one that these packets do not pass
+            // Any base chain, even one not passed by these packets
             &delete_a_chain,
             &|| {
                 link::down("lo").unwrap();
@@ -588,7 +586,7 @@ fn rules_are_flushed_and_their_chain_is_deleted() {
     });
 }
 
-/// The device that the packets were to leave by goes with the namespace
+/// The packets' outgoing device disappears with the namespace
 #[test]
 fn a_namespace_is_removed_with_packets_on_their_way() {
     isolated(|| {
@@ -701,7 +699,7 @@ fn a_process_drops_its_privileges() {
     });
 }
 
-/// Checks what a thread without `CAP_NET_ADMIN` can do with its packets
+/// Fails unless the kernel refuses verdicts and settings for lack of `CAP_NET_ADMIN`
 fn expect_no_privilege(books: &Books<'_>, socket: &Socket, queue: &Queue, held: &[Held]) {
     for &(key, number) in held {
         socket.set_verdict(key, mixed(number)).unwrap();
@@ -833,7 +831,7 @@ fn a_stopped_process_gets_its_answers_later() {
     });
 }
 
-/// EINTR in every call that waits
+/// EINTR in every waiting call
 #[test]
 fn a_storm_of_signals() {
     isolated(|| {
@@ -947,7 +945,7 @@ fn the_limit_of_descriptors_is_reached() {
     });
 }
 
-/// With a limit of 0, poll(2) fails for a descriptor that is open already
+/// With a limit of 0, poll(2) fails even for an open descriptor
 #[test]
 fn receiving_works_with_a_descriptor_limit_of_0() {
     isolated(|| {
@@ -977,7 +975,7 @@ fn receiving_works_with_a_descriptor_limit_of_0() {
     });
 }
 
-/// Whether this is a failed system call with this error number, in this operation
+/// Returns true for a failed system call of this operation with this error number
 fn is_io<T>(result: &nfqnl::Result<T>, op: Operation, errno: u16) -> bool {
     matches!(result, Err(Error::Io { op: of, source, .. })
         if *of == op && source.raw_os_error() == Some(errno.into()))
@@ -1023,7 +1021,7 @@ fn sends_that_fail_can_be_made_again() {
     });
 }
 
-/// The next call sends the verdicts that callbacks have set
+/// The next call sends the verdicts set by callbacks
 #[test]
 fn sends_of_run_once_that_fail_are_made_again() {
     isolated(|| {
@@ -1097,10 +1095,10 @@ fn ten_thousand_packets_are_answered_in_any_order() {
 fn hold_ten_thousand_packets(order: fn(&mut [Held])) {
     const N: usize = 10_000;
     const THREADS: usize = 8;
-    /// The number of packets that fits the buffers of an ordinary user
+    /// The buffers of an ordinary user have room for this many packets
     const FIT: u32 = 100;
     let pause = || thread::sleep(Duration::from_micros(100));
-    let lab = Lab::at_input(); // where packets are not charged to their sender
+    let lab = Lab::at_input(); // At INPUT packets are not charged to their sender.
     let books = Books::new(&lab.v4);
     let socket = Socket::open().unwrap();
     let config = WHOLE_PACKETS.maxlen(N.try_into().unwrap());
@@ -1156,7 +1154,7 @@ fn shuffle(held: &mut [Held]) {
     }
 }
 
-/// The buffer has no room for 400 answers: so an unbinding that nothing waits for asks for none
+/// The buffer has no room for 400 answers, so dropping a queue does not request an answer
 #[test]
 fn dropping_400_queues_loses_no_packet() {
     isolated(|| {
@@ -1189,8 +1187,7 @@ fn a_thousand_refusals_overrun_nothing() {
     isolated(|| {
         const HELD: usize = 1000;
         const LIVE: u32 = 10;
-        // Packets that are received are not charged to their sender at INPUT, so an ordinary user
-        // can hold 1000.
+        // At INPUT packets are not charged to their sender, so an ordinary user can hold 1000.
         let lab = Lab::at_input();
         for buffer in [None, Some(1 << 17)] {
             let builder = match buffer {
@@ -1206,7 +1203,7 @@ fn a_thousand_refusals_overrun_nothing() {
                 held.extend(next_keys(&socket, &mut batch, 50));
             }
             delete_a_chain();
-            // In reverse, so that no verdicts are merged
+            // In reverse, to prevent merging of verdicts
             for &key in held.iter().rev() {
                 verdicts.push(key, Verdict::Accept).unwrap();
             }
@@ -1236,10 +1233,10 @@ fn a_thousand_refusals_overrun_nothing() {
     });
 }
 
-/// Newer kernels keep at most 65,536 packets waiting in a queue, whatever `maxlen` says, and number
-/// those that they drop
+/// Newer kernels keep at most 65,536 packets waiting in a queue, whatever the `maxlen`
 ///
-/// So the socket misses their ids, although its receive buffer had room.
+/// The kernel also gives ids to the dropped packets. The socket misses these ids, although its
+/// receive buffer had room.
 #[test]
 fn packets_beyond_65536_waiting_are_missing() {
     isolated(|| {
@@ -1265,7 +1262,7 @@ fn packets_beyond_65536_waiting_are_missing() {
         thread::sleep(Duration::from_millis(100));
         take_all(&socket, &mut batch, |event| held.push(hold(event)));
         let waiting = held.len() as u64;
-        // A packet for which there is room shows the gap before it.
+        // The next queued packet shows the gap before it.
         socket.set_verdict(held[0], Verdict::Drop).unwrap();
         lab.send(b"shows the gap");
         held.push(next_packet(&socket, &mut batch).key());
@@ -1298,11 +1295,11 @@ fn packets_beyond_65536_waiting_are_missing() {
     });
 }
 
-/// An answer is behind every packet that came before it, so the library has to read them all
+/// An answer is behind all earlier packets, so the library must read all of them
 #[test]
 fn settings_behind_a_large_backlog_are_acknowledged() {
     isolated(|| {
-        // What fits the buffers of an ordinary user; and root has time for one large backlog.
+        // Root has time for one large backlog. Below are sizes for the buffers of an ordinary user.
         let mut backlogs = [60_000, 2000, 2000, 2000, 2000, 2000];
         if is_rootless() {
             backlogs = [200; 6];
@@ -1352,8 +1349,8 @@ fn word(stream: &mut UnixStream) -> [u8; 4] {
     word
 }
 
-/// Each process knows only of the packets that it has received. A verdict for a range of packets
-/// would include some of the other process: the gap in the ids shows that another process receives
+/// Each process knows only its own received packets. A verdict on a range would include packets of
+/// the other process: the gap in the ids reveals the other receiver
 #[test]
 fn two_processes_that_take_turns_keep_their_verdicts() {
     isolated(|| {
@@ -1364,7 +1361,7 @@ fn two_processes_that_take_turns_keep_their_verdicts() {
         let socket = Socket::open().unwrap();
         let _queue = socket.bind(QUEUE).unwrap();
         let (mut here, mut there) = UnixStream::pair().unwrap();
-        // One slot, so that no more is received than asked for
+        // With one slot a call receives one packet.
         let mut batch = RecvBatch::new(1, RecvBatch::DEFAULT_SLOT_LEN);
         let mut verdicts = SendBatch::new();
         let child = process::fork(|| {
@@ -1398,7 +1395,7 @@ fn two_processes_that_take_turns_keep_their_verdicts() {
                     verdicts.push(key, Verdict::Accept).unwrap();
                 }
             };
-            // Which four packets of the twelve the child gets, and which process answers first
+            // The round determines the child's four packets and the first process to answer.
             let childs = round % 3;
             for four in 0..3 {
                 if four == childs {

@@ -23,13 +23,13 @@ use rustix::net::RecvFlags;
 
 /// The UDP port of the queued packets
 pub(crate) const PORT: u16 = 5000;
-/// The queue that gets them
+/// The queue of these packets
 pub(crate) const QUEUE: u16 = 1;
 /// Settings for callbacks with the payload
 pub(crate) const WHOLE_PACKETS: QueueConfig =
     QueueConfig::new().copy_mode(nfqnl::CopyMode::Packet, u32::MAX);
 
-/// A rule: UDP to [`PORT`] goes to [`QUEUE`]. And sockets that send there
+/// A rule for UDP to [`PORT`] into [`QUEUE`], and sockets for sending
 pub(crate) struct Lab {
     pub(crate) v4: Udp,
     pub(crate) v6: Udp,
@@ -45,8 +45,7 @@ impl Lab {
         Self::at(Hook::Output)
     }
 
-    /// Queues packets as they arrive. On loopback that may be some time after the sender's system
-    /// call
+    /// Queues packets as they arrive, on loopback perhaps some time after the sender's system call
     pub(crate) fn at_input() -> Self {
         Self::at(Hook::Input)
     }
@@ -111,9 +110,11 @@ impl Lab {
         }
     }
 
-    /// Sends numbers in small bursts. Waits while the receiver is so far behind that its buffer
-    /// could overrun. Reads delivered datagrams meanwhile: an ordinary user's UDP socket has no
-    /// room for all of them
+    /// Sends numbers in small bursts
+    ///
+    /// Waits while the receiver is too far behind, because its buffer could overrun. Reads
+    /// delivered datagrams meanwhile: an ordinary user's UDP socket does not have room for all of
+    /// them.
     pub(crate) fn send_in_bursts(&self, numbers: std::ops::Range<u32>, received: &AtomicU32) {
         const FIT: u32 = 60;
         let mut dice = Dice(2);
@@ -131,7 +132,7 @@ impl Lab {
         }
     }
 
-    /// Counts the delivered datagrams, including those during the bursts, until none comes for a
+    /// Counts the delivered datagrams, including those during the bursts, until none arrives for a
     /// moment
     pub(crate) fn drain(&self) -> usize {
         self.drained.swap(0, Ordering::Relaxed) + self.v4.drain()
@@ -160,7 +161,7 @@ impl Dice {
     }
 }
 
-/// A bridge with its packets in the IP hooks; `None` if `NFQNL_SKIP_BRIDGE=1` is set
+/// Makes a bridge with its packets in the IP hooks; `None` if `NFQNL_SKIP_BRIDGE=1` is set
 pub(crate) fn bridge() -> Option<Bridge> {
     const SKIP: &str = "NFQNL_SKIP_BRIDGE";
     if std::env::var_os(SKIP).is_some_and(|value| value == "1") {
@@ -170,7 +171,7 @@ pub(crate) fn bridge() -> Option<Bridge> {
     Some(Bridge::new().unwrap_or_else(|error| panic!("{error}, or set {SKIP}=1")))
 }
 
-/// The priority of packets after a verdict with `priority`: 0 before Linux 5.18, which ignores it
+/// Returns the priority of packets after a verdict with `priority`: Linux before 5.18 ignores it
 pub(crate) fn priority(priority: u32) -> u32 {
     if kernel::is_at_least(5, 18) {
         priority
@@ -179,8 +180,8 @@ pub(crate) fn priority(priority: u32) -> u32 {
     }
 }
 
-/// Fails unless a rewritten packet with this payload arrives, or nothing on kernels that refuse new
-/// payloads
+/// Fails unless a rewritten packet with this payload arrives, or none on kernels without support
+/// for new payloads
 #[track_caller]
 pub(crate) fn expect_rewritten(socket: &Udp, payload: &[u8]) {
     if kernel::refuses_payloads() {
@@ -190,7 +191,7 @@ pub(crate) fn expect_rewritten(socket: &Udp, payload: &[u8]) {
     }
 }
 
-/// Receives until there are events; fails if none come in time
+/// Receives until there are events; fails if none arrive in time
 #[track_caller]
 pub(crate) fn next_events<'b>(socket: &Socket, batch: &'b mut RecvBatch) -> Events<'b> {
     let end = Instant::now() + TIMEOUT;
@@ -215,13 +216,13 @@ pub(crate) fn recv_events<'b>(socket: &Socket, batch: &'b mut RecvBatch) -> Even
     }
 }
 
-/// The next event; fails if none comes in time
+/// Returns the next event; fails if none arrives in time
 #[track_caller]
 pub(crate) fn next_event<'b>(socket: &Socket, batch: &'b mut RecvBatch) -> Event<'b> {
     next_events(socket, batch).next().unwrap()
 }
 
-/// The next packet; fails if another event comes
+/// Returns the next packet; fails on another event
 #[track_caller]
 pub(crate) fn next_packet<'b>(socket: &Socket, batch: &'b mut RecvBatch) -> Packet<'b> {
     match next_event(socket, batch) {
@@ -230,13 +231,13 @@ pub(crate) fn next_packet<'b>(socket: &Socket, batch: &'b mut RecvBatch) -> Pack
     }
 }
 
-/// The keys of the next `n` packets
+/// Returns the keys of the next `n` packets
 #[track_caller]
 pub(crate) fn next_keys(socket: &Socket, batch: &mut RecvBatch, n: usize) -> Vec<PacketKey> {
     Vec::from_iter((0..n).map(|_| next_packet(socket, batch).key()))
 }
 
-/// Whether another socket could bind the queue
+/// Returns true if another socket could bind the queue
 pub(crate) fn is_free(num: u16) -> bool {
     let other = Socket::open().unwrap();
     match other.bind(num) {
@@ -249,12 +250,12 @@ pub(crate) fn is_free(num: u16) -> bool {
     }
 }
 
-/// Whether another socket has bound the queue
+/// Returns true if another socket has bound the queue
 pub(crate) fn is_in_use(refusal: &Refusal) -> bool {
     matches!(refusal.kind(), ErrorKind::QueueInUse { .. })
 }
 
-/// The kernel's refusal; fails if there is none
+/// Returns the kernel's refusal; fails for other results
 #[track_caller]
 pub(crate) fn refusal<T: std::fmt::Debug>(result: nfqnl::Result<T>) -> Refusal {
     match result {
@@ -263,21 +264,21 @@ pub(crate) fn refusal<T: std::fmt::Debug>(result: nfqnl::Result<T>) -> Refusal {
     }
 }
 
-/// Whether there are no events: none in the batch, set aside, or in the socket
+/// Returns true if the batch, the stash and the socket have no events
 pub(crate) fn is_silent(socket: &Socket, batch: &mut RecvBatch) -> bool {
     loop {
         drop(socket.try_recv(batch).unwrap());
         if batch.has_events() {
             return false;
         }
-        // A call may have read an answer to a setting or to a wake, and left events behind it.
+        // A call may have read only an answer to a setting or to a wake, with events behind it.
         if !is_readable(socket) {
             return true;
         }
     }
 }
 
-/// Passes on every event, without waiting
+/// Passes every event to `f`, without waiting
 #[track_caller]
 pub(crate) fn take_all(socket: &Socket, batch: &mut RecvBatch, mut each: impl FnMut(Event<'_>)) {
     while !is_silent(socket, batch) {
@@ -285,8 +286,7 @@ pub(crate) fn take_all(socket: &Socket, batch: &mut RecvBatch, mut each: impl Fn
     }
 }
 
-/// Runs a handle's callbacks until `packets` packets have been called back for; fails if they do
-/// not come in time, or more come
+/// Runs a handle's callbacks for `packets` packets; fails if fewer arrive in time, or more
 #[track_caller]
 pub(crate) fn run(handle: &Handle<'_>, batch: &mut RecvBatch, packets: usize) {
     let end = Instant::now() + TIMEOUT;
@@ -299,13 +299,13 @@ pub(crate) fn run(handle: &Handle<'_>, batch: &mut RecvBatch, packets: usize) {
     assert_eq!(called, packets);
 }
 
-/// Whether poll(2) reports the descriptor as readable now
+/// Returns true if poll(2) reports the descriptor as readable now
 pub(crate) fn is_readable(socket: &impl AsFd) -> bool {
     let mut fds = [PollFd::new(socket, PollFlags::IN)];
     poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
 }
 
-/// Sends on a copy of the descriptor, as other code with a copy can
+/// Sends on a copy of the descriptor, like other code with a copy
 pub(crate) fn send_past_the_library(socket: &impl AsFd, messages: &[u8]) {
     let mut copy = File::from(socket.as_fd().try_clone_to_owned().unwrap());
     assert_eq!(copy.write(messages).unwrap(), messages.len());
@@ -318,7 +318,7 @@ pub(crate) fn configure_past_the_library(socket: &impl AsFd, request: &ConfigReq
     send_past_the_library(socket, &buf[..len]);
 }
 
-/// Receives a datagram on a copy of the descriptor; fails if none is there: the kernel answers
+/// Receives a datagram on a copy of the descriptor; does not wait, because the kernel answers
 /// within the send
 pub(crate) fn recv_past_the_library(socket: &impl AsFd) -> Vec<u8> {
     let mut datagram = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
@@ -327,13 +327,12 @@ pub(crate) fn recv_past_the_library(socket: &impl AsFd) -> Vec<u8> {
     datagram
 }
 
-/// Receives a datagram on a copy of the descriptor if one is there, and returns whether there was
-/// one
+/// Receives a datagram on a copy of the descriptor; returns false if the socket is empty
 pub(crate) fn steal_past_the_library(socket: &impl AsFd) -> bool {
     rustix::net::recv(socket, &mut [0; 64][..], RecvFlags::DONTWAIT).is_ok()
 }
 
-/// The UDP payload of a packet
+/// Returns the UDP payload of a packet
 pub(crate) fn udp_payload<'b>(packet: &Packet<'b>) -> &'b [u8] {
     let sliced = etherparse::SlicedPacket::from_ip(packet.payload()).unwrap();
     match sliced.transport {
@@ -342,13 +341,12 @@ pub(crate) fn udp_payload<'b>(packet: &Packet<'b>) -> &'b [u8] {
     }
 }
 
-/// The number in a packet of [`Lab::send_numbered`]
+/// Returns the number in a packet of [`Lab::send_numbered`]
 pub(crate) fn number(packet: &Packet<'_>) -> u32 {
     u32::from_be_bytes(udp_payload(packet).try_into().unwrap())
 }
 
-/// Ends the test as failed unless it is dropped in time: for calls that block forever when the test
-/// fails
+/// Ends the test as failed unless this is dropped in time, because calls may block forever
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     _alive: mpsc::Sender<()>,

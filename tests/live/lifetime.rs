@@ -75,10 +75,10 @@ fn a_key_of_another_socket_is_refused() {
     });
 }
 
-/// The next packet of this binding, and the number of older packets that came out before it
+/// Returns the next packet of this binding, and the number of older packets before it
 ///
-/// A packet that was received before its queue ended may still come out. Its key is of the old
-/// binding, so that its verdict is late.
+/// A packet received before the end of its queue may still be an event. Its key belongs to the
+/// old binding, and its verdict is late.
 #[track_caller]
 fn next_of_binding(
     socket: &Socket,
@@ -272,9 +272,9 @@ fn verdicts_race_with_the_end_of_their_queue() {
             .unwrap();
             socket.sync().unwrap();
             take_all(&socket, &mut batch, |event| match event {
-                // A verdict that was on its way when the queue ended
+                // The verdict was on its way at the end of the queue.
                 Event::Refused(refusal) => assert_eq!(refusal.kind(), ErrorKind::NotBound),
-                // The packet of the second binding, which has ended as well
+                // The second binding has ended as well.
                 Event::Packet(packet) => assert_eq!(udp_payload(&packet), b"must not be hit"),
                 other => panic!("{other:?}"),
             });
@@ -325,7 +325,7 @@ fn packets_in_flight_stay_out_of_the_next_binding() {
             for _ in 0..2 {
                 scope.spawn(|| {
                     while !done.load(Ordering::Relaxed) {
-                        // Fails while the send buffer is full
+                        // A send fails while the send buffer is full.
                         let _ = lab.v4.send(b"flood", lab.v4.address());
                     }
                 });
@@ -350,7 +350,7 @@ fn packets_in_flight_stay_out_of_the_next_binding() {
     });
 }
 
-/// Whichever thread is first, the number can be bound afterwards
+/// The number can be bound afterwards, whichever thread was first
 #[test]
 fn threads_race_to_bind_and_end_a_queue() {
     isolated(|| {
@@ -451,7 +451,7 @@ fn expect_service(lab: &Lab, socket: &Socket) {
     lab.expect_numbered(0..3);
 }
 
-/// As a program does that forks to become a daemon: the parent returns, and drops what it has
+/// Like a daemon: the program forks, and the parent returns and drops its values
 #[test]
 fn a_childs_queue_survives_the_drops_of_its_parent() {
     isolated(|| {
@@ -469,7 +469,7 @@ fn a_childs_queue_survives_the_drops_of_its_parent() {
                 assert_eq!(&word(&mut there), b"quit");
             });
             let child = child.unwrap();
-            drop(there); // so that no word is waited for once the child has ended
+            drop(there); // If the child dies, the reads below fail.
             match order {
                 "queue first" => drop((queue, socket)),
                 "socket first" => {
@@ -510,7 +510,7 @@ fn a_parents_queue_survives_the_drops_of_its_child() {
     });
 }
 
-/// In parent and child alike, and nothing else of the other process ends
+/// In parent and child alike, and nothing else ends in the other process
 #[test]
 fn destroy_unbinds_after_a_fork_too() {
     isolated(|| {
@@ -537,7 +537,7 @@ fn destroy_unbinds_after_a_fork_too() {
         assert!(is_free(OTHER), "the parent has unbound it");
         child.unwrap().kill();
 
-        // A queue that the child itself has bound ends with the drop in the child.
+        // The child's own queue ends with the drop in the child.
         let child = process::fork(|| drop(bind()));
         assert!(child.unwrap().wait().unwrap());
         assert!(is_free(OTHER), "the child has dropped it");

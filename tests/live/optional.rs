@@ -1,5 +1,4 @@
-//! Features that only some kernels have: each test checks that the feature works, or that the
-//! kernel refuses it
+//! Features of only some kernels: in each test, the feature works or the kernel refuses it
 
 use std::io::ErrorKind as IoErrorKind;
 
@@ -23,14 +22,14 @@ const ETH_P_8021Q: u16 = 0x8100;
 /// `CTA_MARK` (`linux/netfilter/nfnetlink_conntrack.h`)
 const CTA_MARK: u16 = 8;
 
-/// The connection mark in a packet's conntrack entry
+/// Returns the connection mark in a packet's conntrack entry
 fn connection_mark(packet: &Packet<'_>) -> u32 {
     let mut entry = Attrs::new(packet.conntrack().expect("it is tracked"));
     let mark = entry.find_map(|attr| attr.ok().filter(|attr| attr.kind == CTA_MARK));
     mark.map_or(0, |mark| u32::from_be_bytes(mark.value.try_into().unwrap()))
 }
 
-/// Of a new connection, and of one that the kernel has in its table
+/// For a new connection, and for one in the kernel's table
 #[test]
 fn the_next_packet_has_the_mark_a_verdict_set() {
     isolated(|| {

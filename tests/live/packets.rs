@@ -26,7 +26,7 @@ use crate::lab::{
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
-/// A pause after which a loop looks whether its work is done
+/// The pause between two checks of a loop
 const SHORT: Duration = Duration::from_millis(10);
 
 #[test]
@@ -98,7 +98,7 @@ fn a_forwarded_packet_has_both_devices_and_a_mac() {
                 assert_eq!(packet.hook().0, hook.number());
                 assert_eq!(packet.indev(), Some(from), "{hook:?}");
                 assert_eq!(packet.outdev(), routed.then_some(to), "{hook:?}");
-                // After FORWARD, the link-layer header is that of the way out.
+                // After FORWARD, the link-layer header belongs to the outgoing device.
                 if hook != Hook::Postrouting {
                     let hw_addr = packet.hw_addr().expect("a source MAC");
                     assert_eq!(hw_addr.as_bytes(), mac, "{hook:?}");
@@ -414,7 +414,7 @@ fn icmp_is_held_and_answered() {
     });
 }
 
-/// The addresses decide, so that all packets between two hosts go to one queue
+/// The addresses choose the queue: all packets between two hosts go to one queue
 #[test]
 fn a_rule_spreads_addresses_over_queues() {
     isolated(|| {
@@ -427,7 +427,7 @@ fn a_rule_spreads_addresses_over_queues() {
         let _queues = [10, 11, 12, 13].map(|num| socket.bind(num).unwrap());
         let mut batch = RecvBatch::default();
         let mut hit = BTreeSet::new();
-        // It is practically impossible that this many addresses have the same queue.
+        // This many addresses practically never choose the same queue.
         for host in 1..=32 {
             let sender = Udp::bind(Ipv4Addr::new(127, 0, 0, host).into(), 0).unwrap();
             let [first, second] = [host, 100 + host].map(|number| {
@@ -529,7 +529,7 @@ fn the_counters_of_the_kernel_are_read_by_root() {
     });
 }
 
-/// Packets that wait in the socket keep their order and their contents
+/// Packets in the socket keep their order and their contents
 #[test]
 fn many_packets_come_in_order_in_few_calls() {
     isolated(|| {
@@ -557,7 +557,7 @@ fn many_packets_come_in_order_in_few_calls() {
     });
 }
 
-/// Sends for two seconds or 300 MB, and returns how many bytes arrived
+/// Sends for two seconds or 300 MB, and returns the number of arrived bytes
 fn tcp_stream(listener: TcpListener) -> u64 {
     const TIME: Duration = Duration::from_secs(2);
     const BYTES: u64 = 300_000_000;
@@ -585,7 +585,7 @@ fn tcp_stream(listener: TcpListener) -> u64 {
     received
 }
 
-/// `bind` and nothing else: the receive buffer has room for as many full frames as the queue
+/// Only `bind`: the receive buffer has room for as many full frames as the queue
 #[test]
 fn a_bulk_tcp_stream_loses_nothing_by_default() {
     isolated(|| {
@@ -634,7 +634,7 @@ fn a_third_batch_costs_address_space_only() {
         const LITTLE: usize = 256 << 10;
         // Resident memory without the program's code, which comes in as it is used
         let resident = || alloc::touched().unwrap();
-        resident(); // so that its own buffers are there
+        resident(); // The first call allocates the function's own buffers.
         let lab = Lab::new();
         let socket = Socket::open().unwrap();
         let _queue = socket.bind(QUEUE).unwrap();
@@ -703,7 +703,7 @@ fn debug_output_is_short_and_has_no_packet_contents() {
             .unwrap();
         let socket = handle.socket();
         let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
-        // As many as the buffer of an ordinary user holds
+        // The buffer of an ordinary user holds this many packets.
         for _ in 0..100 {
             lab.send(&SECRET);
         }

@@ -17,10 +17,10 @@ use crate::lab::{
     send_past_the_library,
 };
 
-/// The kernel's text for an attribute that is too short (`lib/nlattr.c`)
+/// The kernel's text for a short attribute (`lib/nlattr.c`)
 const POLICY: &str = "Attribute failed policy validation";
 
-/// Encodes a request about [`QUEUE`] that the library cannot encode
+/// Encodes a request about [`QUEUE`] with any attributes, unlike the library's encoders
 fn request(message: u8, header: RequestHeader, attrs: &[(u16, &[u8])]) -> Vec<u8> {
     const REQUEST: u16 = 1;
     let mut bytes = vec![0; 4];
@@ -51,7 +51,7 @@ fn verdict_header(key: PacketKey) -> RequestHeader {
     }
 }
 
-/// The answer that is the one message of a datagram
+/// Returns the answer in a datagram with one message
 #[track_caller]
 fn reply(datagram: &[u8]) -> Reply<'_> {
     let mut messages = Messages::new(datagram);
@@ -171,8 +171,7 @@ fn a_refusal_carries_the_text_of_the_kernel() {
     });
 }
 
-/// For callers that keep their own order: the verdict covers every packet that waits, whoever holds
-/// it
+/// For callers with their own order: the verdict covers every waiting packet of every holder
 #[test]
 fn a_batch_verdict_releases_all_up_to_its_packet() {
     isolated(|| {
@@ -220,7 +219,7 @@ fn a_batch_verdict_releases_all_up_to_its_packet() {
             socket.set_verdict(keys[2], Verdict::Accept).unwrap();
             lab.expect_numbered([2]);
         }
-        // Any id will do, also one that was never received.
+        // The kernel accepts any id as the upper end, even without a packet.
         lab.send_numbered(0..3);
         assert_eq!(next_keys(&socket, &mut batch, 3).len(), 3);
         by_the_library(queue.key(1000));

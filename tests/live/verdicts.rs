@@ -1,5 +1,4 @@
-//! The fate of packets: every verdict, mark, priority, and new payloads; and what becomes of
-//! verdicts that come too late
+//! The fate of packets: every verdict, mark, priority, and new payloads; and late verdicts
 
 use std::sync::mpsc;
 
@@ -217,7 +216,7 @@ fn a_new_payload_of_any_length_replaces_the_packet() {
     });
 }
 
-/// A packet that is rewritten in POSTROUTING arrives at another host
+/// A packet rewritten in POSTROUTING arrives at another host
 #[test]
 fn a_rewritten_packet_leaves_by_a_real_link() {
     isolated(|| {
@@ -266,7 +265,7 @@ fn kernels_since_7_2_check_a_new_header() {
             if kernel::is_at_least(7, 2) {
                 assert!(lab.v4.is_silent(), "byte {byte}");
             } else {
-                // At INPUT the kernel has finished with the header.
+                // At INPUT the kernel no longer needs the header.
                 assert_eq!(lab.recv().as_deref(), Some(&b"the same payload"[..]));
             }
         }
@@ -433,8 +432,7 @@ fn other_threads_can_send_verdicts() {
     });
 }
 
-/// The caller encodes the conntrack and link-layer parts. The kernel ignores those that it has no
-/// use for
+/// The caller encodes the conntrack and link-layer parts. The kernel ignores unneeded parts
 #[test]
 fn a_decision_with_every_part_is_accepted() {
     isolated(|| {
@@ -463,7 +461,7 @@ fn a_decision_with_every_part_is_accepted() {
     });
 }
 
-/// Its number has all bits set: no arithmetic on it may change another number
+/// The number has all bits set: no arithmetic on it may change another number
 #[test]
 fn the_last_queue_number_works_like_any_other() {
     isolated(|| {
@@ -504,8 +502,8 @@ fn the_last_queue_number_works_like_any_other() {
     });
 }
 
-/// The operations that the kernel refuses when these packets are gone: one for each message of the
-/// send
+/// Makes the kernel drop the packets and sends their verdicts; returns the refused operations, one
+/// per message
 fn refused_when_gone(socket: &Socket, batch: &mut RecvBatch, keys: &[PacketKey]) -> Vec<Operation> {
     link::down("lo").unwrap();
     link::up("lo").unwrap();
@@ -526,8 +524,7 @@ fn refused_when_gone(socket: &Socket, batch: &mut RecvBatch, keys: &[PacketKey])
     refused
 }
 
-/// The packets of a send that the kernel refused by EPERM still wait, and no later message may
-/// cover them
+/// The packets of a send refused by EPERM still wait, and no later message may cover them
 #[test]
 fn eperm_ends_merging_for_good() {
     isolated(|| {
@@ -611,7 +608,7 @@ fn other_refusals_do_not_end_merging() {
     });
 }
 
-/// The key of the next packet of a queue; skips refusals that arrive before it
+/// Returns the key of the next packet of a queue; skips refusals before it
 fn next_packet_of(socket: &Socket, batch: &mut RecvBatch, queue: u16) -> PacketKey {
     loop {
         match next_event(socket, batch) {
@@ -646,7 +643,7 @@ fn one_send_batch_with_two_sockets_is_refused() {
             matches!(error, Error::WrongSocket { op: of, .. } if of == op),
             "{error}"
         );
-        // Its own verdicts were sent, and the verdict of the other socket stays for that socket.
+        // The socket's own verdicts were sent, and the other socket's verdict stays in the batch.
         assert_eq!(verdicts.len(), 1);
         assert!(one.send(&mut verdicts).is_err());
         assert_eq!(verdicts.len(), 1);
@@ -694,7 +691,8 @@ fn a_queue_that_ends_under_a_batch_fails_no_send() {
     });
 }
 
-/// The kernel drops a packet with a bad payload: a caller that wants the same answers with `Drop`
+/// The kernel would drop a packet with a bad payload, so the library refuses the payload; the
+/// caller can choose another verdict
 #[test]
 fn a_refused_payload_leaves_the_packet_waiting() {
     isolated(|| {
@@ -753,7 +751,7 @@ fn a_key_made_from_an_id_can_be_answered() {
         socket.set_verdict(key, Verdict::Accept).unwrap();
         assert_eq!(lab.recv().as_deref(), Some(&b"received"[..]));
 
-        // A caller that reads and parses by itself knows only queue and id.
+        // A caller with its own reads and parser knows only queue and id.
         lab.send(b"parsed");
         let datagram = recv_past_the_library(&socket);
         let parsed = Packet::parse(&datagram).unwrap();
@@ -787,7 +785,7 @@ fn send_with_options(payload: &[u8]) {
     packet.extend(payload);
     let (domain, kind) = (AddressFamily::INET, SocketType::RAW);
     let raw = socket_with(domain, kind, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap();
-    // `UdpSocket` has the system calls for a raw socket too.
+    // `UdpSocket` also makes the right system calls for a raw socket.
     let raw = std::net::UdpSocket::from(raw);
     raw.send_to(&packet, (V4, 0)).unwrap();
 }
@@ -885,7 +883,7 @@ fn extension_headers_count_as_old_header() {
     });
 }
 
-/// Also when packets come before it that a setting has set aside
+/// Also behind packets set aside by a setting
 #[test]
 fn handle_packet_executes_each_verdict_at_once() {
     isolated(|| {
@@ -894,7 +892,7 @@ fn handle_packet_executes_each_verdict_at_once() {
         let queue = handle
             .create_queue_with(QUEUE, &WHOLE_PACKETS, |data| {
                 let number = number(data.packet());
-                // The packet before was delivered when its callback returned.
+                // The previous packet was delivered when its callback returned.
                 lab.expect_numbered(number.checked_sub(1));
                 data.set_verdict(Verdict::Accept, None);
             })

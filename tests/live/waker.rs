@@ -83,7 +83,7 @@ fn a_wake_ends_one_recv() {
     });
 }
 
-/// A loop that is about to call `recv` ends too, however many loops there are
+/// Wakes also end loops before their call of `recv`, in any number of threads
 #[test]
 fn wake_all_reaches_loops_outside_recv() {
     isolated(|| {
@@ -293,7 +293,7 @@ fn no_wake_is_lost() {
     });
 }
 
-/// The kernel drops the wake message; without reports it does not say so
+/// The kernel drops the wake message; without overrun reports it does not report the drop
 #[test]
 fn a_wake_in_an_overrun_stops_no_later_one() {
     isolated(|| {
@@ -378,7 +378,7 @@ fn other_calls_do_not_take_a_wake() {
     });
 }
 
-/// For programs with poll(2): they call `try_recv` then
+/// For programs with poll(2): a readable descriptor leads to a call of `try_recv`
 #[test]
 fn a_wake_makes_the_descriptor_readable() {
     isolated(|| {

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Every packet must be accounted for, and memory and descriptors must not grow. One thread sends
-//! packets and collects the delivered ones, one receives and decides, and one answers the packets
-//! that were held back, late and in another order. After each round the account must be balanced.
+//! packets and collects the delivered ones. A second thread receives and decides. A third thread
+//! answers held packets late and in another order. After each round the account must be balanced.
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
 use std::collections::VecDeque;

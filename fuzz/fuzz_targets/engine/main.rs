@@ -356,15 +356,29 @@ impl Fuzz {
                 drop(world);
                 self.check_answer(self.library().socket().sync());
             }
+            // A setting waits for senders if it finds that the other process has unbound the queue.
+            _ if world.has_forked && self.sends.get() > 0 => {}
             _ => {
                 drop(world);
-                let queue = &self.queues.borrow()[usize::from(byte >> 4) % QUEUES];
-                let Some((queue, _)) = queue else { return };
-                self.check_answer(match byte % 4 {
+                let place = usize::from(byte >> 4) % QUEUES;
+                let queues = self.queues.borrow();
+                let Some((queue, _)) = &queues[place] else {
+                    return;
+                };
+                let answer = match byte % 4 {
                     0 => queue.set_mode(CopyMode::Packet, u32::MAX),
                     1 => queue.set_flags(ConfigFlags::GSO, ConfigFlags::GSO),
                     _ => queue.set_maxlen(7),
-                });
+                };
+                drop(queues);
+                if answer
+                    .as_ref()
+                    .is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
+                {
+                    // The other process has unbound the queue.
+                    self.queues.borrow_mut()[place] = None;
+                }
+                self.check_answer(answer);
             }
         }
     }
