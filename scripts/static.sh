@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Fully static programs with musl for routers: the program needs no other file
+# Builds fully static programs with musl for routers: a program needs no other file
 #
 #     scripts/static.sh TARGET                          # the example accept_all, and its size
 #     scripts/static.sh TARGET build --release ...      # any command of cargo
-#     scripts/static.sh all                             # accept_all for six targets, for the table in README.md
+#     scripts/static.sh all                             # accept_all for six targets, for the table in docs/static-binaries.md
 #
-# TARGET is a musl target of rustc, such as mips-unknown-linux-musl. If rustup has a standard library for it, the script uses
-# that and the linker of rustc, and needs no C compiler. Otherwise (mips, mipsel, s390x and others) Debian's rustc builds the
-# standard library from source, and zig links; this needs Debian on x86-64, and installs packages there and into
-# ${XDG_CACHE_HOME:-$HOME/.cache}/nfqnl-static. Programs for other processors run under qemu-user. Standard output has only
-# the output of cargo.
+# TARGET is a musl target of rustc, such as mips-unknown-linux-musl. If rustup has a standard
+# library for it, the script uses this library and rustc's own linker, and needs no C compiler.
+# Otherwise (mips, mipsel, s390x and others) Debian's rustc builds the standard library from source,
+# and zig links. This needs Debian on x86-64, and installs packages there and into
+# ${XDG_CACHE_HOME:-$HOME/.cache}/nfqnl-static. Programs for other processors run under qemu-user.
+# Standard output has only the output of cargo.
 #
-# accept_all is built in an empty project with the settings of README.md. For this machine's processor it also runs at full
-# rate, to measure its memory. Fails above 410 KiB of program for x86-64, or 1024 KiB of memory.
+# The script builds accept_all in an empty project with the settings of docs/static-binaries.md. For this
+# machine's processor it also runs the program at full rate, to measure its memory. It fails above
+# 410 KiB of program for x86-64, or 1024 KiB of memory.
 set -euo pipefail
 shopt -s inherit_errexit
 cd "$(dirname "$0")/.."
@@ -40,7 +42,7 @@ prepare() {
     "$need" /usr/lib/rustlib/src/rust/library rustc-web rust-web-src
     mkdir -p "$cache"
     (
-        flock 9 # against another that installs it now
+        flock 9 # against a simultaneous installation
         [ ! -e "$cache/zig/complete" ] || exit 0
         echo "installing zig into $cache" >&2
         "$need" python3 python3
@@ -50,16 +52,17 @@ prepare() {
         touch "$cache/zig/complete"
     ) 9>"$cache/lock"
     export PATH=$cache/zig/bin:$PATH RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1
-    # Where rustc would link a musl of its own, zig's is enough.
+    # zig links its own musl, so rustc must not link another one.
     case $target in
     x86_64-* | i686-* | aarch64-* | arm*) export RUSTFLAGS="${RUSTFLAGS:-} -Clink-self-contained=no" ;;
     esac
 }
 
-# Runs a command of cargo's for the target
+# Runs a cargo command for the target
 run() {
     local command=$1
-    # Where size matters it does in the standard library too; that option takes out those that are on by default.
+    # The small profile also optimizes the standard library for size. The option replaces the
+    # default features of the standard library.
     [[ ${cargo[0]} != cargo-zigbuild || " $* " != *" --profile router "* ]] ||
         options+=(-Zbuild-std-features=optimize_for_size)
     case ${cargo[0]}-$1 in
@@ -69,16 +72,17 @@ run() {
     "${cargo[@]}" "$command" "${options[@]}" --target "$target" "${@:2}"
 }
 
-# What README.md says is in a file: the block of code that begins with its name
+# Prints the content of a file from docs/static-binaries.md: the code block beginning with the file's name
 block() {
     awk -v name="$1" '
         /^```/ { inside = 0; begins = $0 != "```"; next }
         begins { inside = index($0, name) > 0 }
         { begins = 0 }
-        inside' README.md | grep . || fail "README.md has no $1"
+        inside' docs/static-binaries.md | grep . || fail "docs/static-binaries.md has no $1"
 }
 
-# Builds accept_all in a project of its own, and looks at it; prints a line of the table in README.md
+# Builds accept_all in an empty project and checks the program; prints a line of the table in
+# docs/static-binaries.md
 accept_all() {
     local project=$CARGO_TARGET_DIR/accept_all program=$CARGO_TARGET_DIR/$target/router/accept_all said size headers needed memory=
     rm -rf "$project"
@@ -110,7 +114,7 @@ END
         [ "$memory" -le 1024 ] || fail "$program takes $memory KiB of memory"
         memory+=' KiB'
     else
-        # It has no netfilter sockets, and the program says so.
+        # The emulator does not support netfilter sockets, and the program reports EPROTONOSUPPORT.
         "$need" "$emulator" qemu-user-static
         said=$("$emulator" "$program" 1 2>&1) || true
         [[ $said == *EPROTONOSUPPORT* ]] || fail "$program said: $said"
@@ -127,8 +131,8 @@ all)
     done
     awk -v rows="$rows" '
         /^\| `.*-linux-musl/ { printf "%s", rows; rows = ""; next }
-        { print }' README.md >"$CARGO_TARGET_DIR/README.md"
-    cp "$CARGO_TARGET_DIR/README.md" README.md
+        { print }' docs/static-binaries.md >"$CARGO_TARGET_DIR/table.md"
+    cp "$CARGO_TARGET_DIR/table.md" docs/static-binaries.md
     ;;
 *-linux-musl*)
     target=$1
