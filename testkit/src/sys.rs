@@ -1,4 +1,4 @@
-//! System calls that std, netlink-sys and rustix have not, or not without: all of this crate's `unsafe`
+//! System calls missing from or unsafe in std, netlink-sys and rustix: all of this crate's `unsafe`
 #![allow(unsafe_code, reason = "system calls; the rest of the crate denies it")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -17,9 +17,9 @@ use rustix::fs::{self, Mode, OFlags};
 use rustix::process::{self, Pid, Signal, WaitOptions};
 use rustix::thread;
 
-/// Has the child make namespaces of its own before it runs its program, when it is still single-threaded
+/// Makes the child unshare its namespaces before exec, while it is single-threaded
 ///
-/// With `maps`, a user namespace too, in which the child is root.
+/// With `maps`, the child also gets a user namespace and is root there.
 pub(crate) fn isolate(command: &mut Command, maps: Option<UserMaps>) -> &mut Command {
     let before_exec = move || {
         let user = if maps.is_some() {
@@ -34,18 +34,19 @@ pub(crate) fn isolate(command: &mut Command, maps: Option<UserMaps>) -> &mut Com
         process::set_parent_process_death_signal(Some(Signal::KILL))?;
         Ok(())
     };
-    // SAFETY: between fork and exec, the closure makes async-signal-safe system calls alone and allocates nothing.
+    // SAFETY: between fork and exec, the closure makes only async-signal-safe system calls and
+    // allocates nothing.
     unsafe { command.pre_exec(before_exec) }
 }
 
-/// What a new user namespace's root is outside
+/// The outside user and group of a new user namespace's root
 pub(crate) struct UserMaps {
     uid_map: Vec<u8>,
     gid_map: Vec<u8>,
 }
 
 impl UserMaps {
-    /// The present user
+    /// Maps root to the present user
     pub(crate) fn new() -> Self {
         let (uid, gid) = (process::geteuid().as_raw(), process::getegid().as_raw());
         Self {
@@ -61,7 +62,7 @@ impl UserMaps {
     }
 }
 
-/// Writes a file of /proc with one call, and without allocating
+/// Writes a file of /proc with one call, without allocating
 fn write_file(path: &CStr, content: &[u8]) -> io::Result<()> {
     let file = fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
     rustix::io::write(file, content)?;
@@ -75,21 +76,22 @@ pub(crate) fn unshare(flags: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// Forks; the child does this, and ends without returning
+/// Forks; the child runs `f` and exits
 pub(crate) fn fork(f: impl FnOnce()) -> io::Result<Option<Pid>> {
-    // SAFETY: the child has this thread alone, so it must not wait for a lock that another one has now. libc sees to its own,
-    // the allocator's among them; and the other threads of a test wait for it, and have none.
+    // SAFETY: the child has only this thread, so it must not wait for a lock held by another
+    // thread. libc handles its own locks, including the allocator's. The other threads of a test
+    // wait for this one and hold no lock.
     match check(unsafe { libc::fork() })? {
         0 => {
             let ended = panic::catch_unwind(AssertUnwindSafe(f));
-            // SAFETY: this call takes a number and does not return.
+            // SAFETY: the call takes a number and does not return.
             unsafe { libc::_exit(ended.is_err().into()) }
         }
         child => Ok(Pid::from_raw(child)),
     }
 }
 
-/// Has every send of the calling thread fail with this error from here on
+/// Makes every later send of the calling thread fail with this error
 pub(crate) fn fail_sends(errno: u16) -> io::Result<()> {
     let step = |code: u32, k: u32, if_not: u8| libc::sock_filter {
         code: u16::try_from(code).unwrap_or(u16::MAX),
@@ -99,7 +101,7 @@ pub(crate) fn fail_sends(errno: u16) -> io::Result<()> {
     };
     let send = u32::try_from(libc::SYS_sendto).unwrap_or(u32::MAX);
     let mut steps = [
-        // The number of the system call is the first field of `struct seccomp_data` (`linux/seccomp.h`).
+        // The first field of `struct seccomp_data` (`linux/seccomp.h`) is the system call's number.
         step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
         step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, send, 1),
         step(libc::BPF_RET, libc::SECCOMP_RET_ERRNO | u32::from(errno), 0),
@@ -110,7 +112,7 @@ pub(crate) fn fail_sends(errno: u16) -> io::Result<()> {
         filter: steps.as_mut_ptr(),
     };
     thread::set_no_new_privs(true)?;
-    // SAFETY: the kernel reads the program and its steps, as many as it says, which live during the call.
+    // SAFETY: the kernel reads the program and its `len` steps, and both live during the call.
     check(unsafe {
         libc::prctl(
             libc::PR_SET_SECCOMP,
@@ -121,9 +123,88 @@ pub(crate) fn fail_sends(errno: u16) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes a capability out of the calling thread's effective set
+/// Allows the calling thread, and threads that it starts, only these system calls
 ///
-/// rustix has these calls without `unsafe`, but valgrind does not see the second word that the kernel writes for it.
+/// Any other call ends the process with status 1. It then prints the call's number, for which it
+/// needs `write` and `exit_group`; without them it ends by a signal.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn allow_only(calls: &[libc::c_long]) -> io::Result<()> {
+    /// `AUDIT_ARCH_X86_64` (`linux/audit.h`)
+    const ARCH: u32 = 0xc000_003e;
+    /// Skips the next step unless the loaded number is `k`
+    const IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let step = |code: u32, k: u32| libc::sock_filter {
+        code: u16::try_from(code).unwrap_or(u16::MAX),
+        jt: 0,
+        jf: u8::from(code == IF_EQUAL),
+        k,
+    };
+    // `struct seccomp_data` (`linux/seccomp.h`): the number, then the architecture
+    let mut steps = vec![step(LOAD, 4), step(IF_EQUAL, ARCH), step(LOAD, 0)];
+    for &call in calls {
+        let number = u32::try_from(call).map_err(io::Error::other)?;
+        steps.push(step(IF_EQUAL, number));
+        steps.push(step(libc::BPF_RET, libc::SECCOMP_RET_ALLOW));
+    }
+    // With another architecture the number was not loaded, so nothing above has matched.
+    steps.push(step(libc::BPF_RET, libc::SECCOMP_RET_TRAP));
+    let program = libc::sock_fprog {
+        len: u16::try_from(steps.len()).map_err(io::Error::other)?,
+        filter: steps.as_mut_ptr(),
+    };
+
+    let handler: extern "C" fn(libc::c_int, *const SigSys, *const libc::c_void) = report_call;
+    // SAFETY: a `sigaction` is integers and pointers, for which all zeroes is a value.
+    let mut action: libc::sigaction = unsafe { mem::zeroed() };
+    action.sa_sigaction = handler as *const () as libc::sighandler_t;
+    action.sa_flags = libc::SA_SIGINFO;
+    // SAFETY: the action lives during the call. With `SA_SIGINFO` the kernel calls a handler of
+    // this type. It makes two system calls and allocates nothing.
+    check(unsafe { libc::sigaction(libc::SIGSYS, &raw const action, ptr::null_mut()) })?;
+
+    thread::set_no_new_privs(true)?;
+    // SAFETY: the kernel reads the program and `len` steps, which live during the call.
+    check(unsafe {
+        libc::prctl(
+            libc::PR_SET_SECCOMP,
+            libc::SECCOMP_MODE_FILTER,
+            &raw const program,
+        )
+    })?;
+    Ok(())
+}
+
+/// `siginfo_t` of a SIGSYS, as far as the number of the call (`asm-generic/siginfo.h`)
+#[cfg(target_arch = "x86_64")]
+#[repr(C)]
+struct SigSys {
+    _signal: [libc::c_int; 3],
+    _address: *const libc::c_void,
+    number: libc::c_int,
+}
+
+/// Prints the number of a forbidden system call, and ends the process
+#[cfg(target_arch = "x86_64")]
+extern "C" fn report_call(_: libc::c_int, info: *const SigSys, _: *const libc::c_void) {
+    let mut text = *b"forbidden: system call 0000\n";
+    // SAFETY: the kernel gives the handler of a SIGSYS this structure.
+    let mut number = unsafe { (*info).number };
+    for digit in text.iter_mut().rev().skip(1).take(4) {
+        *digit += u8::try_from(number % 10).unwrap_or(0);
+        number /= 10;
+    }
+    // SAFETY: the text lives during the call, and its length is given. `_exit` does not return.
+    unsafe {
+        libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len());
+        libc::_exit(1);
+    }
+}
+
+/// Removes a capability from the calling thread's effective set
+///
+/// rustix has safe functions for these calls, but valgrind does not see the kernel's write to the
+/// second word in them.
 pub(crate) fn drop_capability(capability: u32) -> io::Result<()> {
     #[repr(C)]
     struct Header {
@@ -144,7 +225,7 @@ pub(crate) fn drop_capability(capability: u32) -> io::Result<()> {
         pid: 0,
     };
     let mut words = [Sets::default(); 2];
-    // SAFETY: version 3 takes the header and two words of sets, all alive and exclusive during the call.
+    // SAFETY: version 3 uses the header and two words of sets, alive and exclusive during the call.
     if unsafe { libc::syscall(libc::SYS_capget, &raw mut header, words.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -159,15 +240,15 @@ pub(crate) fn drop_capability(capability: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Has SIGALRM counted from here on, and end whatever system call its thread waits in
+/// Counts SIGALRM from here on; the signal interrupts the waiting system call of its thread
 pub(crate) fn count_signals() -> io::Result<()> {
     let handler: extern "C" fn(libc::c_int) = count_signal;
-    // SAFETY: a `sigaction` is integers and pointers, for which all zeroes is a value: nothing is blocked, and no flag
-    // has system calls started again.
+    // SAFETY: a `sigaction` has only integers and pointers, and zero is a valid value for both. The
+    // zeroes block no signal and, without `SA_RESTART`, restart no system call.
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
     action.sa_sigaction = handler as *const () as libc::sighandler_t;
-    // SAFETY: the action lives during the call. Its handler has the type that goes with its flags. It adds to an
-    // atomic number and calls what `call_on_signal` was given.
+    // SAFETY: the action lives during the call. The handler's type fits the flags. The handler
+    // adds to an atomic number and calls the function given to `call_on_signal`.
     check(unsafe { libc::sigaction(libc::SIGALRM, &raw const action, ptr::null_mut()) })?;
     Ok(())
 }
@@ -175,9 +256,9 @@ pub(crate) fn count_signals() -> io::Result<()> {
 static SIGNALS: AtomicUsize = AtomicUsize::new(0);
 static ON_SIGNAL: OnceLock<fn()> = OnceLock::new();
 
-/// Has the handler of SIGALRM call a function; only the first call counts
+/// Makes the handler of SIGALRM call a function; only the first function counts
 ///
-/// The function must be async-signal-safe. What it does to `errno` is seen by the interrupted thread.
+/// The function must be async-signal-safe. The interrupted thread sees its changes to `errno`.
 pub(crate) fn call_on_signal(f: fn()) {
     let _ = ON_SIGNAL.set(f);
 }
@@ -192,14 +273,16 @@ extern "C" fn count_signal(_: libc::c_int) {
 static HOLD: AtomicBool = AtomicBool::new(false);
 static IS_HELD: AtomicBool = AtomicBool::new(false);
 
-/// Has a thread of this process stay in a signal handler until [`release`]; returns once it is there
+/// Sends a thread of this process into a signal handler until [`release`]
+///
+/// Returns when the thread is in the handler.
 pub(crate) fn hold(thread: i32) -> io::Result<()> {
     let handler: extern "C" fn(libc::c_int) = stay;
     // SAFETY: as in `count_signals`.
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
     action.sa_sigaction = handler as *const () as libc::sighandler_t;
-    // SAFETY: the action lives during the call. Its handler has the type that goes with its flags. It calls only
-    // poll(2), and restores `errno`.
+    // SAFETY: the action lives during the call. The handler's type fits the flags. The handler
+    // calls only poll(2), and restores `errno`.
     check(unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, ptr::null_mut()) })?;
     HOLD.store(true, Ordering::SeqCst);
     let thread = Pid::from_raw(thread).ok_or(io::ErrorKind::InvalidInput)?;
@@ -210,7 +293,7 @@ pub(crate) fn hold(thread: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Lets the held thread go on; returns once it has left the handler
+/// Releases the held thread; returns when the thread has left the handler
 pub(crate) fn release() {
     HOLD.store(false, Ordering::SeqCst);
     while IS_HELD.load(Ordering::SeqCst) {
@@ -223,7 +306,7 @@ extern "C" fn stay(_: libc::c_int) {
     let errno = unsafe { *libc::__errno_location() };
     IS_HELD.store(true, Ordering::SeqCst);
     while HOLD.load(Ordering::SeqCst) {
-        // SAFETY: there are no descriptors to read or write.
+        // SAFETY: the null pointer is valid for zero descriptors.
         unsafe { libc::poll(ptr::null_mut(), 0, 1) };
     }
     IS_HELD.store(false, Ordering::SeqCst);
@@ -231,12 +314,12 @@ extern "C" fn stay(_: libc::c_int) {
     unsafe { *libc::__errno_location() = errno };
 }
 
-/// How many signals have been counted
+/// Returns the number of counted signals
 pub(crate) fn signals() -> usize {
     SIGNALS.load(Ordering::Relaxed)
 }
 
-/// A thread of this process, for others to interrupt
+/// A thread of this process, to be interrupted by other threads
 pub(crate) struct Thread(Pid);
 
 impl Thread {
@@ -244,7 +327,7 @@ impl Thread {
         Self(thread::gettid())
     }
 
-    /// Sends it SIGALRM; to a thread that has ended, nothing
+    /// Sends SIGALRM to the thread; does nothing if the thread has ended
     pub(crate) fn signal(&self) {
         self.send(libc::SIGALRM);
     }
@@ -261,7 +344,7 @@ impl Thread {
     }
 }
 
-/// The system's allocator, and a count of what is asked of it
+/// The system's allocator with counters
 #[derive(Debug, Default)]
 pub struct CountingAllocator {
     allocations: AtomicUsize,
@@ -269,7 +352,7 @@ pub struct CountingAllocator {
 }
 
 impl CountingAllocator {
-    /// With nothing counted
+    /// Makes an allocator with counters at zero
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -278,13 +361,13 @@ impl CountingAllocator {
         }
     }
 
-    /// How many times memory was taken in all threads, or a piece of it made longer or shorter
+    /// Returns the number of allocations and reallocations in all threads
     #[must_use]
     pub fn allocations(&self) -> usize {
         self.allocations.load(Ordering::Relaxed)
     }
 
-    /// How many bytes are taken now
+    /// Returns the number of allocated bytes
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
@@ -296,8 +379,8 @@ impl CountingAllocator {
     }
 }
 
-// SAFETY: everything is the system allocator's own, called with what the caller has promised. Counting touches two atomic
-// numbers: it allocates nothing, and does not panic.
+// SAFETY: each method calls the system allocator's method with the caller's arguments. Counting
+// changes two atomic numbers; it allocates nothing and does not panic.
 unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         self.count(layout);
@@ -326,22 +409,22 @@ unsafe impl GlobalAlloc for CountingAllocator {
     }
 }
 
-/// A thread of another process that this one traces
+/// A thread of another process, traced by this one
 #[derive(Debug)]
 pub(crate) struct Traced {
     thread: libc::pid_t,
-    /// The signal that has stopped it, which it shall get when it goes on; 0 for none
+    /// The signal to deliver when the thread continues; 0 for none
     signal: libc::c_int,
 }
 
-/// What a thread has stopped at
+/// The reason of a thread's stop
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
     /// The entry of the system call with this number
     Call(u64),
     /// Anything else
     Other,
-    /// It has ended
+    /// The end of the thread
     Ended,
 }
 
@@ -351,7 +434,7 @@ impl Traced {
     const GET_SYSCALL_INFO: libc::c_long = 0x420e;
     const SYSCALL: libc::c_long = 24;
     const DETACH: libc::c_long = 17;
-    /// `PTRACE_O_TRACESYSGOOD`: system calls stop with a signal number that is nothing else's
+    /// `PTRACE_O_TRACESYSGOOD`: stops at system calls have their own signal number
     const MARK_CALLS: usize = 1;
 
     /// Begins to trace a thread, and stops it
@@ -364,9 +447,9 @@ impl Traced {
         Ok(traced)
     }
 
-    /// Lets the stopped thread go on, and returns at its next stop
+    /// Continues the stopped thread, and returns at its next stop
     pub(crate) fn go_on(&mut self) -> io::Result<Stop> {
-        /// `SIGTRAP`, with the bit that [`Traced::MARK_CALLS`] asks for
+        /// `SIGTRAP`, with the bit set because of [`Traced::MARK_CALLS`]
         const AT_CALL: libc::c_int = libc::SIGTRAP | 0x80;
         let signal = usize::try_from(mem::take(&mut self.signal)).unwrap_or(0);
         let signal = ptr::without_provenance_mut(signal);
@@ -377,18 +460,18 @@ impl Traced {
         }
         match libc::WSTOPSIG(status) {
             AT_CALL => return Ok(self.call()?.map_or(Stop::Other, Stop::Call)),
-            // The numbers above are for stops without a signal.
+            // Stops without a signal have an event number in the upper bits.
             signal if status >> 16 == 0 => self.signal = signal,
             _ => {}
         }
         Ok(Stop::Other)
     }
 
-    /// The system call that the thread is about to make; none if it has just made one. Linux 5.3
+    /// Returns the system call at whose entry the thread stopped, or `None` at an exit; Linux 5.3
     fn call(&self) -> io::Result<Option<u64>> {
         /// `PTRACE_SYSCALL_INFO_ENTRY`
         const ENTRY: u8 = 1;
-        /// As far as the number of `struct ptrace_syscall_info` (`linux/ptrace.h`)
+        /// `struct ptrace_syscall_info` (`linux/ptrace.h`) up to `number`
         #[repr(C)]
         #[derive(Default)]
         struct Info {
@@ -414,14 +497,14 @@ impl Traced {
     }
 }
 
-/// Lets the thread run on as if nothing had been
+/// Detaches from the thread, and the thread continues
 impl Drop for Traced {
     fn drop(&mut self) {
         let _ = ptrace(Self::DETACH, self.thread, 0, ptr::null_mut());
     }
 }
 
-/// By number, since libraries differ in the type of a request
+/// Calls ptrace(2) by number, because the type of a request differs between C libraries
 fn ptrace(
     request: libc::c_long,
     thread: libc::pid_t,
@@ -429,8 +512,8 @@ fn ptrace(
     data: *mut libc::c_void,
 ) -> io::Result<()> {
     let thread = libc::c_long::from(thread);
-    // SAFETY: of the requests above only `GET_SYSCALL_INFO` writes memory of this process: to `data`, which its caller has
-    // alive and exclusive, and no more than the size in `address`.
+    // SAFETY: only the request `GET_SYSCALL_INFO` writes memory of this process. It writes at most
+    // `address` bytes to `data`, and its caller passes a live, exclusive buffer of this size.
     let result = unsafe { libc::syscall(libc::SYS_ptrace, request, thread, address, data) };
     if result < 0 {
         Err(io::Error::last_os_error())
@@ -446,7 +529,7 @@ pub(crate) fn set_option(
     name: libc::c_int,
     value: libc::c_int,
 ) -> io::Result<()> {
-    // SAFETY: the value is an int that lives during the call, and its size is given.
+    // SAFETY: the value is an int of the given size and lives during the call.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
@@ -463,9 +546,9 @@ pub(crate) fn set_option(
 const INT_LEN: libc::socklen_t = 4;
 const _: () = assert!(mem::size_of::<libc::c_int>() == 4);
 
-/// Wraps a netlink socket that somebody else opened
+/// Wraps the descriptor of a netlink socket
 pub(crate) fn netlink(fd: OwnedFd) -> netlink_sys::Socket {
-    // SAFETY: the descriptor was owned, and from here on `Socket` alone owns it.
+    // SAFETY: the caller owned the descriptor, and now only `Socket` owns it.
     unsafe { netlink_sys::Socket::from_raw_fd(fd.into_raw_fd()) }
 }
 

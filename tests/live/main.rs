@@ -18,6 +18,8 @@ mod optional;
 mod packets;
 mod raw;
 mod runtimes;
+#[cfg(target_arch = "x86_64")]
+mod seccomp;
 mod stream;
 mod threads;
 mod verdicts;
