@@ -1,8 +1,8 @@
 //! nfqnl beside its rivals, in one run; `benches/compare/run` builds all sides and starts this
 //!
 //! Each side is a process with its own queue and port, in one network namespace. The sides take
-//! turns, several hundred times, and a different side begins each round. The results are medians,
-//! and ratios of medians.
+//! turns, several hundred times, and a different side begins each round. The results are medians
+//! of the rounds, then of the runs, and ratios of medians.
 //!
 //! * Throughput: a number of UDP packets waits in the queue of one side, which then handles them
 //!   all and measures the time.
@@ -10,7 +10,9 @@
 //! * Goodput: a TCP connection over loopback with the MTU of Ethernet; each segment passes the
 //!   queue.
 
+mod figures;
 mod peers;
+mod report;
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -25,20 +27,22 @@ use nfqnl_testkit::rules::{Chain, Family, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4};
 use nfqnl_testkit::{cpu, link, netns};
 
+use figures::{Case, Figures, Metric, TARGETS, median};
+
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const IP_AND_UDP: usize = 28;
 const FIRST_PORT: u16 = 5000;
-/// Packet length, and a number of packets that fits the default receive buffer of every side
-const PACKETS: [(usize, usize); 2] = [(64, 192), (1400, 64)];
-const KINDS: [&str; 3] = ["accept", "drop", "mixed"];
-const LATENCY: &str = "latency";
-const GOODPUT: &str = "goodput";
-const MTU: u32 = 1500;
+/// Packet length, and a number of packets fitting the default receive buffer of every side
+pub(crate) const PACKETS: [(usize, usize); 2] = [(64, 192), (1400, 64)];
+pub(crate) const KINDS: [&str; 3] = ["accept", "drop", "mixed"];
+pub(crate) const LATENCY: &str = "latency";
+pub(crate) const GOODPUT: &str = "goodput";
+pub(crate) const MTU: u32 = 1500;
 
 /// A rival, or a style of nfqnl
-struct Program {
-    name: &'static str,
+pub(crate) struct Program {
+    pub(crate) name: &'static str,
     command: Vec<String>,
     /// Arguments after the common ones
     tail: &'static [&'static str],
@@ -76,9 +80,9 @@ fn programs(built: &Path) -> Result<Vec<Program>> {
     Ok(all)
 }
 
-const C: &str = "C libnetfilter_queue";
-const NFQ: &str = "nfq 0.2.5";
-const LOOP: &str = "nfqnl loop";
+pub(crate) const C: &str = "C libnetfilter_queue";
+pub(crate) const NFQ: &str = "nfq 0.2.5";
+pub(crate) const LOOP: &str = "nfqnl loop";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -86,6 +90,9 @@ fn main() -> ExitCode {
     let result = match arguments[..] {
         ["--peer", ref arguments @ ..] => peers::run(arguments),
         [built, ref options @ ..] => Options::parse(options).and_then(|options| {
+            if let Some(directory) = &options.write {
+                report::check(directory, &options)?;
+            }
             netns::enter()?;
             compare(Path::new(built), &options)
         }),
@@ -101,17 +108,21 @@ fn main() -> ExitCode {
 }
 
 /// The command line
-struct Options {
-    is_quick: bool,
+pub(crate) struct Options {
+    pub(crate) is_quick: bool,
     only: Option<String>,
-    placement: Placement,
+    /// The directory of the report
+    write: Option<PathBuf>,
+    pub(crate) runs: usize,
+    /// The placements of a run
+    placements: Vec<Placement>,
     /// The available CPUs
-    cpus: Vec<usize>,
+    pub(crate) cpus: Vec<usize>,
 }
 
 /// The CPUs of the sender and of the sides: caches matter more here than most other things
-#[derive(Clone, Copy, PartialEq)]
-enum Placement {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Placement {
     /// All on one CPU
     Same,
     /// The sides on another CPU than the sender
@@ -120,38 +131,100 @@ enum Placement {
     Free,
 }
 
+impl Placement {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Same => "on one CPU",
+            Self::Apart => "on two CPUs",
+            Self::Free => "placed by the scheduler",
+        }
+    }
+}
+
 impl Options {
     fn parse(arguments: &[&str]) -> Result<Self> {
         let mut options = Self {
             is_quick: false,
             only: None,
-            placement: Placement::Same,
+            write: None,
+            runs: 0,
+            placements: Vec::new(),
             cpus: cpu::allowed()?,
         };
-        let mut arguments = arguments.iter();
+        let mut arguments = arguments.iter().peekable();
         while let Some(&argument) = arguments.next() {
             match argument {
                 "--quick" => options.is_quick = true,
                 "--only" => options.only = arguments.next().map(|&what| what.to_owned()),
-                "--same" => options.placement = Placement::Same,
-                "--apart" => options.placement = Placement::Apart,
-                "--free" => options.placement = Placement::Free,
+                "--write" => {
+                    let directory = arguments.next_if(|next| !next.starts_with("--"));
+                    options.write = Some(directory.copied().unwrap_or("docs").into());
+                }
+                "--runs" => options.runs = arguments.next().ok_or("--runs of what?")?.parse()?,
+                "--same" => options.placements = vec![Placement::Same],
+                "--apart" => options.placements = vec![Placement::Apart],
+                "--free" => options.placements = vec![Placement::Free],
                 _ => return Err(format!("no option: {argument}").into()),
             }
+        }
+        let is_partial = options.only.is_some() || !options.placements.is_empty();
+        if options.write.is_some() && is_partial {
+            return Err("--write is for everything".into());
+        }
+        if options.runs == 0 {
+            options.runs = match options.write {
+                Some(_) if !options.is_quick => 5,
+                _ => 1,
+            };
+        }
+        if options.placements.is_empty() {
+            options.placements = match options.write {
+                Some(_) => vec![Placement::Same, Placement::Apart, Placement::Free],
+                None => vec![Placement::Same],
+            };
         }
         let all = [&KINDS[..], &[LATENCY, GOODPUT]].concat();
         match options.only.as_deref() {
             Some(only) if !all.contains(&only) => Err(format!("--only what of {all:?}?").into()),
-            _ if options.placement == Placement::Apart && options.cpus.len() < 2 => {
-                Err("--apart with one CPU?".into())
+            _ if options.placements.contains(&Placement::Apart) && options.cpus.len() < 2 => {
+                Err("two CPUs are needed".into())
             }
             _ => Ok(options),
         }
     }
 
+    fn is_wanted(&self, what: &str) -> bool {
+        self.only.as_deref().is_none_or(|only| only == what)
+    }
+
+    /// Returns how often and how long everything is measured in a run
+    pub(crate) fn amount(&self) -> Amount {
+        match self {
+            Self { is_quick: true, .. } => Amount {
+                rounds: 4,
+                latency_rounds: 2,
+                round_trips: 50,
+                goodput_rounds: 1,
+                seconds: 0.1,
+            },
+            _ => Amount {
+                rounds: 200,
+                latency_rounds: 20,
+                round_trips: 200,
+                goodput_rounds: if self.runs == 1 { 7 } else { 3 },
+                seconds: 1.0,
+            },
+        }
+    }
+
     /// Calls a function on the CPU of the sides, or of the sender
-    fn place<T: Send>(&self, is_side: bool, f: impl FnOnce() -> T + Send) -> Result<T> {
-        let cpu = match self.placement {
+    fn place<T: Send>(
+        &self,
+        placement: Placement,
+        is_side: bool,
+        f: impl FnOnce() -> T + Send,
+    ) -> Result<T> {
+        let cpu = match placement {
             Placement::Free => None,
             Placement::Apart if is_side => self.cpus.last(),
             Placement::Apart | Placement::Same => self.cpus.first(),
@@ -163,48 +236,53 @@ impl Options {
     }
 }
 
-fn compare(built: &Path, options: &Options) -> Result<()> {
-    let compared = options.place(false, || {
-        compare_here(built, options).map_err(|error| error.to_string())
-    })?;
-    Ok(compared?)
+/// How often and how long a run measures
+#[derive(Clone, Copy)]
+pub(crate) struct Amount {
+    pub(crate) rounds: usize,
+    latency_rounds: usize,
+    round_trips: usize,
+    goodput_rounds: usize,
+    seconds: f64,
 }
 
-fn compare_here(built: &Path, options: &Options) -> Result<()> {
-    let is_quick = options.is_quick;
-    let is_wanted = |what: &str| options.only.as_deref().is_none_or(|only| only == what);
+fn compare(built: &Path, options: &Options) -> Result<()> {
     link::set_mtu("lo", MTU)?;
+    let programs = programs(built)?;
     let table = Table::new(Family::Ip, "compare")?;
     let chain = table.chain("c", Hook::Input, 0)?;
-    let programs = programs(built)?;
-    let (rounds, round_trips, seconds) = if is_quick {
-        (4, 50, 0.1)
-    } else {
-        (200, 200, 1.0)
-    };
-    let mut misses = Vec::new();
-
-    for (len, packets) in PACKETS {
-        for kind in KINDS.into_iter().filter(|kind| is_wanted(kind)) {
-            let measured = throughput(&chain, &programs, options, kind, len, packets, rounds)?;
-            print_throughput(kind, len, packets, rounds, &measured);
-            misses.extend(missed(kind, len, &measured));
+    let mut figures = Figures::default();
+    for run in 0..options.runs {
+        for &placement in &options.placements {
+            if options.runs * options.placements.len() > 1 {
+                println!("\n## run {}, {}", run + 1, placement.name());
+            }
+            let mut bench = Bench {
+                options,
+                programs: &programs,
+                chain: &chain,
+                run: (run, placement),
+                figures: &mut figures,
+            };
+            let measured = options.place(placement, false, move || {
+                bench.measure().map_err(|error| error.to_string())
+            })?;
+            measured?;
         }
     }
-    if is_wanted(LATENCY) {
-        let rounds = if is_quick { 2 } else { 20 };
-        let measured = latency(&chain, &programs, options, round_trips, rounds)?;
-        misses.extend(print_latency(&measured));
-    }
-    if is_wanted(GOODPUT) {
-        let rounds = if is_quick { 1 } else { 7 };
-        misses.extend(goodput(&chain, &programs, options, seconds, rounds)?);
+    if let Some(directory) = &options.write {
+        report::write(directory, options, &programs, &figures)?;
+        println!("\nWritten to {}", directory.display());
     }
 
-    if is_quick {
+    if options.is_quick {
         println!("\nA quick run judges nothing.");
         return Ok(());
     }
+    let misses: Vec<String> = TARGETS
+        .iter()
+        .flat_map(|target| target.missed(&figures))
+        .collect();
     for miss in &misses {
         println!("\nMISSED: {miss}");
     }
@@ -215,206 +293,159 @@ fn compare_here(built: &Path, options: &Options) -> Result<()> {
     }
 }
 
-/// The time of a side per packet, in nanoseconds: medians
-struct Measured {
-    name: &'static str,
-    wall: f64,
-    cpu: f64,
+/// One run with one placement
+struct Bench<'a> {
+    options: &'a Options,
+    programs: &'a [Program],
+    chain: &'a Chain<'a>,
+    run: (usize, Placement),
+    figures: &'a mut Figures,
 }
 
-fn throughput(
-    chain: &Chain<'_>,
-    programs: &[Program],
-    options: &Options,
-    kind: &'static str,
-    len: usize,
-    packets: usize,
-    rounds: usize,
-) -> Result<Vec<Measured>> {
-    let mut sides = Side::start_all(chain, programs, options, kind)?;
-    for round in 0..rounds {
-        let n = sides.len();
-        for place in 0..n {
-            let side = sides.get_mut((place + round) % n).ok_or("no side")?;
-            side.run_round(kind, len, packets)?;
+impl Bench<'_> {
+    fn measure(&mut self) -> Result<()> {
+        for (len, packets) in PACKETS {
+            for kind in KINDS {
+                if self.options.is_wanted(kind) {
+                    self.throughput(kind, len, packets)?;
+                }
+            }
         }
-    }
-    chain.flush()?;
-    let each = |samples: &mut Vec<f64>| median(samples) / packets as f64;
-    Ok(sides
-        .iter_mut()
-        .map(|side| Measured {
-            name: side.name,
-            wall: each(&mut side.wall),
-            cpu: each(&mut side.cpu),
-        })
-        .collect())
-}
-
-fn print_throughput(kind: &str, len: usize, packets: usize, rounds: usize, all: &[Measured]) {
-    println!("\n### {kind}, {len} bytes ({rounds} rounds of {packets} packets)\n");
-    println!("| | ns per packet | CPU ns per packet | packets, {C} = 1 |");
-    println!("|---|---:|---:|---:|");
-    let base = wall(all, C);
-    for Measured { name, wall, cpu } in all {
-        println!("| {name} | {wall:.0} | {cpu:.0} | {:.2} |", base / wall);
-    }
-}
-
-fn wall(all: &[Measured], name: &str) -> f64 {
-    all.iter()
-        .find(|side| side.name == name)
-        .map_or(f64::NAN, |side| side.wall)
-}
-
-/// The missed targets of throughput
-fn missed(kind: &str, len: usize, all: &[Measured]) -> Vec<String> {
-    let floor = all
-        .iter()
-        .filter(|side| side.name.starts_with("floor"))
-        .map(|side| side.wall)
-        .fold(f64::INFINITY, f64::min);
-    let (c, nfq) = (wall(all, C), wall(all, NFQ));
-    let targets: &[(&str, &str, f64, f64)] = match kind {
-        "accept" => &[
-            (LOOP, C, c, 1.7),
-            (LOOP, NFQ, nfq, 1.45),
-            (LOOP, "the best floor", floor, 0.95),
-            ("nfqnl run_once", C, c, 1.6),
-            ("nfqnl handle_packet", C, c, 0.98),
-        ],
-        "mixed" => &[(LOOP, C, c, 1.5)],
-        _ => &[],
-    };
-    targets
-        .iter()
-        .filter_map(|&(ours, theirs, base, least)| {
-            let ratio = base / wall(all, ours);
-            (ratio < least).then(|| {
-                format!("{kind}, {len} bytes: {ours} has {ratio:.2} times the packets of {theirs}, not {least}")
-            })
-        })
-        .collect()
-}
-
-/// The time of a round trip, in microseconds
-struct RoundTrips {
-    name: &'static str,
-    p50: f64,
-    p99: f64,
-}
-
-fn latency(
-    chain: &Chain<'_>,
-    programs: &[Program],
-    options: &Options,
-    round_trips: usize,
-    rounds: usize,
-) -> Result<Vec<RoundTrips>> {
-    let mut sides = Side::start_all(chain, programs, options, "accept")?;
-    for round in 0..rounds {
-        let n = sides.len();
-        for place in 0..n {
-            let side = sides.get_mut((place + round) % n).ok_or("no side")?;
-            side.run_round_trips(round_trips)?;
+        if self.options.is_wanted(LATENCY) {
+            self.latency()?;
         }
+        if self.options.is_wanted(GOODPUT) {
+            self.goodput()?;
+        }
+        Ok(())
     }
-    chain.flush()?;
-    Ok(sides
-        .iter_mut()
-        .map(|side| {
+
+    fn push(&mut self, case: Case, side: &'static str, metric: Metric, value: f64) {
+        self.figures.push(self.run, case, side, metric, value);
+    }
+
+    fn throughput(&mut self, kind: &'static str, len: usize, packets: usize) -> Result<()> {
+        let rounds = self.options.amount().rounds;
+        let mut sides = self.start_all(kind)?;
+        for round in 0..rounds {
+            let n = sides.len();
+            for place in 0..n {
+                let side = sides.get_mut((place + round) % n).ok_or("no side")?;
+                side.run_round(kind, len, packets)?;
+            }
+        }
+        self.chain.flush()?;
+
+        println!("\n### {kind}, {len} bytes ({rounds} rounds of {packets} packets)\n");
+        println!("| | ns per packet | CPU ns per packet | packets, {C} = 1 |");
+        println!("|---|---:|---:|---:|");
+        let mut base = f64::NAN;
+        for side in &mut sides {
+            let each = |samples: &mut Vec<f64>| median(samples) / packets as f64;
+            let (name, wall, cpu) = (side.name, each(&mut side.wall), each(&mut side.cpu));
+            if name == C {
+                base = wall;
+            }
+            println!("| {name} | {wall:.0} | {cpu:.0} | {:.2} |", base / wall);
+            let case = Case::Throughput(kind, len);
+            self.push(case, name, Metric::Wall, wall);
+            self.push(case, name, Metric::Cpu, cpu);
+        }
+        Ok(())
+    }
+
+    fn latency(&mut self) -> Result<()> {
+        let amount = self.options.amount();
+        let mut sides = self.start_all("accept")?;
+        for round in 0..amount.latency_rounds {
+            let n = sides.len();
+            for place in 0..n {
+                let side = sides.get_mut((place + round) % n).ok_or("no side")?;
+                side.run_round_trips(amount.round_trips)?;
+            }
+        }
+        self.chain.flush()?;
+
+        println!("\n### latency of one 64-byte UDP packet through the queue\n");
+        println!("| | p50 µs | p99 µs |\n|---|---:|---:|");
+        for side in &mut sides {
             side.wall.sort_by(f64::total_cmp);
             let at = |percent: usize| {
                 let index = side.wall.len() * percent / 100;
                 side.wall.get(index).copied().unwrap_or(f64::NAN) / 1000.0
             };
-            RoundTrips {
-                name: side.name,
-                p50: at(50),
-                p99: at(99),
-            }
-        })
-        .collect())
-}
-
-fn print_latency(all: &[RoundTrips]) -> Option<String> {
-    println!("\n### latency of one 64-byte UDP packet through the queue\n");
-    println!("| | p50 µs | p99 µs |\n|---|---:|---:|");
-    for RoundTrips { name, p50, p99 } in all {
-        println!("| {name} | {p50:.1} | {p99:.1} |");
-    }
-    let p50 = |name| {
-        all.iter()
-            .find(|side| side.name == name)
-            .map_or(f64::NAN, |side| side.p50)
-    };
-    let (ours, theirs) = (p50(LOOP), p50(C));
-    // The run does not resolve smaller differences.
-    (ours > theirs * 1.02)
-        .then(|| format!("latency: {LOOP} has a p50 of {ours:.1} µs, {C} {theirs:.1}"))
-}
-
-fn goodput(
-    chain: &Chain<'_>,
-    programs: &[Program],
-    options: &Options,
-    seconds: f64,
-    rounds: usize,
-) -> Result<Vec<String>> {
-    println!("\n### TCP goodput over loopback, MTU {MTU}, every segment through the queue\n");
-    println!("| | receive buffer | without GSO, Gbit/s | with GSO, Gbit/s | ratio |");
-    println!("|---|---|---:|---:|---:|");
-    // Rates with default buffers, of libnetfilter_queue and of the loop
-    let mut defaults = Vec::new();
-    let sides = programs
-        .iter()
-        .filter(|program| [C, LOOP].contains(&program.name));
-    let sides = sides.flat_map(|program| RECV_BUFFERS.map(|buffer| (program, buffer)));
-    for (program, (recv_buffer, name)) in sides {
-        let mut rates = [Vec::new(), Vec::new()];
-        for _ in 0..rounds {
-            for (wants_gso, rates) in [false, true].into_iter().zip(&mut rates) {
-                let queue = QueueOptions {
-                    kind: "accept",
-                    recv_buffer,
-                    wants_gso,
-                    rule: Rule::new().tcp(),
-                };
-                let side = Side::start(chain, program, options, 0, &queue)?;
-                rates.push(side.tcp_rate(seconds)?);
-                chain.flush()?;
-            }
+            let (name, p50, p99) = (side.name, at(50), at(99));
+            println!("| {name} | {p50:.1} | {p99:.1} |");
+            self.push(Case::Latency, name, Metric::P50, p50);
+            self.push(Case::Latency, name, Metric::P99, p99);
         }
-        let [without, with] = rates.map(|mut rates| median(&mut rates));
-        let ratio = with / without;
-        println!(
-            "| {} | {name} | {without:.2} | {with:.2} | {ratio:.1} |",
-            program.name
-        );
-        if recv_buffer == 0 {
-            defaults.push((without, with));
-        }
+        Ok(())
     }
-    let [(theirs, _), (ours, ours_with_gso)] = defaults[..] else {
-        return Err("two sides have default buffers".into());
-    };
-    let targets = [
-        ("without GSO, beside libnetfilter_queue", ours / theirs, 2.0),
-        ("with GSO, beside that without", ours_with_gso / ours, 3.0),
-    ];
-    let missed = targets.iter().filter(|(_, ratio, least)| ratio < least);
-    Ok(missed
-        .map(|(what, ratio, least)| format!("goodput {what}: {ratio:.1} times, not {least}"))
-        .collect())
+
+    fn goodput(&mut self) -> Result<()> {
+        let amount = self.options.amount();
+        println!("\n### TCP goodput over loopback, MTU {MTU}, every segment through the queue\n");
+        println!("| | receive buffer | without GSO, Gbit/s | with GSO, Gbit/s | ratio |");
+        println!("|---|---|---:|---:|---:|");
+        let sides = self
+            .programs
+            .iter()
+            .filter(|program| [C, LOOP].contains(&program.name));
+        let sides = sides.flat_map(|program| RECV_BUFFERS.map(|buffer| (program, buffer)));
+        for (program, (recv_buffer, name)) in sides {
+            let mut rates = [Vec::new(), Vec::new()];
+            for _ in 0..amount.goodput_rounds {
+                for (wants_gso, rates) in [false, true].into_iter().zip(&mut rates) {
+                    let queue = QueueOptions {
+                        kind: "accept",
+                        recv_buffer,
+                        wants_gso,
+                        rule: Rule::new().tcp(),
+                    };
+                    let side = self.start(program, 0, &queue)?;
+                    rates.push(side.tcp_rate(amount.seconds)?);
+                    self.chain.flush()?;
+                }
+            }
+            let [without, with] = rates.map(|mut rates| median(&mut rates));
+            let ratio = with / without;
+            println!(
+                "| {} | {name} | {without:.2} | {with:.2} | {ratio:.1} |",
+                program.name
+            );
+            self.push(Case::Goodput(name), program.name, Metric::Mtu, without);
+            self.push(Case::Goodput(name), program.name, Metric::Gso, with);
+        }
+        Ok(())
+    }
+
+    fn start_all(&self, kind: &'static str) -> Result<Vec<Side>> {
+        let queue = QueueOptions {
+            kind,
+            recv_buffer: 0,
+            wants_gso: false,
+            rule: Rule::new().udp(),
+        };
+        let start = |(index, program): (usize, &Program)| {
+            self.start(program, u16::try_from(index)?, &queue)
+        };
+        self.programs.iter().enumerate().map(start).collect()
+    }
+
+    fn start(&self, program: &Program, num: u16, queue: &QueueOptions) -> Result<Side> {
+        let placement = self.run.1;
+        let place = |command: &mut Command| -> Result<Child> {
+            Ok(self
+                .options
+                .place(placement, true, || command.spawn())?
+                .map_err(|error| format!("{}: {error}", program.name))?)
+        };
+        Side::start(self.chain, program, place, num, queue)
+    }
 }
 
 /// Sizes in bytes, and their names
-const RECV_BUFFERS: [(usize, &str); 2] = [(0, "default"), (1 << 20, "1 MiB")];
-
-fn median(samples: &mut [f64]) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
-}
+pub(crate) const RECV_BUFFERS: [(usize, &str); 2] = [(0, "default"), (1 << 20, "1 MiB")];
 
 /// The options of a side's queue
 struct QueueOptions {
@@ -427,7 +458,7 @@ struct QueueOptions {
     rule: Rule,
 }
 
-/// A process that handles packets, the socket that sends them, and the times
+/// A packet-handling process, the sending socket, and the times
 struct Side {
     name: &'static str,
     socket: Udp,
@@ -443,28 +474,11 @@ struct Side {
 }
 
 impl Side {
-    fn start_all(
-        chain: &Chain<'_>,
-        programs: &[Program],
-        options: &Options,
-        kind: &'static str,
-    ) -> Result<Vec<Self>> {
-        let queue = QueueOptions {
-            kind,
-            recv_buffer: 0,
-            wants_gso: false,
-            rule: Rule::new().udp(),
-        };
-        let start = |(index, program): (usize, &Program)| {
-            Self::start(chain, program, options, u16::try_from(index)?, &queue)
-        };
-        programs.iter().enumerate().map(start).collect()
-    }
-
+    /// Starts a side, by a function that spawns its process
     fn start(
         chain: &Chain<'_>,
         program: &Program,
-        options: &Options,
+        spawn: impl FnOnce(&mut Command) -> Result<Child>,
         num: u16,
         queue: &QueueOptions,
     ) -> Result<Self> {
@@ -481,9 +495,7 @@ impl Side {
             .args(program.tail)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
-        let mut process = options
-            .place(true, move || command.spawn())?
-            .map_err(|error| format!("{executable}: {error}"))?;
+        let mut process = spawn(&mut command)?;
         let output = BufReader::new(process.stdout.take().ok_or("no output")?);
         let (send, answers) = mpsc::channel();
         thread::spawn(move || {
