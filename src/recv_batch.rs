@@ -284,8 +284,9 @@ impl Slots {
     #[inline]
     fn event(&self, index: usize) -> Option<Event<'_>> {
         let kind = *self.kinds.get(index)?;
-        let slot = self.arena.get(index.checked_mul(self.slot_len)?..)?;
-        decode(slot.get(..*self.lens.get(index)?)?, kind)
+        let start = index.checked_mul(self.slot_len)?;
+        let end = start.checked_add(*self.lens.get(index)?)?;
+        decode(self.arena.get(start..end)?, kind)
     }
 }
 

@@ -201,7 +201,7 @@ impl<'p> Decision<'p> {
     ///
     /// If the kernel cannot make the change, it silently drops the packet:
     /// * if it is out of memory, or the new packet is shorter than its headers;
-    /// * since Linux 7.2 also if the IP version, options, extension headers or fragment bits
+    /// * since Linux 7.1 also if the IP version, options, extension headers or fragment bits
     ///   change, if the length in the IP header is wrong, if the packet is bridged, and in a
     ///   network namespace of a user namespace other than the initial one;
     /// * since Linux 7.3 also if the transport header is incomplete.
