@@ -18,10 +18,10 @@ pub fn is_at_least(major: u32, minor: u32) -> bool {
 
 /// Returns whether the running kernel silently drops packets with a new payload
 ///
-/// Linux 7.2 and later do so in the network namespace of an ordinary user.
+/// Linux 7.1 and later do so in the network namespace of an ordinary user.
 #[must_use]
 pub fn refuses_payloads() -> bool {
-    is_rootless() && is_at_least(7, 2)
+    is_rootless() && is_at_least(7, 1)
 }
 
 /// Returns whether `NFQNL_COMPLETE_KERNEL=1` is set: the running kernel must have every feature
