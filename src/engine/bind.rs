@@ -61,15 +61,14 @@ impl Engine {
         match error {
             Error::Refused(refusal) => {
                 match refusal.errno() {
+                    // The queue may be bound by a copy of the socket: it stays.
                     libc::EBUSY => self.end_here(id),
-                    libc::EPERM => {
+                    _ => {
                         let mut state = self.state();
                         if self.end(&mut state, id) {
                             state.ended.pop(); // the kernel has sent no packets of this binding
                         }
                     }
-                    // Before Linux 4.5 a bind with unknown flags is refused, and the queue bound.
-                    _ => drop(self.unbind(id)),
                 }
                 self.explain(refusal, id.queue, flags)
             }
@@ -109,8 +108,8 @@ impl Engine {
     /// Finds the flags or the owner behind a refusal
     fn explain(&self, refusal: Refusal, queue: u16, flags: ConfigFlags) -> Error {
         let kind = match refusal.errno() {
-            // If another request is not refused, the socket does not lack the privilege.
-            libc::EPERM if !matches!(self.sync(Operation::Sync), Err(Error::Refused(_))) => {
+            // If another request succeeds, the socket does not lack the privilege.
+            libc::EPERM if self.sync(Operation::Sync).is_ok() => {
                 let stats = QueueStats::read(queue).ok().flatten();
                 let owner = stats.map(|stats| stats.port_id);
                 ErrorKind::QueueInUse { owner }
