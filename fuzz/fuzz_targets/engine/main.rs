@@ -79,6 +79,8 @@ struct Fuzz {
     polls: Cell<u32>,
     /// Threads waiting in a receive call
     receives: Cell<u32>,
+    /// The program has received more than it has passed on
+    holds_messages: Cell<bool>,
     /// The number of calls with possible reads: receive calls, and sends of verdicts
     calls: Cell<u32>,
     /// A waker was used, and no waiting receive call has returned since
@@ -397,8 +399,8 @@ impl Fuzz {
     }
 
     fn bind(&self, bind: impl FnOnce(u16, &QueueConfig) -> Result<Queue>) {
-        // A bind waits for senders, and for an answer.
-        if self.sends.get() + self.receives.get() > 0 {
+        // A bind waits for senders, and for an answer. A program passes everything on before it.
+        if self.sends.get() + self.receives.get() > 0 || self.holds_messages.get() {
             return;
         }
         let byte = self.byte();
@@ -518,7 +520,11 @@ impl Fuzz {
             messages.reverse();
         }
         // A message with a wrong length must be the last one.
+        let count = messages.len();
+        let mut passed = 0;
         for messages in messages.chunk_by(|message, _| is_whole(message)) {
+            passed += messages.len();
+            self.holds_messages.set(passed < count);
             let mut buffer = Vec::new();
             for message in messages {
                 buffer.resize(buffer.len().next_multiple_of(4), 0);
