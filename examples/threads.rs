@@ -109,8 +109,12 @@ fn main() -> Result<()> {
             });
             threads.push((number, thread));
         }
-        for (number, thread) in threads {
-            let packets = thread.join().map_err(|_| "a thread has panicked")??;
+        let ended = threads
+            .into_iter()
+            .map(|(number, thread)| (number, thread.join()));
+        // All threads end before the first total is printed.
+        for (number, result) in ended.collect::<Vec<_>>() {
+            let packets = result.map_err(|_| "a thread has panicked")??;
             println!("queue {number}: {packets} packets");
         }
         Ok(())

@@ -32,7 +32,10 @@ mod wake;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU32, AtomicUsize,
+    Ordering::{Acquire, Relaxed},
+};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use netlink_sys::Socket as Netlink;
@@ -213,7 +216,7 @@ impl Engine {
     /// Returns the number of queues unbound so far; a change means that callbacks may have ended
     #[inline]
     pub(crate) fn endings(&self) -> usize {
-        self.endings.load(Relaxed)
+        self.endings.load(Acquire)
     }
 
     /// Returns true if the binding of this key is current

@@ -430,6 +430,9 @@ pub enum ErrorKind {
         owner: Option<u32>,
     },
     /// `EBUSY`: this socket has bound the queue already
+    ///
+    /// If a copy of the socket has unbound the queue since, drop the old
+    /// [`Queue`](crate::Queue) first.
     AlreadyBound,
     /// `ENODEV`: the queue is not bound; for a verdict, the kernel has dropped the packet
     NotBound,
@@ -439,6 +442,10 @@ pub enum ErrorKind {
     /// or a link-layer header of another length (the kernel has dropped the packet).
     Invalid,
     /// The kernel does not support these flags; nothing was changed
+    ///
+    /// Before Linux 4.5 the kernel does not tell which flags these are, so the kind is
+    /// [`Unsupported`](Self::Unsupported), and a refused bind leaves the queue bound until the
+    /// socket is closed.
     ///
     /// `CONNTRACK` needs `CONFIG_NETFILTER_NETLINK_GLUE_CT`, `SECCTX` needs
     /// `CONFIG_NETWORK_SECMARK`. See

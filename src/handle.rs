@@ -188,7 +188,7 @@ impl<'cb> Handle<'cb> {
         self.create_queue_with(num, &QueueConfig::new(), callback)
     }
 
-    /// Same as [`create_queue`](Self::create_queue), with settings in the same message
+    /// Same as [`create_queue`](Self::create_queue), with settings as in [`Socket::bind_with`]
     ///
     /// # Errors
     /// As [`Socket::bind_with`].
@@ -244,8 +244,7 @@ impl<'cb> Handle<'cb> {
     /// `ENOBUFS` (packets were lost) or `EINTR`; neither is a reason to stop. Pass on everything,
     /// from all threads: the bytes may be the answer to a request. So do not keep the handle in a
     /// mutex: a request that holds the mutex would wait for the thread that receives. The call also
-    /// delivers packets
-    /// read by earlier requests. Each verdict is sent when its callback exits.
+    /// delivers packets read by earlier requests. Each verdict is sent when its callback exits.
     ///
     /// Pass on everything received so far before you bind a queue number again. Afterwards a
     /// packet of the old binding looks like a packet of the new one.
@@ -295,7 +294,8 @@ impl<'cb> Handle<'cb> {
     /// oldest of them is a millisecond old. A callback calls [`QueueData::send_now`] before it
     /// waits.
     ///
-    /// The number is 0 if only other events came, or if a [`Waker`](crate::Waker) ended the call.
+    /// The number is 0 if only other events came, if a [`Waker`](crate::Waker) ended the call, or
+    /// if the call first sent verdicts left by a failed call.
     ///
     /// If a callback panics, the verdicts set so far are sent, and the next call with this batch
     /// delivers the remaining packets.

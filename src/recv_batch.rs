@@ -263,6 +263,11 @@ impl Slots {
             .map(|((slot, &len), kind)| (slot.get(..len).unwrap_or_default(), kind))
     }
 
+    /// Returns the total length of all slots
+    pub(crate) fn room(&self) -> usize {
+        self.arena.len()
+    }
+
     /// Returns the total length of the datagrams in the slots
     pub(crate) fn filled_len(&self) -> usize {
         self.lens.iter().take(self.filled).sum()

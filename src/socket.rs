@@ -219,8 +219,10 @@ impl Socket {
         self.bind_with(num, &QueueConfig::new())
     }
 
-    /// Binds a queue and applies its settings in one message; copies whole packets unless `config`
-    /// names a copy mode
+    /// Binds a queue with these settings; copies whole packets unless `config` names a copy mode
+    ///
+    /// One message does both. The flags of
+    /// [`enable_if_supported`](QueueConfig::enable_if_supported) follow in messages of their own.
     ///
     /// # Errors
     /// [`Error::Refused`] with [`NoCapability`](crate::ErrorKind::NoCapability),
@@ -296,8 +298,8 @@ impl Socket {
     /// the wait; a signal does not.
     ///
     /// Several threads may receive from one socket, each with its own batch: one waits in the
-    /// kernel, and the others wait for that thread. Each thread gets its packets in order. This
-    /// call can block even after poll(2) if other threads use the socket: call
+    /// kernel, and the others wait for that thread. Each thread gets its packets in order, unless
+    /// another thread changes a setting while this thread does not run. This call can block even after poll(2) if other threads use the socket: call
     /// [`try_recv`](Self::try_recv) then.
     ///
     /// After a call that got a single packet, the next few calls ask the kernel for one only. This

@@ -93,7 +93,8 @@ impl QueueConfig {
     /// Switches flags on if the kernel supports them
     ///
     /// [`ConfigRequest::encode`] leaves these flags out. The crate `nfqnl` sends a message for each
-    /// of them after the bind, and goes on without the flags that the kernel refuses.
+    /// of them after the bind, and goes on without the flags that the kernel refuses. The first
+    /// packets may come before these flags are on.
     #[must_use]
     pub const fn enable_if_supported(mut self, flags: ConfigFlags) -> Self {
         if let Some((mask, on)) = self.flags {

@@ -1,7 +1,7 @@
 //! Binding queues, changing their settings, unbinding them
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::time::Duration;
 
 use nfqnl_proto::{ConfigFlags, ConfigRequest, QueueConfig};
@@ -89,13 +89,11 @@ impl Engine {
     ) -> Result<()> {
         let missing = config.get_optional_flags() & !binding.flags();
         for flag in missing.iter() {
-            match self.update(op, binding, QueueConfig::new().enable(flag)) {
-                Err(Error::Refused(refusal))
-                    if matches!(
-                        refusal.kind(),
-                        ErrorKind::UnsupportedFlags(_) | ErrorKind::Unsupported
-                    ) => {}
-                Ok(()) => {}
+            let config = QueueConfig::new().enable(flag);
+            let request = ConfigRequest::update(binding.id.queue, config);
+            match self.configure(op, &request) {
+                Ok(()) => binding.set_flags(flag, flag),
+                Err(Error::Refused(refusal)) if may_be_flags(refusal.errno()) => {}
                 Err(error) => {
                     self.post_unbind(binding.id);
                     return Err(error);
@@ -114,13 +112,11 @@ impl Engine {
                 let owner = stats.map(|stats| stats.port_id);
                 ErrorKind::QueueInUse { owner }
             }
-            libc::EINVAL | libc::EOPNOTSUPP | ErrorKind::ENOTSUPP => {
-                match self.unsupported(refusal.operation(), flags) {
-                    Ok(missing) if missing.is_empty() => refusal.kind(),
-                    Ok(missing) => ErrorKind::UnsupportedFlags(missing),
-                    Err(error) => return error,
-                }
-            }
+            errno if may_be_flags(errno) => match self.unsupported(refusal.operation(), flags) {
+                Ok(missing) if missing.is_empty() => refusal.kind(),
+                Ok(missing) => ErrorKind::UnsupportedFlags(missing),
+                Err(error) => return error,
+            },
             _ => refusal.kind(),
         };
         refusal.with_kind(kind).into()
@@ -128,8 +124,8 @@ impl Engine {
 
     /// Returns the flags not supported by the kernel
     ///
-    /// The kernel checks flags before it looks for the queue, so each flag is tried on an unbound
-    /// queue.
+    /// Since Linux 4.5 the kernel checks flags before it looks for the queue, so each flag is tried
+    /// on an unbound queue.
     fn unsupported(&self, op: Operation, flags: ConfigFlags) -> Result<ConfigFlags> {
         let mut missing = ConfigFlags::empty();
         for bit in flags.iter() {
@@ -240,10 +236,15 @@ impl Engine {
         };
         binding.end();
         self.change_bindings(state, |bindings| bindings.remove(id));
-        let place = self.endings.fetch_add(1, Relaxed) + 1;
+        let place = self.endings.fetch_add(1, Release) + 1;
         state.ended.push((id.queue, place));
         true
     }
+}
+
+/// Returns true if the kernel may have refused a flag
+const fn may_be_flags(errno: i32) -> bool {
+    matches!(errno, libc::EINVAL | libc::EOPNOTSUPP | ErrorKind::ENOTSUPP)
 }
 
 impl State {

@@ -58,7 +58,7 @@ impl Engine {
         let mut state = self.state();
         state.note_thread();
         let (mut state, received) = self.receive_locked(state, slots, wait);
-        // A request of another thread read these before the messages in the slots.
+        // An overrun, and what requests of other threads have read
         slots.stash.append(&mut state.stash);
         if wait != Wait::No {
             // Whatever ended this call, its thread goes on now: wakes so far have done their work.
@@ -86,7 +86,11 @@ impl Engine {
             let must_look = is_over || state.has_several_threads() || self.wake.is_outstanding();
             if must_look && !state.is_read_unlocked() {
                 match self.receive_now(&mut state, slots) {
-                    Ok(true) if wait == Wait::No && !slots.has_events(0) => continue,
+                    Ok(true)
+                        if wait == Wait::No && !slots.has_events(0) && state.stash.is_empty() =>
+                    {
+                        continue;
+                    }
                     Ok(false) => {}
                     received => return (state, received),
                 }
@@ -104,7 +108,7 @@ impl Engine {
             let is_unlocked = can_block && !state.has_several_threads();
             state.reader = Some(Reader {
                 process: sys::generation(),
-                is_unlocked,
+                unlocked_room: is_unlocked.then(|| slots.room()),
                 all,
             });
             drop(state);
@@ -338,9 +342,7 @@ impl Engine {
         // unknown.
         self.is_read_outside.store(true, Relaxed);
         let mut state = self.state();
-        if self.merges() {
-            self.end_merging(&mut state);
-        }
+        self.end_merging(&mut state);
         let kind = self.record_datagram(&mut state, message);
         self.pass_on(&mut state);
         if is_alone && state.stash.is_empty() {
@@ -445,11 +447,11 @@ impl Stretch {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reader {
     /// [`sys::generation`]: after a fork the child has a copy of this, but not the thread
-    process: u32,
-    /// The thread receives without the lock; otherwise it polls
-    is_unlocked: bool,
+    pub(super) process: u32,
+    /// The room for datagrams, if the thread receives without the lock; otherwise it polls
+    pub(super) unlocked_room: Option<usize>,
     /// The count of [`Waker::wake_all`](super::Waker::wake_all) when its call began
-    all: u32,
+    pub(super) all: u32,
 }
 
 impl State {
@@ -461,7 +463,14 @@ impl State {
     /// Returns true while a thread may have received datagrams and not recorded them yet
     #[inline]
     pub(super) fn is_read_unlocked(&self) -> bool {
-        self.reader().is_some_and(|reader| reader.is_unlocked)
+        self.unlocked_room().is_some()
+    }
+
+    /// Returns the room of this thread for datagrams, in bytes
+    #[inline]
+    pub(super) fn unlocked_room(&self) -> Option<u64> {
+        let room = self.reader()?.unlocked_room?;
+        Some(u64::try_from(room).unwrap_or(u64::MAX))
     }
 
     /// Records the calling thread

@@ -65,10 +65,9 @@ impl Engine {
         let seq = self.send_request(state, op, request, true)?;
         // The program may have set the size since the socket was opened.
         let buffer = sys::recv_buffer(self.as_fd()).unwrap_or(libc::c_int::MAX);
-        let mut unread = u64::try_from(buffer).unwrap_or(0);
-        if state.is_read_unlocked() {
-            unread *= 2; // the thread may have a buffer's content in hand
-        }
+        let buffer = u64::try_from(buffer).unwrap_or(0);
+        // A thread blocked in the receive call may have filled its slots before this request.
+        let unread = buffer + state.unlocked_room().unwrap_or(0);
         state.requests.push(Request {
             seq,
             op,
@@ -147,9 +146,9 @@ impl Engine {
             if !is_read_unlocked || has_waited {
                 // A thread blocked in the receive call does not run. It may have messages from
                 // before those that are read here.
-                state.is_out_of_order |= is_read_unlocked;
                 match self.read_to_stash(&mut state, &mut buf) {
                     Ok(true) => {
+                        state.is_out_of_order |= is_read_unlocked;
                         *has_read = true;
                         continue;
                     }
@@ -194,6 +193,9 @@ impl Engine {
         let mut state = self.state();
         state.note_thread(); // other threads poll from here on
         while state.is_read_unlocked() {
+            if self.may_be_read_elsewhere() {
+                self.wake.clear_outstanding(); // the other process may have its answer
+            }
             self.wake.make_readable();
             state = self.wait_for_answers(state, READER_GRACE);
         }
@@ -259,7 +261,9 @@ impl Engine {
         if reply.seq == WAKE_SEQ {
             return self.wake.clear_outstanding();
         }
-        // Answers come in the order of the requests, so the answers to earlier requests are lost.
+        // Answers come in the order of the requests, so the answers to earlier requests are lost,
+        // unless a thread blocked in the receive call has them.
+        let may_be_in_hand = state.is_read_unlocked();
         for request in &mut state.requests {
             if request.seq == reply.seq {
                 request.answer = Answer::Came(match reply.is_ack() {
@@ -272,7 +276,7 @@ impl Engine {
             if request.seq.wrapping_sub(reply.seq) < u32::MAX / 2 {
                 return;
             }
-            if matches!(request.answer, Answer::Awaited) {
+            if !may_be_in_hand && matches!(request.answer, Answer::Awaited) {
                 request.answer = Answer::Lost;
             }
         }
@@ -286,7 +290,10 @@ mod tests {
     use nfqnl_proto::consts::NLMSG_ERROR;
     use nfqnl_proto::{Message, Messages};
 
+    use std::sync::atomic::Ordering::Relaxed;
+
     use super::*;
+    use crate::engine::receive::Reader;
 
     fn state(seqs: &[u32]) -> State {
         let requests = seqs.iter().map(|&seq| Request {
@@ -348,6 +355,50 @@ mod tests {
         assert!(matches!(state.take_answer(3), Answer::Came(Ok(()))));
         assert!(matches!(state.take_answer(4), Answer::Awaited));
         assert!(matches!(state.take_answer(5), Answer::Lost), "never asked");
+    }
+
+    fn blocked_reader() -> Option<Reader> {
+        Some(Reader {
+            process: sys::generation(),
+            unlocked_room: Some(5000),
+            all: 0,
+        })
+    }
+
+    #[test]
+    fn an_answer_in_a_threads_hand_is_not_lost() {
+        let (engine, _there) = engine();
+        let mut state = state(&[1, 2]);
+        state.reader = blocked_reader();
+        acknowledge(&engine, &mut state, NLMSG_NOOP, 2);
+        assert!(matches!(state.take_answer(1), Answer::Awaited));
+        state.reader = None;
+        acknowledge(&engine, &mut state, NLMSG_NOOP, 1);
+        assert!(matches!(state.take_answer(1), Answer::Came(Ok(()))));
+
+        state = State {
+            reader: blocked_reader(),
+            ..State::default()
+        };
+        let seq = engine.begin(&mut state, Operation::Sync, None).unwrap();
+        let buffer = sys::recv_buffer(engine.as_fd()).unwrap();
+        state.bytes_read = u64::try_from(buffer).unwrap() + 5000;
+        assert!(matches!(state.take_answer(seq), Answer::Awaited));
+    }
+
+    /// After a fork the other process may receive the answer to a wake message
+    #[test]
+    fn a_blocked_reader_is_woken_until_it_returns() {
+        let (engine, there) = engine();
+        engine.may_be_read_outside.store(true, Relaxed);
+        engine.state().reader = blocked_reader();
+        std::thread::scope(|scope| {
+            scope.spawn(|| engine.wait_for_reader());
+            for _ in 0..3 {
+                assert_eq!(there.recv(&mut [0; 64]).unwrap(), 16);
+            }
+            engine.state().reader = None;
+        });
     }
 
     #[test]

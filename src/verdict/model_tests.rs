@@ -256,7 +256,7 @@ impl World {
         }
     }
 
-    /// As `Engine::bind_once`
+    /// As `Engine::bind`
     fn bind(&mut self, queue: u16) {
         let overruns = self.overruns - u32::from(self.is_in_overrun);
         let binding = Binding::new(queue, Outstanding::new(overruns, true));

@@ -97,6 +97,10 @@ impl Outstanding {
     pub(crate) fn record(&mut self, first: u32, last: u32, seen: Seen) -> Recorded {
         if !is_before(self.newest, first) {
             self.end_merging();
+            if seen.in_order {
+                self.newest = last;
+                return Recorded::After(0);
+            }
             return match first == self.newest {
                 true => Recorded::After(0),
                 false => Recorded::Late,
@@ -464,8 +468,9 @@ mod tests {
         for id in [1, 2] {
             let mut list = Outstanding::new(0, true);
             list.record(1, 2, SEEN);
-            list.record(id, id, SEEN);
+            assert_eq!(list.record(id, id, SEEN), Recorded::After(0));
             assert!(!list.merges());
+            assert_eq!(list.newest, id, "numbers begin again");
         }
     }
 

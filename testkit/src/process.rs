@@ -118,7 +118,7 @@ pub fn without_sending<T: Send>(errno: u16, f: impl FnOnce() -> T + Send) -> T {
 /// Any other call ends the process with status 1, after a line with the call's number.
 ///
 /// # Errors
-/// What the system says.
+/// The system's error.
 #[cfg(target_arch = "x86_64")]
 pub fn allow_only(calls: &[i64]) -> io::Result<()> {
     sys::allow_only(calls)

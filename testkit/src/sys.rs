@@ -107,8 +107,13 @@ pub(crate) fn fail_sends(errno: u16) -> io::Result<()> {
         step(libc::BPF_RET, libc::SECCOMP_RET_ERRNO | u32::from(errno), 0),
         step(libc::BPF_RET, libc::SECCOMP_RET_ALLOW, 0),
     ];
+    set_filter(&mut steps)
+}
+
+/// Sets a filter of system calls for the calling thread
+fn set_filter(steps: &mut [libc::sock_filter]) -> io::Result<()> {
     let program = libc::sock_fprog {
-        len: 4,
+        len: u16::try_from(steps.len()).map_err(io::Error::other)?,
         filter: steps.as_mut_ptr(),
     };
     thread::set_no_new_privs(true)?;
@@ -149,11 +154,6 @@ pub(crate) fn allow_only(calls: &[libc::c_long]) -> io::Result<()> {
     }
     // With another architecture the number was not loaded, so nothing above has matched.
     steps.push(step(libc::BPF_RET, libc::SECCOMP_RET_TRAP));
-    let program = libc::sock_fprog {
-        len: u16::try_from(steps.len()).map_err(io::Error::other)?,
-        filter: steps.as_mut_ptr(),
-    };
-
     let handler: extern "C" fn(libc::c_int, *const SigSys, *const libc::c_void) = report_call;
     // SAFETY: a `sigaction` is integers and pointers, for which all zeroes is a value.
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
@@ -162,17 +162,7 @@ pub(crate) fn allow_only(calls: &[libc::c_long]) -> io::Result<()> {
     // SAFETY: the action lives during the call. With `SA_SIGINFO` the kernel calls a handler of
     // this type. It makes two system calls and allocates nothing.
     check(unsafe { libc::sigaction(libc::SIGSYS, &raw const action, ptr::null_mut()) })?;
-
-    thread::set_no_new_privs(true)?;
-    // SAFETY: the kernel reads the program and `len` steps, which live during the call.
-    check(unsafe {
-        libc::prctl(
-            libc::PR_SET_SECCOMP,
-            libc::SECCOMP_MODE_FILTER,
-            &raw const program,
-        )
-    })?;
-    Ok(())
+    set_filter(&mut steps)
 }
 
 /// `siginfo_t` of a SIGSYS, as far as the number of the call (`asm-generic/siginfo.h`)

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use nfqnl::proto::ConfigRequest;
 use nfqnl::{
-    Error, ErrorKind, Event, Handle, Operation, PacketKey, Queue, RecvBatch, Socket, Verdict,
+    ConfigFlags, Error, ErrorKind, Event, Handle, Operation, PacketKey, Queue, QueueConfig,
+    RecvBatch, Socket, Verdict,
 };
 use nfqnl_testkit::netns::{idle, isolated};
 use nfqnl_testkit::{link, process};
@@ -191,6 +192,11 @@ fn packets_of_a_queue_bound_before_are_not_events() {
         assert_eq!(socket.stats().after_unbind, 2);
         let refused = refusal(socket.bind(QUEUE));
         assert_eq!(refused.kind(), ErrorKind::AlreadyBound);
+        let unknown = ConfigFlags::from_bits_retain(1 << 30);
+        let config = QueueConfig::new().enable(unknown);
+        let refused = refusal(socket.bind_with(QUEUE, &config));
+        assert_eq!(refused.kind(), ErrorKind::UnsupportedFlags(unknown));
+        assert!(!is_free(QUEUE), "a refused bind ends nothing");
         drop(socket);
         assert!(is_free(QUEUE));
     });

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use crate::{C, GOODPUT, KINDS, LATENCY, LOOP, NFQ, PACKETS, Placement};
 
-/// What was measured
+/// A measured case
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Case {
     /// Verdicts of one of [`KINDS`] on packets of this many bytes
