@@ -325,7 +325,7 @@ impl Engine {
 
     /// Sends verdicts of all bindings singly from here on
     fn end_merging(&self, state: &mut State) {
-        if self.merges.swap(false, Relaxed) {
+        if self.merges() && self.merges.swap(false, Relaxed) {
             for binding in state.bindings.iter() {
                 let mut outstanding = binding.outstanding();
                 state.stats.merging_ended += u64::from(outstanding.merges());
