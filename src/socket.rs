@@ -299,8 +299,8 @@ impl Socket {
     ///
     /// Several threads may receive from one socket, each with its own batch: one waits in the
     /// kernel, and the others wait for that thread. Each thread gets its packets in order, unless
-    /// another thread changes a setting while this thread does not run. This call can block even after poll(2) if other threads use the socket: call
-    /// [`try_recv`](Self::try_recv) then.
+    /// another thread changes a setting while this thread does not run. This call can block even
+    /// after poll(2) if other threads use the socket: call [`try_recv`](Self::try_recv) then.
     ///
     /// After a call that got a single packet, the next few calls ask the kernel for one only. This
     /// is faster for packets that come singly.
