@@ -150,7 +150,7 @@ fn attributes(criterion: &mut Criterion) {
             black_box((
                 packet.key(),
                 packet.family(),
-                packet.hw_protocol(),
+                packet.hw_protocol().0,
                 packet.hook(),
             ));
             black_box((packet.mark(), packet.priority(), packet.timestamp()));
@@ -162,7 +162,10 @@ fn attributes(criterion: &mut Criterion) {
                 packet.gid(),
             ));
             black_box((packet.security_context(), packet.vlan(), packet.l2_header()));
-            black_box((packet.conntrack(), packet.conntrack_info()));
+            black_box((
+                packet.conntrack().map(|entry| entry.as_bytes()),
+                packet.ct_state().map(|state| state.0),
+            ));
             black_box((packet.cgroup_classid(), packet.skb_info()));
             black_box((packet.payload(), packet.len(), packet.is_truncated()));
         });

@@ -191,7 +191,7 @@ fn description(packet: &Packet<'_>) -> String {
         .filter(|(state, _)| info.contains(*state));
     format!(
         "packet hook={}, hwproto {:#x}{}",
-        packet.hw_protocol(),
+        packet.hw_protocol().0,
         packet.hook().0,
         states.map(|(_, words)| words).collect::<String>()
     )

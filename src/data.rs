@@ -106,12 +106,18 @@ impl<'a> QueueData<'a> {
     ///
     /// # Errors
     /// [`Error::TruncatedPacket`] for a new payload of a truncated packet.
-    /// [`Error::PayloadTooShort`] for a payload shorter than its own network header or the old
+    /// [`Error::ConntrackAndLength`] for a payload of another length beside a change of the
+    /// conntrack entry. [`Error::PayloadTooShort`] for a payload shorter than its own network header or the old
     /// packet's (the kernel would drop the packet). [`Error::Encode`] for more than 65531 bytes.
     /// The earlier verdict stays then.
     pub fn set_decision(&mut self, decision: &Decision<'_>) -> Result<()> {
         if let Some(payload) = decision.payload() {
             self.check_payload(payload)?;
+            let changes_entry = decision.ct_mark().is_some() || decision.conntrack().is_some();
+            if changes_entry && payload.len() != self.packet.payload().len() {
+                let key = self.packet.key();
+                return Err(Error::ConntrackAndLength { key });
+            }
         }
         self.verdicts.set(self.before, self.packet.key(), *decision)
     }
@@ -157,7 +163,7 @@ impl<'a> QueueData<'a> {
     #[must_use]
     #[doc(alias = "nfq_get_msg_packet_hdr")]
     pub fn get_hw_protocol(&self) -> u16 {
-        self.packet.hw_protocol()
+        self.packet.hw_protocol().0
     }
 
     /// Returns the number of the netfilter hook

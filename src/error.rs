@@ -95,6 +95,16 @@ pub enum Error {
         /// The bytes that were copied
         had: usize,
     },
+    /// A new payload of another length beside a change of the conntrack entry
+    ///
+    /// The kernel would try to adjust TCP sequence numbers, which it can do only for connections
+    /// with a helper. Change the entry with another packet of the connection.
+    #[error("{}: changes the packet's length and the conntrack entry", Operation::Verdict(*key))]
+    #[non_exhaustive]
+    ConntrackAndLength {
+        /// The packet
+        key: PacketKey,
+    },
     /// A new payload shorter than its own network header, or, in a callback, shorter than the old
     /// packet's network header
     ///
@@ -237,6 +247,10 @@ pub enum Operation {
     SetRecvBuffer,
     /// Reading the receive buffer's size
     GetRecvBuffer,
+    /// [`Socket::interface_name`](crate::Socket::interface_name)
+    GetInterfaceName,
+    /// [`Socket::takes_conntrack`](crate::Socket::takes_conntrack)
+    ProbeConntrack,
     /// Registering the descriptor with an asynchronous runtime
     Register,
     /// Binding a protocol family
@@ -287,6 +301,8 @@ impl fmt::Display for Operation {
             Self::Open => f.write_str("open netfilter socket"),
             Self::SetRecvBuffer => f.write_str("set receive buffer"),
             Self::GetRecvBuffer => f.write_str("get receive buffer"),
+            Self::GetInterfaceName => f.write_str("get interface name"),
+            Self::ProbeConntrack => f.write_str("probe conntrack support"),
             Self::Register => f.write_str("register with the runtime"),
             Self::BindPf(family) => write!(f, "bind {family}"),
             Self::UnbindPf(family) => write!(f, "unbind {family}"),

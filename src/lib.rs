@@ -38,11 +38,33 @@
 //! # }
 //! ```
 //!
+//! # A rule
+//! ```sh
+//! nft add table inet filter
+//! nft add chain inet filter in '{ type filter hook input priority 0; }'
+//! nft add rule inet filter in tcp dport 80 queue num 1 bypass
+//! # or
+//! iptables -A INPUT -p tcp --dport 80 -j NFQUEUE --queue-num 1 --queue-bypass
+//! ```
+//! With `bypass`, packets pass while no program has bound the queue. Without it the kernel drops
+//! them. Bind the queue first, and add the rule then.
+//!
 //! # Privileges
 //! Every request, verdicts included, needs `CAP_NET_ADMIN` in the user namespace that owns the
 //! socket's network namespace. `unshare -Urn` gives an ordinary user one of each. Opening the
 //! socket needs no privilege; without the capability the first request fails. Drop capabilities
 //! before you start threads: all threads that send verdicts must have the same ones.
+//!
+//! For a program of an ordinary user, give its file the capability:
+//! `setcap cap_net_admin+ep target/release/program`.
+//!
+//! # Examples
+//! The repository has them in `examples/`: `cargo run --example batch`.
+//! * `demo` brings its own namespace, rules and traffic; `print_packets` prints every attribute.
+//! * `batch` sends different verdicts and marks together; `accept_all` is the smallest program.
+//! * `threads` gives each thread a queue, and answers one queue from many threads.
+//! * `mio`, `async_io` and `tokio` drive a socket by a runtime.
+//! * `nf_queue` has the command line of the kernel's own test program.
 //!
 //! # Losses
 //! If the queue or the socket's receive buffer is full, the kernel drops packets, or accepts them
@@ -84,6 +106,7 @@ mod engine;
 mod error;
 mod event;
 mod handle;
+mod interface_name;
 mod owned_packet;
 mod queue;
 mod recv_batch;
@@ -103,9 +126,12 @@ pub use engine::Waker;
 pub use error::{Error, ErrorKind, Operation, Refusal, Result};
 pub use event::Event;
 pub use handle::{Handle, HandleRef, open};
+pub use interface_name::InterfaceName;
 pub use nfqnl_proto::{
-    ConfigFlags, CopyMode, Decision, Family, Hook, HwAddr, Packet, PacketKey, PlainVerdict,
-    QueueConfig, SkbInfo, Verdict, Vlan, consts,
+    ConfigFlags, Conntrack, ConntrackStatus, ConntrackUpdate, ConntrackUpdateError, CopyMode,
+    Counters, CtState, Decision, Direction, EtherType, Family, FlowKey, Hook, HwAddr, IpProtocol,
+    Labels, Packet, PacketKey, PlainVerdict, QueueConfig, SkbInfo, TcpFlags, TcpInfo, TcpState,
+    Transport, Tuple, Verdict, Vlan, consts,
 };
 pub use owned_packet::OwnedPacket;
 pub use queue::Queue;

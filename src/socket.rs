@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use netlink_sys::{Socket as Netlink, SocketAddr};
 use nfqnl_proto::consts::NETLINK_NETFILTER;
-use nfqnl_proto::{CopyMode, Decision, PacketKey, PlainVerdict, QueueConfig};
+use nfqnl_proto::{ConfigFlags, CopyMode, Decision, PacketKey, PlainVerdict, QueueConfig};
 
 use crate::engine::{Engine, Wait, Waker};
 use crate::error::{Error, Operation, Result};
@@ -244,6 +244,23 @@ impl Socket {
     /// [`Error::Refused`]: no `CAP_NET_ADMIN`. [`Error::NoAck`]; [`Error::Io`].
     pub fn sync(&self) -> Result<()> {
         self.engine.sync(Operation::Sync)
+    }
+
+    /// Returns true if the kernel can send and change conntrack entries
+    ///
+    /// If not, it ignores [`Decision::with_ct_mark`] and [`Decision::with_conntrack`] without an
+    /// error, and refuses [`ConfigFlags::CONNTRACK`]. It lacks
+    /// `CONFIG_NETFILTER_NETLINK_GLUE_CT`, or the module `nf_conntrack_netlink`. The call makes
+    /// the kernel load the module if it can. Ask before you bind queues: the call needs a queue
+    /// number without a binding.
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: no `CAP_NET_ADMIN`. [`Error::NoAck`]; [`Error::Io`].
+    pub fn takes_conntrack(&self) -> Result<bool> {
+        let op = Operation::ProbeConntrack;
+        self.engine.sync(op)?; // without privileges every answer is EPERM
+        let missing = self.engine.unsupported(op, ConfigFlags::CONNTRACK)?;
+        Ok(missing.is_empty())
     }
 
     /// Returns the counters of this socket

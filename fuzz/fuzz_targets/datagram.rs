@@ -340,7 +340,7 @@ fn visit(packet: &Packet<'_>, message: &[u8]) {
         packet.key(),
         packet.family(),
         packet.hook(),
-        packet.hw_protocol(),
+        packet.hw_protocol().0,
     );
     let _ = (
         packet.mark(),
@@ -358,7 +358,7 @@ fn visit(packet: &Packet<'_>, message: &[u8]) {
         packet.uid(),
         packet.gid(),
         packet.vlan(),
-        packet.conntrack_info(),
+        packet.ct_state().map(|state| state.0),
     );
     let _ = (
         packet.cgroup_classid(),
@@ -405,7 +405,7 @@ fn check_packet(packet: Packet<'_>, message: &[u8]) {
     assert_eq!((packet.queue(), packet.id()), (key.queue(), key.id()));
     assert_eq!(packet.with_binding(7).key(), key.with_binding(7));
     assert_eq!(packet.family().0, message[16]);
-    assert_eq!(u64::from(packet.hw_protocol()), be(&header[4..6]));
+    assert_eq!(u64::from(packet.hw_protocol().0), be(&header[4..6]));
     assert_eq!(packet.hook().0, header[6]);
     assert_eq!(packet.mark(), number(3).unwrap_or(0));
     assert_eq!(packet.priority(), number(21).unwrap_or(0));
@@ -413,7 +413,7 @@ fn check_packet(packet: Packet<'_>, message: &[u8]) {
     assert_eq!(packet.outdev(), number(6));
     assert_eq!(packet.physindev(), number(7));
     assert_eq!(packet.physoutdev(), number(8));
-    assert_eq!(packet.conntrack_info(), number(12));
+    assert_eq!(packet.ct_state().map(|state| state.0), number(12));
     let payload_len = last(10).map(<[u8]>::len);
     let len = number(13).map(|len| len as usize).or(payload_len);
     assert_eq!(packet.len(), len);
@@ -423,7 +423,7 @@ fn check_packet(packet: Packet<'_>, message: &[u8]) {
     assert_eq!(packet.gid(), number(17));
     assert_eq!(packet.cgroup_classid(), number(22));
     assert_eq!(packet.payload(), last(10).unwrap_or(&[]));
-    assert_eq!(packet.conntrack(), last(11));
+    assert_eq!(packet.conntrack().map(|entry| entry.as_bytes()), last(11));
     assert_eq!(packet.expectation(), last(15));
     assert_eq!(packet.security_context(), last(18));
     assert_eq!(packet.l2_header(), last(20));
@@ -444,7 +444,7 @@ fn check_packet(packet: Packet<'_>, message: &[u8]) {
     if let Some(addr) = packet.hw_addr() {
         write!(Nowhere, "{addr} {addr:?}").expect("it has an end");
     }
-    for nested in [packet.conntrack(), packet.expectation()]
+    for nested in [packet.conntrack().map(|entry| entry.as_bytes()), packet.expectation()]
         .into_iter()
         .flatten()
     {

@@ -210,7 +210,7 @@ fuzz_target!(|input: Input<'_>| {
                 };
                 decision = match kind {
                     20 => decision.with_l2_header(bytes),
-                    11 => decision.with_conntrack(bytes),
+                    11 => decision.with_raw_conntrack(bytes),
                     15 => decision.with_expectation(bytes),
                     _ => decision.with_payload(bytes),
                 };
@@ -226,7 +226,7 @@ fuzz_target!(|input: Input<'_>| {
             );
             let getters = [
                 decision.l2_header(),
-                decision.conntrack(),
+                decision.raw_conntrack(),
                 decision.expectation(),
                 decision.payload(),
             ];

@@ -151,6 +151,142 @@ from_header! {"`enum nfqnl_vlan_attr` in `linux/netfilter/nfnetlink_queue.h`":
     pub const NFQA_VLAN_TCI: u16 = 2;
 }
 
+from_header! {"`enum ctattr_type` in `linux/netfilter/nfnetlink_conntrack.h`":
+    /// Tuple of the original direction, nested `CTA_TUPLE_*`
+    pub const CTA_TUPLE_ORIG: u16 = 1;
+    /// Tuple of the reply direction, nested `CTA_TUPLE_*`
+    pub const CTA_TUPLE_REPLY: u16 = 2;
+    /// `IPS_*` bits, be32
+    pub const CTA_STATUS: u16 = 3;
+    /// State of the transport protocol, nested `CTA_PROTOINFO_*`
+    pub const CTA_PROTOINFO: u16 = 4;
+    /// Helper, nested `CTA_HELP_*`
+    pub const CTA_HELP: u16 = 5;
+    /// Seconds until the entry is removed, be32
+    pub const CTA_TIMEOUT: u16 = 7;
+    /// Connection mark, be32
+    pub const CTA_MARK: u16 = 8;
+    /// Counters of the original direction, nested `CTA_COUNTERS_*`
+    pub const CTA_COUNTERS_ORIG: u16 = 9;
+    /// Counters of the reply direction, nested `CTA_COUNTERS_*`
+    pub const CTA_COUNTERS_REPLY: u16 = 10;
+    /// Id of the entry, 4 bytes
+    pub const CTA_ID: u16 = 12;
+    /// Original tuple of the expecting connection, nested `CTA_TUPLE_*`
+    pub const CTA_TUPLE_MASTER: u16 = 14;
+    /// Sequence number adjustment of the original direction, nested
+    pub const CTA_SEQ_ADJ_ORIG: u16 = 15;
+    /// Sequence number adjustment of the reply direction, nested
+    pub const CTA_SEQ_ADJ_REPLY: u16 = 16;
+    /// Zone, be16
+    pub const CTA_ZONE: u16 = 18;
+    /// Security context, nested `CTA_SECCTX_*`
+    pub const CTA_SECCTX: u16 = 19;
+    /// Begin and end of the connection, nested `CTA_TIMESTAMP_*`
+    pub const CTA_TIMESTAMP: u16 = 20;
+    /// Only in verdicts: the bits of the mark to change, be32
+    pub const CTA_MARK_MASK: u16 = 21;
+    /// Labels, 16 bytes of the kernel's words in host byte order
+    pub const CTA_LABELS: u16 = 22;
+    /// Only in verdicts: the labels to change, as [`CTA_LABELS`]
+    pub const CTA_LABELS_MASK: u16 = 23;
+    /// State of the SYN proxy, nested
+    pub const CTA_SYNPROXY: u16 = 24;
+}
+
+from_header! {"`enum ctattr_tuple` in `linux/netfilter/nfnetlink_conntrack.h`":
+    /// Addresses, nested `CTA_IP_*`
+    pub const CTA_TUPLE_IP: u16 = 1;
+    /// Transport protocol, nested `CTA_PROTO_*`
+    pub const CTA_TUPLE_PROTO: u16 = 2;
+    /// Zone of the direction, be16
+    pub const CTA_TUPLE_ZONE: u16 = 3;
+}
+
+from_header! {"`enum ctattr_ip` in `linux/netfilter/nfnetlink_conntrack.h`":
+    /// IPv4 source, 4 bytes
+    pub const CTA_IP_V4_SRC: u16 = 1;
+    /// IPv4 destination, 4 bytes
+    pub const CTA_IP_V4_DST: u16 = 2;
+    /// IPv6 source, 16 bytes
+    pub const CTA_IP_V6_SRC: u16 = 3;
+    /// IPv6 destination, 16 bytes
+    pub const CTA_IP_V6_DST: u16 = 4;
+}
+
+from_header! {"`enum ctattr_l4proto` in `linux/netfilter/nfnetlink_conntrack.h`":
+    /// Number of the transport protocol, 1 byte
+    pub const CTA_PROTO_NUM: u16 = 1;
+    /// Source port, be16
+    pub const CTA_PROTO_SRC_PORT: u16 = 2;
+    /// Destination port, be16
+    pub const CTA_PROTO_DST_PORT: u16 = 3;
+    /// ICMP id, be16
+    pub const CTA_PROTO_ICMP_ID: u16 = 4;
+    /// ICMP type, 1 byte
+    pub const CTA_PROTO_ICMP_TYPE: u16 = 5;
+    /// ICMP code, 1 byte
+    pub const CTA_PROTO_ICMP_CODE: u16 = 6;
+    /// ICMPv6 id, be16
+    pub const CTA_PROTO_ICMPV6_ID: u16 = 7;
+    /// ICMPv6 type, 1 byte
+    pub const CTA_PROTO_ICMPV6_TYPE: u16 = 8;
+    /// ICMPv6 code, 1 byte
+    pub const CTA_PROTO_ICMPV6_CODE: u16 = 9;
+}
+
+from_header! {"`enum ctattr_protoinfo` in `linux/netfilter/nfnetlink_conntrack.h`":
+    /// TCP, nested `CTA_PROTOINFO_TCP_*`
+    pub const CTA_PROTOINFO_TCP: u16 = 1;
+    /// DCCP, nested
+    pub const CTA_PROTOINFO_DCCP: u16 = 2;
+    /// SCTP, nested
+    pub const CTA_PROTOINFO_SCTP: u16 = 3;
+}
+
+from_header! {"`enum ctattr_protoinfo_tcp` in `linux/netfilter/nfnetlink_conntrack.h`":
+    /// State, 1 byte of `enum tcp_conntrack`
+    pub const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+    /// Window scale of the original direction, 1 byte
+    pub const CTA_PROTOINFO_TCP_WSCALE_ORIGINAL: u16 = 2;
+    /// Window scale of the reply direction, 1 byte
+    pub const CTA_PROTOINFO_TCP_WSCALE_REPLY: u16 = 3;
+    /// Flags of the original direction, `struct nf_ct_tcp_flags`
+    pub const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
+    /// Flags of the reply direction, `struct nf_ct_tcp_flags`
+    pub const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
+}
+
+from_header! {"`linux/netfilter/nfnetlink_conntrack.h`, inside other attributes":
+    /// In [`CTA_HELP`]: name of the helper, a string
+    pub const CTA_HELP_NAME: u16 = 1;
+    /// In [`CTA_COUNTERS_ORIG`]: packets, be64
+    pub const CTA_COUNTERS_PACKETS: u16 = 1;
+    /// In [`CTA_COUNTERS_ORIG`]: bytes, be64
+    pub const CTA_COUNTERS_BYTES: u16 = 2;
+    /// In [`CTA_TIMESTAMP`]: nanoseconds since the Unix epoch, be64
+    pub const CTA_TIMESTAMP_START: u16 = 1;
+    /// In [`CTA_TIMESTAMP`]: nanoseconds since the Unix epoch, be64
+    pub const CTA_TIMESTAMP_STOP: u16 = 2;
+    /// In [`CTA_SECCTX`]: security context, a string
+    pub const CTA_SECCTX_NAME: u16 = 1;
+}
+
+from_header! {"`enum ip_conntrack_info` in `linux/netfilter/nf_conntrack_common.h`":
+    /// Packets were seen in both directions
+    pub const IP_CT_ESTABLISHED: u32 = 0;
+    /// Belongs to another connection
+    pub const IP_CT_RELATED: u32 = 1;
+    /// No answer was seen
+    pub const IP_CT_NEW: u32 = 2;
+    /// [`IP_CT_ESTABLISHED`], in the reply direction
+    pub const IP_CT_ESTABLISHED_REPLY: u32 = 3;
+    /// [`IP_CT_RELATED`], in the reply direction
+    pub const IP_CT_RELATED_REPLY: u32 = 4;
+    /// [`IP_CT_NEW`], in the reply direction
+    pub const IP_CT_NEW_REPLY: u32 = 5;
+}
+
 from_header! {"`enum nfqnl_msg_config_cmds` in `linux/netfilter/nfnetlink_queue.h`":
     /// Bind a queue to this socket
     pub const NFQNL_CFG_CMD_BIND: u8 = 1;

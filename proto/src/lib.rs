@@ -72,8 +72,10 @@ extern crate std;
 
 mod attr;
 mod config;
+mod conntrack;
 pub mod consts;
 mod error;
+mod flow;
 #[cfg(feature = "netlink-packet-core")]
 #[path = "netlink_packet_core.rs"]
 pub mod interop;
@@ -86,10 +88,15 @@ mod write;
 
 pub use attr::{Attr, Attrs};
 pub use config::{ConfigRequest, QueueConfig};
+pub use conntrack::{
+    Conntrack, ConntrackStatus, ConntrackUpdate, ConntrackUpdateError, Counters, CtState,
+    Direction, Labels, TcpFlags, TcpInfo, TcpState, Tuple,
+};
 pub use error::{DecodeError, EncodeError, Header};
+pub use flow::{FlowKey, Transport};
 pub use message::{Message, Messages, Other, Reply};
 pub use packet::{HwAddr, Packet, PacketKey, SkbInfo};
-pub use types::{ConfigFlags, CopyMode, Family, Hook};
+pub use types::{ConfigFlags, CopyMode, EtherType, Family, Hook, IpProtocol};
 pub use verdict::{Decision, PlainVerdict, UnknownVerdict, Verdict};
 pub use vlan::Vlan;
 pub use write::{RequestHeader, encode_noop};

@@ -17,6 +17,7 @@ use bitflags::bitflags;
 use byteorder::{BigEndian, ByteOrder, NativeEndian};
 
 use crate::attr::{Attr, Attrs};
+use crate::conntrack::{Conntrack, CtState};
 use crate::consts::{
     ATTR_HEADER_LEN, ATTRS_OFFSET, MESSAGE_HEADER_LEN, NFQA_CAP_LEN, NFQA_CGROUP_CLASSID, NFQA_CT,
     NFQA_CT_INFO, NFQA_EXP, NFQA_GID, NFQA_HWADDR, NFQA_IFINDEX_INDEV, NFQA_IFINDEX_OUTDEV,
@@ -27,7 +28,8 @@ use crate::consts::{
     message_type,
 };
 use crate::error::{DecodeError, Header};
-use crate::types::{Family, Hook};
+use crate::flow::FlowKey;
+use crate::types::{EtherType, Family, Hook};
 use crate::vlan::Vlan;
 
 /// The longest message in which 16 bits can hold every offset, counted in 4-byte words
@@ -367,16 +369,16 @@ impl<'a> Packet<'a> {
         BigEndian::read_u32(&self.header()[..4])
     }
 
-    /// The EtherType of the packet: `0x0800` IPv4, `0x86dd` IPv6, `0x0806` ARP on a bridge
+    /// The EtherType of the packet: IPv4, IPv6, or ARP on a bridge
     ///
-    /// In host byte order, while a C program must convert the field (`hw_protocol` of
-    /// `struct nfqnl_msg_packet_hdr`). Always present.
+    /// Its number is in host byte order, while a C program must convert the field (`hw_protocol`
+    /// of `struct nfqnl_msg_packet_hdr`). Always present.
     #[must_use]
     #[doc(alias = "NFQA_PACKET_HDR")]
     #[doc(alias = "nfq_get_msg_packet_hdr")]
     #[inline]
-    pub fn hw_protocol(&self) -> u16 {
-        BigEndian::read_u16(&self.header()[4..6])
+    pub fn hw_protocol(&self) -> EtherType {
+        EtherType(BigEndian::read_u16(&self.header()[4..6]))
     }
 
     /// The netfilter hook that queued the packet
@@ -492,10 +494,11 @@ impl<'a> Packet<'a> {
 
     /// The user id of the owner of the packet's socket, as the initial user namespace numbers it
     ///
-    /// The packet's socket is the socket with which the kernel associates the packet: at OUTPUT
-    /// the sender's. With early demux, a packet at INPUT may have the owner of the receiving
-    /// socket (not seen on Linux 6.18 over loopback). The owner is the process that opened the
-    /// socket, even if another process uses it now.
+    /// At OUTPUT and POSTROUTING the packet's socket is the sender's. At INPUT it is the connected
+    /// socket that will receive the packet, if the kernel has looked it up early
+    /// (`net.ipv4.ip_early_demux`); not for packets over loopback. At PREROUTING and FORWARD
+    /// packets have no socket. The owner is the process that opened the socket, even if another
+    /// process uses it now. (Seen on Linux 6.18 with UDP.)
     ///
     /// `None` for packets without a socket, for packets made by the kernel itself, and without
     /// [`ConfigFlags::UID_GID`](crate::ConfigFlags::UID_GID). Since Linux 3.14.
@@ -546,25 +549,36 @@ impl<'a> Packet<'a> {
         self.attr(NFQA_L2HDR)
     }
 
-    /// The conntrack entry: nested `CTA_*` attributes, for [`Attrs`]
+    /// The conntrack entry of the packet's connection
     ///
-    /// The values in it are big-endian. `None` for untracked packets, and without
+    /// `None` for untracked packets, and without
     /// [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK). Since Linux 3.6.
     #[must_use]
     #[doc(alias = "NFQA_CT")]
-    pub fn conntrack(&self) -> Option<&'a [u8]> {
-        self.attr(NFQA_CT)
+    #[inline]
+    pub fn conntrack(&self) -> Option<Conntrack<'a>> {
+        self.attr(NFQA_CT).map(Conntrack::new)
     }
 
-    /// The packet's relation to its conntrack entry, a number of `enum ip_conntrack_info`
+    /// The packet's relation to its conntrack entry: new, established, related; its direction
     ///
-    /// The enum is in `linux/netfilter/nf_conntrack_common.h`. `None` where
-    /// [`conntrack`](Self::conntrack) is `None`. Since Linux 3.6.
+    /// `None` where [`conntrack`](Self::conntrack) is `None`. Since Linux 3.6.
     #[must_use]
     #[doc(alias = "NFQA_CT_INFO")]
     #[doc(alias = "ip_conntrack_info")]
-    pub fn conntrack_info(&self) -> Option<u32> {
-        self.be32(NFQA_CT_INFO)
+    #[inline]
+    pub fn ct_state(&self) -> Option<CtState> {
+        self.be32(NFQA_CT_INFO).map(CtState)
+    }
+
+    /// The packet's addresses, protocol and ports, read from its payload
+    ///
+    /// `None` if the payload is not IPv4 or IPv6, or ends before the ports. A copy range of 128
+    /// bytes has them for packets without long extension headers.
+    #[must_use]
+    #[inline]
+    pub fn flow(&self) -> Option<FlowKey> {
+        FlowKey::parse(self.payload())
     }
 
     /// A conntrack expectation: nested `CTA_EXPECT_*` attributes

@@ -59,6 +59,102 @@ impl fmt::Debug for Family {
     }
 }
 
+/// The protocol of a frame's content; any number is valid
+///
+/// `ETH_P_*` in `linux/if_ether.h`.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
+pub struct EtherType(pub u16);
+
+impl EtherType {
+    /// IPv4
+    #[doc(alias = "ETH_P_IP")]
+    pub const IPV4: Self = Self(0x0800);
+    /// ARP
+    #[doc(alias = "ETH_P_ARP")]
+    pub const ARP: Self = Self(0x0806);
+    /// IPv6
+    #[doc(alias = "ETH_P_IPV6")]
+    pub const IPV6: Self = Self(0x86dd);
+}
+
+impl fmt::Display for EtherType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::IPV4 => f.pad("IPv4"),
+            Self::ARP => f.pad("ARP"),
+            Self::IPV6 => f.pad("IPv6"),
+            Self(number) => write!(f, "{number:#06x}"),
+        }
+    }
+}
+
+impl fmt::Debug for EtherType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "EtherType({:#06x}: {self})", self.0)
+    }
+}
+
+/// The transport protocol of an IP packet; any number is valid
+///
+/// `IPPROTO_*` in `linux/in.h` and `linux/in6.h`.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(clippy::exhaustive_structs, reason = "a number on the wire")]
+pub struct IpProtocol(pub u8);
+
+impl IpProtocol {
+    /// ICMP
+    #[doc(alias = "IPPROTO_ICMP")]
+    pub const ICMP: Self = Self(1);
+    /// TCP
+    #[doc(alias = "IPPROTO_TCP")]
+    pub const TCP: Self = Self(6);
+    /// UDP
+    #[doc(alias = "IPPROTO_UDP")]
+    pub const UDP: Self = Self(17);
+    /// DCCP
+    #[doc(alias = "IPPROTO_DCCP")]
+    pub const DCCP: Self = Self(33);
+    /// GRE
+    #[doc(alias = "IPPROTO_GRE")]
+    pub const GRE: Self = Self(47);
+    /// ESP
+    #[doc(alias = "IPPROTO_ESP")]
+    pub const ESP: Self = Self(50);
+    /// ICMPv6
+    #[doc(alias = "IPPROTO_ICMPV6")]
+    pub const ICMPV6: Self = Self(58);
+    /// SCTP
+    #[doc(alias = "IPPROTO_SCTP")]
+    pub const SCTP: Self = Self(132);
+    /// UDP-Lite
+    #[doc(alias = "IPPROTO_UDPLITE")]
+    pub const UDPLITE: Self = Self(136);
+}
+
+impl fmt::Display for IpProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::ICMP => f.pad("ICMP"),
+            Self::TCP => f.pad("TCP"),
+            Self::UDP => f.pad("UDP"),
+            Self::DCCP => f.pad("DCCP"),
+            Self::GRE => f.pad("GRE"),
+            Self::ESP => f.pad("ESP"),
+            Self::ICMPV6 => f.pad("ICMPv6"),
+            Self::SCTP => f.pad("SCTP"),
+            Self::UDPLITE => f.pad("UDP-Lite"),
+            Self(number) => write!(f, "protocol {number}"),
+        }
+    }
+}
+
+impl fmt::Debug for IpProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "IpProtocol({}: {self})", self.0)
+    }
+}
+
 /// A netfilter hook; any number is valid
 ///
 /// `enum nf_inet_hooks` in `linux/netfilter.h`, the same numbers as `NF_BR_*` in

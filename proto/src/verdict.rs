@@ -2,6 +2,7 @@
 
 use thiserror::Error;
 
+use crate::conntrack::ConntrackUpdate;
 use crate::consts::{
     ATTR_HEADER_LEN, ATTRS_OFFSET, MAX_PAYLOAD, NF_ACCEPT, NF_DROP, NF_QUEUE, NF_REPEAT, NF_STOLEN,
     NF_STOP, NF_VERDICT_FLAG_QUEUE_BYPASS, NF_VERDICT_QBITS, NFQA_CT, NFQA_EXP, NFQA_L2HDR,
@@ -85,9 +86,14 @@ impl Verdict {
         Decision::new(self).with_priority(priority)
     }
 
-    /// The same verdict, with a change to the conntrack entry: see [`Decision::with_conntrack`]
-    pub const fn with_conntrack(self, nested: &[u8]) -> Decision<'_> {
-        Decision::new(self).with_conntrack(nested)
+    /// The same verdict, with a new mark of the connection: see [`Decision::with_ct_mark`]
+    pub const fn with_ct_mark(self, value: u32, mask: u32) -> Decision<'static> {
+        Decision::new(self).with_ct_mark(value, mask)
+    }
+
+    /// The same verdict, with changes to the conntrack entry: see [`Decision::with_conntrack`]
+    pub const fn with_conntrack(self, update: &ConntrackUpdate) -> Decision<'_> {
+        Decision::new(self).with_conntrack(update)
     }
 
     /// The same verdict, with a new packet: see [`Decision::with_payload`]
@@ -160,9 +166,17 @@ pub struct Decision<'p> {
     plain: PlainVerdict,
     vlan: Option<Vlan>,
     l2_header: Option<&'p [u8]>,
-    conntrack: Option<&'p [u8]>,
+    conntrack: Option<CtChange<'p>>,
     expectation: Option<&'p [u8]>,
     payload: Option<&'p [u8]>,
+}
+
+/// A change of a conntrack entry
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum CtChange<'p> {
+    Mark { value: u32, mask: u32 },
+    Update(&'p ConntrackUpdate),
+    Raw(&'p [u8]),
 }
 
 impl<'p> Decision<'p> {
@@ -229,19 +243,54 @@ impl<'p> Decision<'p> {
         self
     }
 
-    /// Changes the conntrack entry by nested `CTA_*` attributes (mark, labels, timeout, …)
+    /// Sets the bits in `mask` of the connection's mark to those of `value`, and keeps the others
     ///
-    /// The values in them are big-endian. A kernel without `CONFIG_NETFILTER_NETLINK_GLUE_CT`
-    /// ignores the change and acknowledges the verdict. Since Linux 3.6.
+    /// Rules see the mark of every later packet of the connection (`ct mark`, `-m connmark`), so
+    /// they can keep these packets out of the queue. It works for the first packet of a connection
+    /// too, and without [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK).
+    ///
+    /// **The kernel silently ignores it** for untracked packets, and without
+    /// `CONFIG_NETFILTER_NETLINK_GLUE_CT` or the module `nf_conntrack_netlink`:
+    /// `Socket::takes_conntrack` of `nfqnl` tells. Without it, set the packet's mark
+    /// ([`with_mark`](Self::with_mark)), and save it by a rule in a later chain
+    /// (`ct mark set mark`, `-j CONNMARK --save-mark`).
+    ///
+    /// A decision has one change of the entry: the last of this method,
+    /// [`with_conntrack`](Self::with_conntrack) and
+    /// [`with_raw_conntrack`](Self::with_raw_conntrack). Do not change the entry and the length of
+    /// the packet in one decision: for NATed TCP connections the kernel then tries to adjust
+    /// sequence numbers, and warns in its log.
+    ///
+    /// Since Linux 3.9; since 3.6 without the mask.
+    #[doc(alias = "CTA_MARK")]
+    #[doc(alias = "CTA_MARK_MASK")]
+    pub const fn with_ct_mark(mut self, value: u32, mask: u32) -> Self {
+        self.conntrack = Some(CtChange::Mark { value, mask });
+        self
+    }
+
+    /// Changes the conntrack entry: timeout, status, helper, labels, mark
+    ///
+    /// The conditions of [`with_ct_mark`](Self::with_ct_mark) apply. Since Linux 3.6.
     #[doc(alias = "NFQA_CT")]
-    pub const fn with_conntrack(mut self, nested: &'p [u8]) -> Self {
-        self.conntrack = Some(nested);
+    pub const fn with_conntrack(mut self, update: &'p ConntrackUpdate) -> Self {
+        self.conntrack = Some(CtChange::Update(update));
+        self
+    }
+
+    /// Changes the conntrack entry by nested `CTA_*` attributes in wire format
+    ///
+    /// For what [`ConntrackUpdate`] does not have. The conditions of
+    /// [`with_ct_mark`](Self::with_ct_mark) apply. Since Linux 3.6.
+    #[doc(alias = "NFQA_CT")]
+    pub const fn with_raw_conntrack(mut self, nested: &'p [u8]) -> Self {
+        self.conntrack = Some(CtChange::Raw(nested));
         self
     }
 
     /// Adds an expectation by nested `CTA_EXPECT_*` attributes
     ///
-    /// The kernel ignores it without [`with_conntrack`](Self::with_conntrack). Since Linux 3.12.
+    /// The kernel ignores it unless the decision changes the conntrack entry. Since Linux 3.12.
     #[doc(alias = "NFQA_EXP")]
     pub const fn with_expectation(mut self, nested: &'p [u8]) -> Self {
         self.expectation = Some(nested);
@@ -278,10 +327,31 @@ impl<'p> Decision<'p> {
         self.l2_header
     }
 
-    /// The nested attributes for the conntrack entry, if set
+    /// The value and the mask of [`with_ct_mark`](Self::with_ct_mark), if set
     #[must_use]
-    pub const fn conntrack(&self) -> Option<&'p [u8]> {
-        self.conntrack
+    pub const fn ct_mark(&self) -> Option<(u32, u32)> {
+        match self.conntrack {
+            Some(CtChange::Mark { value, mask }) => Some((value, mask)),
+            _ => None,
+        }
+    }
+
+    /// The changes of [`with_conntrack`](Self::with_conntrack), if set
+    #[must_use]
+    pub const fn conntrack(&self) -> Option<&'p ConntrackUpdate> {
+        match self.conntrack {
+            Some(CtChange::Update(update)) => Some(update),
+            _ => None,
+        }
+    }
+
+    /// The nested attributes of [`with_raw_conntrack`](Self::with_raw_conntrack), if set
+    #[must_use]
+    pub const fn raw_conntrack(&self) -> Option<&'p [u8]> {
+        match self.conntrack {
+            Some(CtChange::Raw(nested)) => Some(nested),
+            _ => None,
+        }
     }
 
     /// The nested attributes of the new expectation, if set
@@ -320,13 +390,19 @@ impl<'p> Decision<'p> {
     /// Returns a buffer size with room for this decision
     #[must_use]
     pub fn max_len(&self) -> usize {
+        let small = match self.conntrack {
+            Some(CtChange::Mark { .. } | CtChange::Update(_)) => {
+                Self::SMALL_LEN + 4 + ConntrackUpdate::MAX_LEN
+            }
+            Some(CtChange::Raw(_)) | None => Self::SMALL_LEN,
+        };
         let raw = [
             self.l2_header,
-            self.conntrack,
+            self.raw_conntrack(),
             self.expectation,
             self.payload,
         ];
-        raw.iter().flatten().fold(Self::SMALL_LEN, |len, value| {
+        raw.iter().flatten().fold(small, |len, value| {
             len.saturating_add(crate::consts::align(value.len()))
                 .saturating_add(8)
         })
@@ -363,7 +439,7 @@ impl<'p> Decision<'p> {
     ) -> Result<usize, EncodeError> {
         for (kind, value) in [
             (NFQA_L2HDR, self.l2_header),
-            (NFQA_CT, self.conntrack),
+            (NFQA_CT, self.raw_conntrack()),
             (NFQA_EXP, self.expectation),
             (NFQA_PAYLOAD, self.payload),
         ] {
@@ -383,9 +459,16 @@ impl<'p> Decision<'p> {
         if let Some(Vlan { proto, tci }) = self.vlan {
             message.nested_be16(NFQA_VLAN, [(NFQA_VLAN_PROTO, proto), (NFQA_VLAN_TCI, tci)]);
         }
+        match self.conntrack {
+            Some(CtChange::Mark { value, mask }) => {
+                ConntrackUpdate::only_mark(value, mask).write(&mut message);
+            }
+            Some(CtChange::Update(update)) => update.write(&mut message),
+            Some(CtChange::Raw(_)) | None => {}
+        }
         for (kind, value) in [
             (NFQA_L2HDR, self.l2_header),
-            (NFQA_CT | crate::consts::NLA_F_NESTED, self.conntrack),
+            (NFQA_CT | crate::consts::NLA_F_NESTED, self.raw_conntrack()),
             (NFQA_EXP | crate::consts::NLA_F_NESTED, self.expectation),
             (NFQA_PAYLOAD, self.payload),
         ] {
@@ -410,6 +493,7 @@ impl core::fmt::Debug for Decision<'_> {
             .field("mark", &self.plain.mark)
             .field("priority", &self.plain.priority)
             .field("vlan", &self.vlan)
+            .field("conntrack", &self.conntrack)
             .field("payload_len", &self.payload.map(<[u8]>::len))
             .finish_non_exhaustive()
     }

@@ -50,7 +50,13 @@ fn assert_plain(packet: &Packet<'_>) {
     assert_eq!(packet.queue(), QUEUE);
     assert_eq!(packet.security_context(), None);
     assert_eq!((packet.vlan(), packet.l2_header()), (None, None));
-    assert_eq!((packet.conntrack(), packet.conntrack_info()), (None, None));
+    assert_eq!(
+        (
+            packet.conntrack().map(|entry| entry.as_bytes()),
+            packet.ct_state().map(|state| state.0)
+        ),
+        (None, None)
+    );
     assert_eq!(
         (packet.expectation(), packet.cgroup_classid()),
         (None, None)
@@ -67,7 +73,7 @@ fn ipv4_at_input() {
     let packet = packet(golden!("ipv4_input"));
     assert_plain(&packet);
     assert_eq!(
-        (packet.family(), packet.hw_protocol()),
+        (packet.family(), packet.hw_protocol().0),
         (Family::INET, ETH_P_IP)
     );
     assert_eq!((packet.hook(), packet.id()), (Hook::INPUT, 1));
@@ -93,7 +99,7 @@ fn ipv6_at_output() {
     let packet = packet(golden!("ipv6_output"));
     assert_plain(&packet);
     assert_eq!(
-        (packet.family(), packet.hw_protocol()),
+        (packet.family(), packet.hw_protocol().0),
         (Family::INET6, ETH_P_IPV6)
     );
     assert_eq!((packet.hook(), packet.id()), (Hook::OUTPUT, 2));

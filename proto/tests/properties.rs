@@ -134,7 +134,7 @@ fn assert_getters_agree(packet: &Packet<'_>) {
 
     let header = last(NFQA_PACKET_HDR).expect("parse saw it");
     assert_eq!(packet.id().to_be_bytes(), header[..4]);
-    assert_eq!(packet.hw_protocol().to_be_bytes(), header[4..6]);
+    assert_eq!(packet.hw_protocol().0.to_be_bytes(), header[4..6]);
     assert_eq!(packet.hook().0, header[6]);
     let key = PacketKey::new(packet.queue(), packet.id());
     assert_eq!(packet.key(), key);
@@ -176,7 +176,10 @@ fn assert_getters_agree(packet: &Packet<'_>) {
     });
     assert_eq!(packet.vlan(), vlan);
     assert_eq!(packet.payload(), last(NFQA_PAYLOAD).unwrap_or_default());
-    assert_eq!(packet.conntrack(), last(NFQA_CT));
+    assert_eq!(
+        packet.conntrack().map(|entry| entry.as_bytes()),
+        last(NFQA_CT)
+    );
     assert_eq!(packet.expectation(), last(NFQA_EXP));
     assert_eq!(packet.security_context(), last(NFQA_SECCTX));
     assert_eq!(packet.l2_header(), last(NFQA_L2HDR));
@@ -451,7 +454,7 @@ impl Parts {
         for (kind, value) in Self::RAW.into_iter().zip(&self.raw) {
             decision = match (kind, value) {
                 (NFQA_L2HDR, Some(value)) => decision.with_l2_header(value),
-                (NFQA_CT, Some(value)) => decision.with_conntrack(value),
+                (NFQA_CT, Some(value)) => decision.with_raw_conntrack(value),
                 (NFQA_EXP, Some(value)) => decision.with_expectation(value),
                 (_, Some(value)) => decision.with_payload(value),
                 (_, None) => decision,
@@ -642,7 +645,7 @@ proptest! {
         prop_assert_eq!(decision.vlan(), parts.vlan);
         let raw = [
             decision.l2_header(),
-            decision.conntrack(),
+            decision.raw_conntrack(),
             decision.expectation(),
             decision.payload(),
         ];

@@ -91,7 +91,7 @@ fn packet_message() {
     assert_eq!(packet.family(), Family::INET);
     assert_eq!(packet.queue(), QUEUE);
     assert_eq!(packet.id(), ID);
-    assert_eq!(packet.hw_protocol(), 0x0800);
+    assert_eq!(packet.hw_protocol().0, 0x0800);
     assert_eq!(packet.hook(), Hook::OUTPUT);
     assert_eq!(packet.payload(), b"payload");
 
@@ -867,7 +867,7 @@ fn every_attribute() {
 
     assert_eq!(packet.family(), Family::BRIDGE);
     assert_eq!(
-        (packet.id(), packet.hw_protocol(), packet.hook()),
+        (packet.id(), packet.hw_protocol().0, packet.hook()),
         (ID, 0x0800, Hook::OUTPUT)
     );
     assert_eq!(packet.attr(NFQA_VERDICT_HDR), Some(&b"verdict header"[..]));
@@ -880,8 +880,11 @@ fn every_attribute() {
     assert_eq!(packet.physoutdev(), Some(8));
     assert_eq!(packet.hw_addr().unwrap().as_bytes(), [1, 2, 3, 4, 5, 6]);
     assert_eq!(packet.payload(), b"payload");
-    assert_eq!(packet.conntrack(), Some(&b"conntrack"[..]));
-    assert_eq!(packet.conntrack_info(), Some(2));
+    assert_eq!(
+        packet.conntrack().map(|entry| entry.as_bytes()),
+        Some(&b"conntrack"[..])
+    );
+    assert_eq!(packet.ct_state().map(|state| state.0), Some(2));
     assert_eq!(packet.len(), Some(0xffff));
     assert!(packet.is_truncated());
     let unknown = SkbInfo::from_bits_retain(0x80);
@@ -915,7 +918,7 @@ fn absent_attributes() {
     assert_eq!(packet.timestamp(), None);
     assert_eq!(packet.hw_addr(), None);
     assert_eq!(packet.payload(), b"");
-    assert_eq!(packet.conntrack(), None);
+    assert_eq!(packet.conntrack().map(|entry| entry.as_bytes()), None);
     assert_eq!((packet.len(), packet.is_truncated()), (None, false));
     assert_eq!(packet.expectation(), None);
     assert_eq!(packet.security_context(), None);
@@ -962,7 +965,7 @@ fn slices_borrow_the_buffer() {
         [
             packet.as_bytes(),
             copy.payload(),
-            unwrap(packet.conntrack()),
+            unwrap(packet.conntrack().map(|entry| entry.as_bytes())),
             unwrap(packet.l2_header()),
             unwrap(packet.security_context()),
             unwrap(packet.attrs().last(NFQA_EXP).map(|attr| attr.value)),

@@ -10,8 +10,8 @@ mod common;
 use common::wire;
 use nfqnl_proto::consts::MAX_PAYLOAD;
 use nfqnl_proto::{
-    ConfigFlags, ConfigRequest, CopyMode, Decision, EncodeError, Family, PlainVerdict, QueueConfig,
-    RequestHeader, UnknownVerdict, Verdict, Vlan, encode_noop,
+    ConfigFlags, ConfigRequest, Conntrack, ConntrackUpdate, CopyMode, Decision, EncodeError,
+    Family, PlainVerdict, QueueConfig, RequestHeader, UnknownVerdict, Verdict, Vlan, encode_noop,
 };
 
 const HEADER: RequestHeader = RequestHeader {
@@ -494,7 +494,7 @@ fn verdict_with_conntrack_and_expectation() {
     let (conntrack, expectation) = ([1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12]);
     assert_decision(
         Decision::new(Verdict::Accept)
-            .with_conntrack(&conntrack)
+            .with_raw_conntrack(&conntrack)
             .with_expectation(&expectation),
         &wire![
             verdict(52, [0, 0, 0, 1]),
@@ -517,7 +517,7 @@ fn everything_in_one_verdict() {
             tci: 0xa123,
         })
         .with_l2_header(&[3; 5])
-        .with_conntrack(&[4; 6])
+        .with_raw_conntrack(&[4; 6])
         .with_expectation(&[5; 7])
         .with_payload(&[6; 1]);
     let expected = wire![
@@ -585,7 +585,7 @@ fn plain_decisions() {
     for more in [
         decision.with_vlan(vlan),
         decision.with_l2_header(b""),
-        decision.with_conntrack(b""),
+        decision.with_raw_conntrack(b""),
         decision.with_expectation(b""),
         decision.with_payload(b""),
     ] {
@@ -602,7 +602,7 @@ fn getters_of_a_decision() {
         (None, None, None)
     );
     assert_eq!((none.l2_header(), none.payload()), (None, None));
-    assert_eq!((none.conntrack(), none.expectation()), (None, None));
+    assert_eq!((none.raw_conntrack(), none.expectation()), (None, None));
 
     let vlan = Vlan { proto: 3, tci: 4 };
     let all = none
@@ -610,14 +610,14 @@ fn getters_of_a_decision() {
         .with_priority(2)
         .with_vlan(vlan)
         .with_l2_header(b"header")
-        .with_conntrack(b"conntrack")
+        .with_raw_conntrack(b"conntrack")
         .with_expectation(b"expectation")
         .with_payload(b"payload");
     assert_eq!(all.verdict(), Verdict::Stop);
     assert_eq!((all.mark(), all.priority()), (Some(1), Some(2)));
     assert_eq!(all.vlan(), Some(vlan));
     assert_eq!(all.l2_header(), Some(&b"header"[..]));
-    assert_eq!(all.conntrack(), Some(&b"conntrack"[..]));
+    assert_eq!(all.raw_conntrack(), Some(&b"conntrack"[..]));
     assert_eq!(all.expectation(), Some(&b"expectation"[..]));
     assert_eq!(all.payload(), Some(&b"payload"[..]));
 }
@@ -629,9 +629,11 @@ fn decisions_from_a_verdict() {
     assert_eq!(verdict.with_mark(1), decision.with_mark(1));
     assert_eq!(verdict.with_priority(2), decision.with_priority(2));
     let bytes = b"bytes";
+    assert_eq!(verdict.with_ct_mark(1, 2), decision.with_ct_mark(1, 2));
+    let update = ConntrackUpdate::new(&Conntrack::new(b""));
     assert_eq!(
-        verdict.with_conntrack(bytes),
-        decision.with_conntrack(bytes)
+        verdict.with_conntrack(&update),
+        decision.with_conntrack(&update)
     );
     assert_eq!(verdict.with_payload(bytes), decision.with_payload(bytes));
 }
@@ -663,7 +665,7 @@ type Attach<'p> = fn(Decision<'p>, &'p [u8]) -> Decision<'p>;
 fn raw_attributes<'p>() -> [(u16, Attach<'p>); 4] {
     [
         (10, Decision::with_payload),
-        (11, Decision::with_conntrack),
+        (11, Decision::with_raw_conntrack),
         (15, Decision::with_expectation),
         (20, Decision::with_l2_header),
     ]

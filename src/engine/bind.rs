@@ -126,7 +126,7 @@ impl Engine {
     ///
     /// Since Linux 4.5 the kernel checks flags before it looks for the queue, so each flag is tried
     /// on an unbound queue.
-    fn unsupported(&self, op: Operation, flags: ConfigFlags) -> Result<ConfigFlags> {
+    pub(crate) fn unsupported(&self, op: Operation, flags: ConfigFlags) -> Result<ConfigFlags> {
         let mut missing = ConfigFlags::empty();
         for bit in flags.iter() {
             let mut state = self.state();

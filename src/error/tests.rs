@@ -12,12 +12,14 @@ const LONGEST: PacketKey = PacketKey::new(u16::MAX, u32::MAX).with_binding(u16::
 /// Linux's error numbers, and the kernel's internal ones
 const ERRNOS: [std::ops::RangeInclusive<i32>; 2] = [1..=140, 512..=530];
 
-const fn operations(key: PacketKey) -> [Operation; 16] {
+const fn operations(key: PacketKey) -> [Operation; 18] {
     let queue = key.queue();
     [
         Operation::Open,
         Operation::SetRecvBuffer,
         Operation::GetRecvBuffer,
+        Operation::GetInterfaceName,
+        Operation::ProbeConntrack,
         Operation::Register,
         Operation::BindPf(Family::INET),
         Operation::UnbindPf(Family::INET6),
@@ -82,7 +84,7 @@ fn explained(key: PacketKey) -> [(Operation, Error); 4] {
 }
 
 /// The errors that the system has no part in
-fn own_errors(key: PacketKey) -> [(Operation, Error); 12] {
+fn own_errors(key: PacketKey) -> [(Operation, Error); 13] {
     let (op, verdict) = (Operation::SetMode(key.queue()), Operation::Verdict(key));
     let (open, receive) = (Operation::Open, Operation::Receive);
     let source = DecodeError::Short {
@@ -115,6 +117,7 @@ fn own_errors(key: PacketKey) -> [(Operation, Error); 12] {
                 had: 65_531,
             },
         ),
+        (verdict, Error::ConntrackAndLength { key }),
         (
             verdict,
             Error::PayloadTooShort {
@@ -164,6 +167,7 @@ const fn is_listed(error: &Error) -> bool {
         | Error::WrongSocket { .. }
         | Error::InCallback
         | Error::TruncatedPacket { .. }
+        | Error::ConntrackAndLength { .. }
         | Error::PayloadTooShort { .. }
         | Error::BufferTooSmall { .. }
         | Error::Decode { .. }
@@ -414,6 +418,7 @@ fn the_common_ones_word_by_word() {
             "verdict on packet 42 of queue 7: the key or the batch belongs to another socket",
             "receive: called by a callback of the same handle",
             "verdict on packet 42 of queue 7: only 65531 of 65535 bytes were copied",
+            "verdict on packet 42 of queue 7: changes the packet's length and the conntrack entry",
             "verdict on packet 42 of queue 7: the payload has 59 bytes, \
                 its network header needs 60",
             "receive: packet 42 of queue 7: needs a buffer of 262144 bytes, had 65536",

@@ -174,6 +174,19 @@ pub(crate) fn set_recv_buffer(fd: BorrowedFd<'_>, bytes: libc::c_int) -> io::Res
     set_option(fd, libc::SO_RCVBUFFORCE, bytes).or_else(|_| set_option(fd, libc::SO_RCVBUF, bytes))
 }
 
+/// Returns the name of an interface in the socket's network namespace, padded with NULs
+pub(crate) fn interface_name(fd: BorrowedFd<'_>, index: u32) -> io::Result<[u8; libc::IFNAMSIZ]> {
+    // SAFETY: an `ifreq` is integers, bytes and pointers, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    request.ifr_ifru.ifru_ifindex = libc::c_int::try_from(index).unwrap_or(0);
+    // SAFETY: the request is exclusive and alive during the call; the kernel writes the name.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCGIFNAME as _, &raw mut request) };
+    match result {
+        0 => Ok(request.ifr_name.map(|byte| byte.to_ne_bytes()[0])),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Returns the size of the receive buffer as the kernel counts it
 pub(crate) fn recv_buffer(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
     option(fd, libc::SO_RCVBUF)

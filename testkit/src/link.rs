@@ -60,6 +60,18 @@ fn set_flags(name: &str, flags: u32) -> io::Result<()> {
     route_request(message, name)
 }
 
+/// Gives a link another name
+///
+/// # Errors
+/// The kernel's error, with the link's name.
+pub fn rename(name: &str, new: &str) -> io::Result<()> {
+    let mut info = ifinfo(0, 0);
+    info[4..8].copy_from_slice(&index(name)?.to_ne_bytes());
+    let mut message = Message::new(RTM_NEWLINK, NLM_F_ACK, &info);
+    message.text(IFLA_IFNAME, new);
+    route_request(message, name)
+}
+
 /// Sets a link's MTU
 ///
 /// # Errors

@@ -50,6 +50,7 @@ const NFTA_PAYLOAD_OFFSET: u16 = 3;
 const NFTA_PAYLOAD_LEN: u16 = 4;
 const NFTA_CT_DREG: u16 = 1;
 const NFTA_CT_KEY: u16 = 2;
+const NFTA_CT_SREG: u16 = 4;
 const NFTA_IMMEDIATE_DREG: u16 = 1;
 const NFTA_IMMEDIATE_DATA: u16 = 2;
 const NFTA_COUNTER_PACKETS: u16 = 2;
@@ -64,6 +65,10 @@ const NFT_REG_1: u32 = 1;
 const NFT_META_MARK: u32 = 3;
 const NFT_META_L4PROTO: u32 = 16;
 const NFT_CT_STATE: u32 = 0;
+const NFT_CT_MARK: u32 = 3;
+const NFT_CT_LABELS: u32 = 13;
+/// `NF_CT_LABELS_MAX_SIZE` (`net/netfilter/nf_conntrack_labels.h`)
+const LABELS_LEN: usize = 16;
 /// `NF_CT_STATE_BIT(IP_CT_NEW)` (`linux/netfilter/nf_conntrack_common.h`)
 const CT_STATE_NEW: u32 = 1 << 3;
 const NFT_CMP_EQ: u32 = 0;
@@ -160,6 +165,24 @@ impl Table {
     /// # Errors
     /// The kernel's error.
     pub fn chain(&self, name: &str, hook: Hook, priority: i32) -> io::Result<Chain<'_>> {
+        self.typed_chain(name, "filter", hook, priority)
+    }
+
+    /// Makes a base chain for address translation: its rules see the first packet of a connection
+    ///
+    /// # Errors
+    /// The kernel's error.
+    pub fn nat_chain(&self, name: &str, hook: Hook, priority: i32) -> io::Result<Chain<'_>> {
+        self.typed_chain(name, "nat", hook, priority)
+    }
+
+    fn typed_chain(
+        &self,
+        name: &str,
+        kind: &str,
+        hook: Hook,
+        priority: i32,
+    ) -> io::Result<Chain<'_>> {
         let mut message = self.message(NFT_MSG_NEWCHAIN, NLM_F_CREATE);
         message
             .text(NFTA_CHAIN_TABLE, &self.name)
@@ -169,7 +192,7 @@ impl Table {
                     .attr(NFTA_HOOK_HOOKNUM, &u32::from(hook.number()).to_be_bytes())
                     .attr(NFTA_HOOK_PRIORITY, &priority.to_be_bytes());
             })
-            .text(NFTA_CHAIN_TYPE, "filter");
+            .text(NFTA_CHAIN_TYPE, kind);
         self.change(message)?;
         Ok(Chain {
             table: self,
@@ -310,7 +333,21 @@ pub struct Rule {
     matches: Vec<Match>,
     label: Option<String>,
     queue: Option<(RangeInclusive<u16>, QueueOptions)>,
+    action: Option<Action>,
     verdict: Option<u32>,
+}
+
+/// A change, before a verdict
+#[derive(Clone, Copy, Debug)]
+enum Action {
+    /// No conntrack entry
+    Untrack,
+    /// The source address of the outgoing link
+    Masquerade,
+    /// A label of the connection
+    Label(u8),
+    /// The packet's mark as the connection's mark
+    SaveMark,
 }
 
 #[derive(Clone, Debug)]
@@ -319,6 +356,7 @@ enum Match {
     /// An offset in the transport header, and the port there
     Port(u32, u16),
     Mark(u32, u32),
+    ConnectionMark(u32, u32),
     NewConnection,
 }
 
@@ -374,6 +412,11 @@ impl Rule {
         self.matching(Match::Mark(NFT_CMP_NEQ, mark))
     }
 
+    /// Only packets of connections with another mark, or none
+    pub fn ct_mark_not(self, mark: u32) -> Self {
+        self.matching(Match::ConnectionMark(NFT_CMP_NEQ, mark))
+    }
+
     /// Only new connections; such a rule turns on connection tracking in the namespace
     pub fn new_connection(self) -> Self {
         self.matching(Match::NewConnection)
@@ -398,6 +441,30 @@ impl Rule {
     /// Sends each packet to one queue of a range
     pub fn queue_with(mut self, numbers: RangeInclusive<u16>, options: QueueOptions) -> Self {
         self.queue = Some((numbers, options));
+        self
+    }
+
+    /// Tracks no connection; in a chain of priority -300 at `Prerouting` or `Output`
+    pub fn untrack(mut self) -> Self {
+        self.action = Some(Action::Untrack);
+        self
+    }
+
+    /// Gives connections the source address of the outgoing link; in a chain for translation
+    pub fn masquerade(mut self) -> Self {
+        self.action = Some(Action::Masquerade);
+        self
+    }
+
+    /// Sets a label of the connection
+    pub fn set_label(mut self, label: u8) -> Self {
+        self.action = Some(Action::Label(label));
+        self
+    }
+
+    /// Saves the packet's mark as the connection's mark
+    pub fn save_mark(mut self) -> Self {
+        self.action = Some(Action::SaveMark);
         self
     }
 
@@ -428,17 +495,37 @@ impl Rule {
                     load_meta(list, NFT_META_MARK);
                     compare(list, op, &mark.to_ne_bytes());
                 }
+                Match::ConnectionMark(op, mark) => {
+                    load_ct(list, NFT_CT_MARK);
+                    compare(list, op, &mark.to_ne_bytes());
+                }
                 Match::NewConnection => {
-                    expression(list, "ct", |data| {
-                        data.attr(NFTA_CT_KEY, &NFT_CT_STATE.to_be_bytes())
-                            .attr(NFTA_CT_DREG, &NFT_REG_1.to_be_bytes());
-                    });
+                    load_ct(list, NFT_CT_STATE);
                     compare(list, NFT_CMP_EQ, &CT_STATE_NEW.to_ne_bytes());
                 }
             }
         }
         if self.label.is_some() {
             expression(list, "counter", |_| {});
+        }
+        match self.action {
+            Some(Action::Untrack) => expression(list, "notrack", |_| {}),
+            Some(Action::Masquerade) => expression(list, "masq", |_| {}),
+            Some(Action::Label(label)) => {
+                let mut words = [0; LABELS_LEN / size_of::<usize>()];
+                let bits = usize::BITS as usize;
+                words[usize::from(label) / bits] = 1_usize << (usize::from(label) % bits);
+                let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+                immediate(list, NFT_REG_1, |value| {
+                    value.attr(NFTA_DATA_VALUE, &bytes);
+                });
+                store_ct(list, NFT_CT_LABELS);
+            }
+            Some(Action::SaveMark) => {
+                load_meta(list, NFT_META_MARK);
+                store_ct(list, NFT_CT_MARK);
+            }
+            None => {}
         }
         if let Some((numbers, options)) = &self.queue {
             match queue {
@@ -447,13 +534,10 @@ impl Rule {
             }
         }
         if let Some(code) = self.verdict {
-            expression(list, "immediate", |data| {
-                data.attr(NFTA_IMMEDIATE_DREG, &NFT_REG_VERDICT.to_be_bytes())
-                    .nest(NFTA_IMMEDIATE_DATA, |value| {
-                        value.nest(NFTA_DATA_VERDICT, |verdict| {
-                            verdict.attr(NFTA_VERDICT_CODE, &code.to_be_bytes());
-                        });
-                    });
+            immediate(list, NFT_REG_VERDICT, |value| {
+                value.nest(NFTA_DATA_VERDICT, |verdict| {
+                    verdict.attr(NFTA_VERDICT_CODE, &code.to_be_bytes());
+                });
             });
         }
     }
@@ -464,6 +548,27 @@ fn expression(list: &mut Message, name: &str, data: impl FnOnce(&mut Message)) {
         element
             .text(NFTA_EXPR_NAME, name)
             .nest(NFTA_EXPR_DATA, data);
+    });
+}
+
+fn immediate(list: &mut Message, register: u32, value: impl FnOnce(&mut Message)) {
+    expression(list, "immediate", |data| {
+        data.attr(NFTA_IMMEDIATE_DREG, &register.to_be_bytes())
+            .nest(NFTA_IMMEDIATE_DATA, value);
+    });
+}
+
+fn load_ct(list: &mut Message, key: u32) {
+    expression(list, "ct", |data| {
+        data.attr(NFTA_CT_KEY, &key.to_be_bytes())
+            .attr(NFTA_CT_DREG, &NFT_REG_1.to_be_bytes());
+    });
+}
+
+fn store_ct(list: &mut Message, key: u32) {
+    expression(list, "ct", |data| {
+        data.attr(NFTA_CT_KEY, &key.to_be_bytes())
+            .attr(NFTA_CT_SREG, &NFT_REG_1.to_be_bytes());
     });
 }
 

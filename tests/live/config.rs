@@ -384,7 +384,13 @@ fn conntrack_is_reported_or_refused() {
         let mut batch = RecvBatch::default();
         lab.send(b"without the flag");
         let packet = next_packet(&socket, &mut batch);
-        assert_eq!((packet.conntrack(), packet.conntrack_info()), (None, None));
+        assert_eq!(
+            (
+                packet.conntrack().map(|entry| entry.as_bytes()),
+                packet.ct_state().map(|state| state.0)
+            ),
+            (None, None)
+        );
         // A packet from a socket to itself would be a reply to the first one.
         let other = Udp::bind(V4, 0).unwrap();
 
@@ -392,8 +398,9 @@ fn conntrack_is_reported_or_refused() {
             Ok(()) => {
                 other.send(b"tracked", lab.v4.address()).unwrap();
                 let packet = next_packet(&socket, &mut batch);
-                assert_eq!(packet.conntrack_info(), Some(NEW));
-                let mut entry = Attrs::new(packet.conntrack().unwrap());
+                assert_eq!(packet.ct_state().map(|state| state.0), Some(NEW));
+                let mut entry =
+                    Attrs::new(packet.conntrack().map(|entry| entry.as_bytes()).unwrap());
                 let original = entry.next().unwrap().unwrap();
                 assert_eq!(original.kind, TUPLE_ORIG);
                 let (port, localhost) = (PORT.to_be_bytes(), [127, 0, 0, 1]);

@@ -8,12 +8,14 @@ mod callback;
 #[path = "../../proto/tests/common/mod.rs"]
 mod common;
 mod config;
+mod conntrack;
 #[path = "../../examples/support/mod.rs"]
 mod examples;
 mod faults;
 mod hostile;
 mod lab;
 mod lifetime;
+mod names;
 mod optional;
 mod packets;
 mod raw;

@@ -2,73 +2,19 @@
 
 use std::io::ErrorKind as IoErrorKind;
 
-use nfqnl::proto::Attrs;
-use nfqnl::{
-    ConfigFlags, Decision, Error, ErrorKind, Family, Packet, QueueConfig, RecvBatch, Socket,
-    Verdict, Vlan,
-};
+use nfqnl::{Decision, Family, Packet, RecvBatch, Socket, Verdict, Vlan};
 use nfqnl_testkit::hosts::{Bridge, Host};
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{self, Hook, Rule, Table};
-use nfqnl_testkit::traffic::{Udp, V4};
+use nfqnl_testkit::traffic::Udp;
 use nfqnl_testkit::{kernel, link};
 
 use crate::examples::with_udp_payload;
-use crate::lab::{Lab, PORT, QUEUE, bridge, is_silent, next_packet, udp_payload};
+use crate::lab::{PORT, bridge, is_silent, next_packet, udp_payload};
 
 const ACCEPT: Decision<'_> = Decision::new(Verdict::Accept);
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_8021Q: u16 = 0x8100;
-/// `CTA_MARK` (`linux/netfilter/nfnetlink_conntrack.h`)
-const CTA_MARK: u16 = 8;
-
-/// Returns the connection mark in a packet's conntrack entry
-fn connection_mark(packet: &Packet<'_>) -> u32 {
-    let mut entry = Attrs::new(packet.conntrack().expect("it is tracked"));
-    let mark = entry.find_map(|attr| attr.ok().filter(|attr| attr.kind == CTA_MARK));
-    mark.map_or(0, |mark| u32::from_be_bytes(mark.value.try_into().unwrap()))
-}
-
-/// For a new connection, and for one in the kernel's table
-#[test]
-fn the_next_packet_has_the_mark_a_verdict_set() {
-    isolated(|| {
-        const MARK: u32 = 0x1234_5678;
-        let has_glue = kernel::has_function("ctnetlink_glue_build");
-        for hook in [Hook::Output, Hook::Input] {
-            let rule = Rule::new().udp().dport(PORT).new_connection().queue(QUEUE);
-            let lab = Lab::with(hook, &rule);
-            let socket = Socket::open().unwrap();
-            let config = QueueConfig::new().enable(ConfigFlags::CONNTRACK);
-            let queue = match socket.bind_with(QUEUE, &config) {
-                Err(Error::Refused(refused)) if has_glue != Some(true) => {
-                    let kind = ErrorKind::UnsupportedFlags(ConfigFlags::CONNTRACK);
-                    assert_eq!(refused.kind(), kind);
-                    return;
-                }
-                bound => bound.unwrap(),
-            };
-            assert_eq!(queue.flags(), ConfigFlags::CONNTRACK);
-            assert_ne!(has_glue, Some(false));
-            let mut batch = RecvBatch::default();
-            let [one, other] = [(); 2].map(|()| Udp::bind(V4, 0).unwrap());
-            let set_mark = {
-                let len = 8_u16.to_ne_bytes();
-                [len, CTA_MARK.to_ne_bytes()].concat()
-            };
-            let set_mark = [set_mark, MARK.to_be_bytes().to_vec()].concat();
-            for (udp, mark) in [(&one, 0), (&one, MARK), (&other, 0)] {
-                udp.send(b"tracked", lab.v4.address()).unwrap();
-                let packet = next_packet(&socket, &mut batch);
-                assert_eq!(connection_mark(&packet), mark);
-                let decision = ACCEPT.with_conntrack(&set_mark);
-                socket.set_verdict(packet.key(), decision).unwrap();
-                assert_eq!(lab.recv().as_deref(), Some(&b"tracked"[..]));
-            }
-            lab.delete_rules();
-        }
-    });
-}
 
 /// Makes a link of VLAN 5, and a UDP socket on it
 fn on_vlan(host: &Host, address: &str) -> Udp {
@@ -126,7 +72,7 @@ fn the_bridge_family_reads_and_sets_l2_and_vlan() {
         accept(&mut batch, ACCEPT.with_l2_header(&after), &|packet| {
             assert_eq!(packet.hook().0, forward.number());
             assert_eq!(
-                (packet.family(), packet.hw_protocol()),
+                (packet.family(), packet.hw_protocol().0),
                 (Family::BRIDGE, ETH_P_IP)
             );
             assert_eq!((packet.indev(), packet.physindev()), (br0, from));
@@ -169,7 +115,7 @@ fn the_bridge_family_reads_and_sets_l2_and_vlan() {
         tagged.send(b"tagged", on_vlan.address()).unwrap();
         accept(&mut batch, ACCEPT.with_vlan(tag(0xa006)), &|packet| {
             assert_eq!(
-                (packet.vlan(), packet.hw_protocol()),
+                (packet.vlan(), packet.hw_protocol().0),
                 (Some(tag(5)), ETH_P_IP)
             );
             assert_eq!(packet.l2_header(), Some(&before[..]), "without the tag");

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -44,7 +44,10 @@ fn a_local_packet_has_family_devices_and_protocol() {
                 udp.send(b"local", udp.address()).unwrap();
                 let packet = next_packet(&socket, &mut batch);
                 assert_eq!(packet.hook(), nfqnl::Hook(hook.number()));
-                assert_eq!((packet.family(), packet.hw_protocol()), (family, protocol));
+                assert_eq!(
+                    (packet.family(), packet.hw_protocol().0),
+                    (family, protocol)
+                );
                 assert_eq!(packet.indev(), comes_in.then_some(lo), "{hook:?}");
                 assert_eq!(packet.outdev(), (!comes_in).then_some(lo), "{hook:?}");
                 assert_eq!(packet.hw_addr().is_some(), comes_in, "{hook:?}");
@@ -218,6 +221,67 @@ fn the_sender_is_reported_if_asked_for() {
             .unwrap();
         lab.send(b"whose again");
         assert_eq!(next_packet(&socket, &mut batch).uid(), None);
+    });
+}
+
+/// At INPUT a packet of another host has the owner of the connected socket that will receive it
+#[test]
+fn the_owner_is_that_of_the_packets_socket() {
+    isolated(|| {
+        let Router { client, server } = Router::new().unwrap();
+        let socket = Socket::open().unwrap();
+        let flags = ConfigFlags::UID_GID;
+        let config = QueueConfig::new().enable(flags);
+        let config = config.copy_mode(CopyMode::Packet, u32::MAX);
+        let _queue = socket.bind_with(QUEUE, &config).unwrap();
+        let table = Table::new(rules::Family::Ip, "t").unwrap();
+        for hook in Hook::ALL {
+            let chain = table.chain(&format!("{hook:?}"), hook, 0).unwrap();
+            chain.add(&Rule::new().udp().queue(QUEUE)).unwrap();
+        }
+        let router = Ipv4Addr::new(10, 0, 0, 1);
+        let [here, inside] = [(), ()].map(|()| Udp::bind(V4, 0).unwrap());
+        let outside = server.namespace.run(|| Udp::bind(server.v4, PORT).unwrap());
+        let far = client.namespace.run(|| Udp::bind(client.v4, PORT).unwrap());
+        let unconnected = Udp::bind(router.into(), 0).unwrap();
+        let connected = UdpSocket::bind((router, 0)).unwrap();
+        connected.connect(far.address()).unwrap();
+        let connected_to = connected.local_addr().unwrap();
+        let uid = outside_id("uid");
+        let mut batch = RecvBatch::default();
+        use Hook::{Forward, Input, Output, Postrouting, Prerouting};
+        let cases: [(&Udp, SocketAddr, &[(Hook, bool)]); 4] = [
+            (
+                &here,
+                inside.address(),
+                &[
+                    (Output, true),
+                    (Postrouting, true),
+                    (Prerouting, false),
+                    (Input, false),
+                ],
+            ),
+            (
+                &far,
+                unconnected.address(),
+                &[(Prerouting, false), (Input, false)],
+            ),
+            (&far, connected_to, &[(Prerouting, false), (Input, true)]),
+            (
+                &far,
+                outside.address(),
+                &[(Prerouting, false), (Forward, false), (Postrouting, false)],
+            ),
+        ];
+        for (sender, to, hooks) in cases {
+            sender.send(b"whose", to).unwrap();
+            for &(hook, has_owner) in hooks {
+                let packet = next_packet(&socket, &mut batch);
+                assert_eq!(packet.hook().0, hook.number());
+                assert_eq!(packet.uid(), has_owner.then_some(uid), "{hook:?} of {to}");
+                socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
+            }
+        }
     });
 }
 

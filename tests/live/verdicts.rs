@@ -452,7 +452,7 @@ fn a_decision_with_every_part_is_accepted() {
                 tci: 5,
             })
             .with_l2_header(&[0; 14])
-            .with_conntrack(&[])
+            .with_raw_conntrack(&[])
             .with_expectation(&[]);
         socket.set_verdict(packet.key(), decision).unwrap();
         socket.sync().unwrap();

@@ -175,7 +175,7 @@ pub(crate) const BE32: [Be32; 12] = {
         optional(NFQA_IFINDEX_OUTDEV, |p| p.outdev()),
         optional(NFQA_IFINDEX_PHYSINDEV, |p| p.physindev()),
         optional(NFQA_IFINDEX_PHYSOUTDEV, |p| p.physoutdev()),
-        optional(NFQA_CT_INFO, |p| p.conntrack_info()),
+        optional(NFQA_CT_INFO, |p| p.ct_state().map(|state| state.0)),
         optional(NFQA_CAP_LEN, |p| {
             let len = p.is_truncated().then(|| p.len()).flatten()?;
             u32::try_from(len).ok()
