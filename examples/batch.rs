@@ -19,9 +19,9 @@ const DNS: u16 = 53;
 const MARK: u32 = 1;
 
 fn decide(packet: &Packet<'_>) -> Decision<'static> {
-    match support::destination_port(packet.payload()) {
-        Some(DISCARD) => Verdict::Drop.into(),
-        Some(DNS) => Verdict::Accept.with_mark(MARK),
+    match packet.flow().and_then(|flow| flow.ports()) {
+        Some((_, DISCARD)) => Verdict::Drop.into(),
+        Some((_, DNS)) => Verdict::Accept.with_mark(MARK),
         _ => Verdict::Accept.into(),
     }
 }

@@ -16,16 +16,14 @@ use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread;
 use std::time::Duration;
 
-use etherparse::{SlicedPacket, TransportSlice};
+use nfqnl::rewrite::Rewrite;
 use nfqnl::{
-    ConfigFlags, CopyMode, Event, Family, Packet, QueueConfig, QueueStats, RecvBatch, Socket,
-    Verdict,
+    ConfigFlags, CopyMode, Event, Family, IpProtocol, Packet, QueueConfig, QueueStats, RecvBatch,
+    Socket, Verdict,
 };
 use nfqnl_testkit::rules::{self, Chain, Hook, Rule, Table};
 use nfqnl_testkit::traffic::{self, SILENCE, TIMEOUT, Udp, V4, V6};
 use nfqnl_testkit::{kernel, link, netns};
-
-mod support;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -87,11 +85,12 @@ fn show(packet: &Packet<'_>, verdict: &str) {
         .flatten()
         .map(|attr| attribute_name(attr.kind))
         .collect();
+    let flow = packet.flow();
     println!(
         "  queue {} packet {}: {}",
         packet.queue(),
         packet.id(),
-        support::endpoints(packet.payload())
+        flow.map_or_else(|| "not IP".to_owned(), |flow| flow.to_string())
     );
     println!(
         "    {} {}, {way}, mark {}, {} bytes; {}",
@@ -379,16 +378,15 @@ fn place<'c>(
     let family = FAMILIES
         .iter()
         .position(|(family, ..)| *family == packet.family())?;
-    let transport = SlicedPacket::from_ip(packet.payload()).ok()?.transport?;
+    let flow = packet.flow()?;
     let job = JOBS
         .iter()
-        .position(|job| match (job.traffic, &transport) {
-            (Traffic::Udp(port, _), TransportSlice::Udp(udp)) => udp.destination_port() == port,
-            (Traffic::Tcp(_), TransportSlice::Tcp(_)) => true,
-            (Traffic::Icmp, transport) => matches!(
-                transport,
-                TransportSlice::Icmpv4(_) | TransportSlice::Icmpv6(_)
-            ),
+        .position(|job| match (job.traffic, flow.protocol()) {
+            (Traffic::Udp(port, _), IpProtocol::UDP) => {
+                flow.ports().is_some_and(|(_, to)| to == port)
+            }
+            (Traffic::Tcp(_), IpProtocol::TCP) => true,
+            (Traffic::Icmp, IpProtocol::ICMP | IpProtocol::ICMPV6) => true,
             _ => false,
         })?;
     Some((JOBS.get(job)?, counted.get_mut(family)?.get_mut(job)?))
@@ -421,7 +419,10 @@ fn answer(socket: &Socket, packet: &Packet<'_>, (job, counts): (&Job, &mut Count
             socket.set_verdict(key, Verdict::Accept.with_mark(MARK))?;
         }
         Fate::Rewrite => {
-            let new = support::with_udp_payload(packet.payload(), REWRITTEN).ok_or("no UDP")?;
+            let mut buf = [0; 1500];
+            let mut rewrite = Rewrite::new(packet, &mut buf)?;
+            rewrite.replace(0..rewrite.payload().len(), REWRITTEN)?;
+            let new = rewrite.finish()?;
             let refused = if kernel::refuses_payloads() {
                 ", which this kernel refuses in an ordinary user's namespace"
             } else {
@@ -432,7 +433,7 @@ fn answer(socket: &Socket, packet: &Packet<'_>, (job, counts): (&Job, &mut Count
                 &format!("rewritten, now {} bytes{refused}", new.len()),
             );
             counts.rewritten += 1;
-            socket.set_verdict(key, Verdict::Accept.with_payload(&new))?;
+            socket.set_verdict(key, Verdict::Accept.with_payload(new))?;
         }
         Fate::Requeue => {
             show(packet, &format!("moved to queue {SECOND}"));

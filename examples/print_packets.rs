@@ -15,17 +15,15 @@ use std::os::fd::AsFd;
 
 use nfqnl::{CopyMode, Family, QueueData, RecvBatch, Verdict};
 
-mod support;
-
 fn print_and_accept(data: &mut QueueData<'_>) {
     let mac = data
         .get_packet_hw()
         .map_or_else(|| "no MAC".to_owned(), |mac| mac.to_string());
-    println!(
-        "packet {}: {mac}, {}",
-        data.get_packet_id(),
-        support::endpoints(data.get_payload())
-    );
+    let flow = data
+        .packet()
+        .flow()
+        .map_or_else(|| "not IP".to_owned(), |flow| flow.to_string());
+    println!("packet {}: {mac}, {flow}", data.get_packet_id());
     data.set_verdict(Verdict::Accept, None);
 }
 

@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, ScopedJoinHandle};
 
-use nfqnl::{Event, OwnedPacket, RecvBatch, SendBatch, Socket, Verdict, Waker};
+use nfqnl::{Event, OwnedPacket, Packet, RecvBatch, SendBatch, Socket, Verdict, Waker};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 mod support;
@@ -179,7 +179,7 @@ fn distribute(socket: &Socket, workers: usize, stop: &Stop) -> Result<usize> {
             for event in socket.recv(&mut batch)? {
                 match event {
                     Event::Packet(packet) => {
-                        let worker = connection(packet.payload()) % u64::try_from(work.len())?;
+                        let worker = connection(&packet) % u64::try_from(work.len())?;
                         work[usize::try_from(worker)?].send(packet.into())?;
                         seen += 1;
                     }
@@ -196,17 +196,15 @@ fn distribute(socket: &Socket, workers: usize, stop: &Stop) -> Result<usize> {
 /// A slow decision
 fn look_into(packet: &OwnedPacket, worker: usize) -> Verdict {
     let packet = packet.packet();
-    let endpoints = support::endpoints(packet.payload());
-    println!(
-        "worker {worker} accepts packet {}: {endpoints}",
-        packet.id()
-    );
+    if let Some(flow) = packet.flow() {
+        println!("worker {worker} accepts packet {}: {flow}", packet.id());
+    }
     Verdict::Accept
 }
 
 /// The same number for all packets of a connection in one direction
-fn connection(packet: &[u8]) -> u64 {
+fn connection(packet: &Packet<'_>) -> u64 {
     let mut hasher = DefaultHasher::new();
-    support::endpoints(packet).hash(&mut hasher);
+    packet.flow().hash(&mut hasher);
     hasher.finish()
 }

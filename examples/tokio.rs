@@ -44,7 +44,8 @@ async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
                     match event {
                         Event::Packet(packet) => {
                             seen += 1;
-                            if support::destination_port(packet.payload()) == Some(DNS) {
+                            let ports = packet.flow().and_then(|flow| flow.ports());
+                            if ports.is_some_and(|(_, to)| to == DNS) {
                                 let (socket, packet) = (socket.clone(), OwnedPacket::from(packet));
                                 look_ups.spawn(async move {
                                     let verdict = look_up(&packet).await;

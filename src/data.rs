@@ -107,9 +107,9 @@ impl<'a> QueueData<'a> {
     /// # Errors
     /// [`Error::TruncatedPacket`] for a new payload of a truncated packet.
     /// [`Error::ConntrackAndLength`] for a payload of another length beside a change of the
-    /// conntrack entry. [`Error::PayloadTooShort`] for a payload shorter than its own network header or the old
-    /// packet's (the kernel would drop the packet). [`Error::Encode`] for more than 65531 bytes.
-    /// The earlier verdict stays then.
+    /// conntrack entry. [`Error::PayloadTooShort`] for a payload shorter than its own network
+    /// header or the old packet's (the kernel would drop the packet). [`Error::Encode`] for more
+    /// than 65531 bytes. The earlier verdict stays then.
     pub fn set_decision(&mut self, decision: &Decision<'_>) -> Result<()> {
         if let Some(payload) = decision.payload() {
             self.check_payload(payload)?;

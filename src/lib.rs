@@ -13,6 +13,8 @@
 //! * [`Verdict`] and [`Decision`] are the answers. A [`SendBatch`] sends many together. A
 //!   [`VerdictSender`] sends from other threads; an [`OwnedPacket`] is a copy for them.
 //! * A [`Waker`] ends a receive call from another thread or a signal handler.
+//! * [`Conntrack`] is the packet's conntrack entry; [`FlowKey`] has its addresses and ports.
+//!   [`Rewrite`](rewrite::Rewrite) changes packets.
 //! * [`Error`], [`Refusal`] and [`ErrorKind`] describe failures; [`Stats`] and [`QueueStats`]
 //!   count.
 //!
@@ -118,6 +120,7 @@ mod tokio;
 mod verdict;
 
 pub use nfqnl_proto as proto;
+pub use nfqnl_proto::rewrite;
 
 #[cfg(feature = "tokio")]
 pub use crate::tokio::{AsyncSocket, PacketStream};

@@ -4,12 +4,14 @@
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nfqnl::{Event, RecvBatch, Socket, Verdict};
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
 use nfqnl_testkit::traffic::{SILENCE, TIMEOUT, Udp, V4, V6};
@@ -358,6 +360,168 @@ fn examples_refuse_unknown_arguments() {
             &["4"],
         ] {
             assert!(!Example::start("batch", arguments).wait().success());
+        }
+    });
+}
+
+#[test]
+fn rewrite_changes_and_describes_packets() {
+    isolated(|| {
+        for (family, address) in [(Family::Ip, V4), (Family::Ip6, V6)] {
+            let table = Table::new(family, "t").unwrap();
+            let rule = || Rule::new().udp().dport(PORT);
+            let chain = table.chain("out", Hook::Output, 0).unwrap();
+            chain.add(&rule().queue(1)).unwrap();
+            let chain = table.chain("in", Hook::Input, 0).unwrap();
+            chain.add(&rule().queue(2)).unwrap();
+            let example = Example::start("rewrite", &["--count", "3"]);
+            example.expect("queue 1 is bound");
+            let socket = Socket::open().unwrap();
+            let queue = socket.bind(2).unwrap();
+            let mut batch = RecvBatch::default();
+            let udp = Udp::bind(address, PORT).unwrap();
+            let payloads = [
+                ("a secret here", "a (hidden) here"),
+                ("odd secret", "odd (hidden)"),
+                ("nothing", "nothing"),
+            ];
+            for (sent, received) in payloads {
+                udp.send(sent.as_bytes(), udp.address()).unwrap();
+                let line = example.expect(&format!("UDP {0} -> {0}", udp.address()));
+                assert!(line.contains(", user ") && line.contains(", lo"), "{line}");
+                let mut events = socket.recv_timeout(&mut batch, TIMEOUT).unwrap();
+                let packet = events.find_map(Event::packet).unwrap();
+                let ttl = packet.payload()[if address == V4 { 8 } else { 7 }];
+                assert_eq!(ttl, 42);
+                socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
+                // The receiver verifies the checksum in software.
+                assert_eq!(udp.recv().as_deref(), Some(received.as_bytes()));
+            }
+            assert!(example.wait().success());
+            queue.destroy().unwrap();
+            table.delete().unwrap();
+        }
+    });
+}
+
+#[test]
+fn first_bytes_inspects_only_the_first_bytes() {
+    isolated(|| {
+        const LONG: usize = 8 << 20;
+        let table = Table::new(Family::Ip, "t").unwrap();
+        let inspect = table.chain("inspect", Hook::Input, 0).unwrap();
+        let rule = Rule::new().tcp().dport(PORT).ct_mark_not(1);
+        inspect.add(&rule.counted("queued").queue(1)).unwrap();
+        let save = table.chain("save", Hook::Input, 10).unwrap();
+        save.add(&Rule::new().tcp().mark(1).save_mark()).unwrap();
+        let example = Example::start("first_bytes", &[]);
+        example.expect("queue 1 is bound");
+        let listener = TcpListener::bind((V4, PORT)).unwrap();
+        let to = listener.local_addr().unwrap();
+        let sender = thread::spawn(move || {
+            let mut client = TcpStream::connect(to).unwrap();
+            client.write_all(&vec![7; LONG]).unwrap();
+        });
+        let (mut server, _) = listener.accept().unwrap();
+        let mut received = Vec::new();
+        server.read_to_end(&mut received).unwrap();
+        assert!(received == [7; LONG]);
+        sender.join().unwrap();
+        example.expect("inspected ");
+        let queued = inspect.count("queued").unwrap();
+        assert!(queued < 20, "{queued} packets");
+
+        // The word is in two segments.
+        let mut client = TcpStream::connect(to).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        client.set_nodelay(true).unwrap();
+        client.write_all(b"this is blo").unwrap();
+        let mut buf = [0; 64];
+        assert_eq!(server.read(&mut buf).unwrap(), 11);
+        client.write_all(b"cked!").unwrap();
+        example.expect("cut: 127.0.0.1");
+        server.set_read_timeout(Some(SILENCE)).unwrap();
+        assert!(server.read(&mut buf).is_err(), "nothing more arrives");
+    });
+}
+
+/// Answers queries for A and AAAA records with one address, and runs until the socket is closed
+fn serve_dns(udp: &UdpSocket) {
+    let mut buf = [0; 512];
+    while let Ok((len, from)) = udp.recv_from(&mut buf) {
+        let query = &buf[..len];
+        let name = query[12..].iter().position(|&byte| byte == 0).unwrap();
+        let end = 12 + name + 5;
+        let kind = query[end - 3];
+        let address: &[u8] = match kind {
+            1 => &[192, 0, 2, 7],
+            28 => &[0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7],
+            _ => &[],
+        };
+        let mut answer = query[..end].to_vec();
+        answer[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
+        answer.extend([
+            0xc0,
+            12,
+            0,
+            kind,
+            0,
+            1,
+            0,
+            0,
+            0,
+            60,
+            0,
+            u8::try_from(address.len()).unwrap(),
+        ]);
+        answer.extend(address);
+        udp.send_to(&answer, from).unwrap();
+    }
+}
+
+/// Asks the C library's resolver, with this name server
+fn resolve(server: IpAddr, name: &str) -> String {
+    let config = std::env::temp_dir().join(format!("nfqnl-resolv-{}", std::process::id()));
+    std::fs::write(&config, format!("nameserver {server}\noptions timeout:5\n")).unwrap();
+    let script = "mount --bind \"$1\" /etc/resolv.conf && exec getent ahosts \"$2\"";
+    let output = Command::new("unshare")
+        .args(["-m", "sh", "-c", script, "sh"])
+        .arg(&config)
+        .arg(name)
+        .output()
+        .unwrap();
+    std::fs::remove_file(config).unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.is_empty(), "{errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn dns_filter_hides_names_from_a_resolver() {
+    isolated(|| {
+        for (family, address) in [(Family::Ip, V4), (Family::Ip6, V6)] {
+            let table = Table::new(family, "t").unwrap();
+            let chain = table.chain("in", Hook::Input, 0).unwrap();
+            chain.add(&Rule::new().udp().sport(53).queue(1)).unwrap();
+            let example = Example::start("dns_filter", &["ads.example"]);
+            example.expect("queue 1 is bound");
+            let server = UdpSocket::bind((address, 53)).unwrap();
+            thread::spawn(move || serve_dns(&server));
+            for name in ["www.example", "ads.example.org", "myads.example"] {
+                let found = resolve(address, name);
+                assert!(found.contains("192.0.2.7"), "{name}: {found:?}");
+                assert!(found.contains("2001:db8::7"), "{name}: {found:?}");
+            }
+            for name in ["ads.example", "a.b.Ads.Example"] {
+                assert_eq!(resolve(address, name), "", "{name}");
+                let line = example.expect("no ");
+                assert!(
+                    line.ends_with(&format!("{}.", name.to_lowercase())),
+                    "{line}"
+                );
+                let _ = example.expect("no "); // the other type of address
+            }
+            table.delete().unwrap();
         }
     });
 }

@@ -1,6 +1,7 @@
 //! The flow of a packet: its addresses, its protocol and its ports
 
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use core::fmt;
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::conntrack::Tuple;
 use crate::types::IpProtocol;
@@ -202,6 +203,25 @@ impl FlowKey {
             protocol,
             transport,
         })
+    }
+}
+
+impl fmt::Display for FlowKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            source,
+            destination,
+            protocol,
+            ..
+        } = *self;
+        match self.ports() {
+            Some((from, to)) => {
+                let from = SocketAddr::new(source, from);
+                let to = SocketAddr::new(destination, to);
+                write!(f, "{protocol} {from} -> {to}")
+            }
+            None => write!(f, "{protocol} {source} -> {destination}"),
+        }
     }
 }
 

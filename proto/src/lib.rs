@@ -50,7 +50,8 @@
 //! unknown flags.
 //!
 //! # Features
-//! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `interop`. Needs std;
+//! * `std`: `Packet::time`; off by default.
+//! * `netlink-packet-core`: owned messages for the rust-netlink stack, in `interop`. Needs `std`;
 //!   off by default.
 #![no_std]
 #![forbid(unsafe_code)]
@@ -67,7 +68,7 @@
 )]
 #![deny(missing_docs)]
 
-#[cfg(feature = "netlink-packet-core")]
+#[cfg(feature = "std")]
 extern crate std;
 
 mod attr;
@@ -81,6 +82,7 @@ mod flow;
 pub mod interop;
 mod message;
 mod packet;
+pub mod rewrite;
 mod types;
 mod verdict;
 mod vlan;

@@ -431,6 +431,17 @@ impl<'a> Packet<'a> {
         Some(seconds.saturating_add(Duration::from_micros(BigEndian::read_u64(&value[8..]))))
     }
 
+    /// The time of reception
+    ///
+    /// The same as [`timestamp`](Self::timestamp), for comparison with
+    /// [`SystemTime::now`](std::time::SystemTime::now).
+    #[cfg(feature = "std")]
+    #[must_use]
+    #[doc(alias = "NFQA_TIMESTAMP")]
+    pub fn time(&self) -> Option<std::time::SystemTime> {
+        std::time::UNIX_EPOCH.checked_add(self.timestamp()?)
+    }
+
     /// The index of the input device; for a bridged packet, of the bridge
     ///
     /// `None` for packets of local origin, and at POSTROUTING before Linux 5.7.

@@ -20,10 +20,9 @@ use nfqnl_testkit::traffic::{TIMEOUT, Udp};
 use nfqnl_testkit::{kernel, link};
 use rustix::net::RecvFlags;
 
-use crate::examples::with_udp_payload;
 use crate::lab::{
     Lab, PORT, QUEUE, WHOLE_PACKETS, Watchdog, bridge, expect_rewritten, is_readable, next_packet,
-    priority, run,
+    priority, run, with_udp_payload,
 };
 
 /// The caller's own receive loop

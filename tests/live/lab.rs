@@ -9,6 +9,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use etherparse::{NetHeaders, PacketHeaders};
 use nfqnl::proto::{ConfigRequest, RequestHeader};
 use nfqnl::{
     Error, ErrorKind, Event, Events, Handle, Packet, PacketKey, QueueConfig, RecvBatch, Refusal,
@@ -385,4 +386,36 @@ pub(crate) fn wait_until_asleep(thread: i32) {
         }
         assert!(Instant::now() < end, "the thread never sleeps");
     }
+}
+
+/// Copies a UDP packet with a new payload, lengths and checksums; `None` for other protocols
+pub(crate) fn with_udp_payload(packet: &[u8], payload: &[u8]) -> Option<Vec<u8>> {
+    let PacketHeaders {
+        net: Some(mut net),
+        transport: Some(mut transport),
+        ..
+    } = PacketHeaders::from_ip_slice(packet).ok()?
+    else {
+        return None;
+    };
+    let len = transport.header_len() + payload.len();
+    transport.mut_udp()?.length = len.try_into().ok()?;
+    let mut new = Vec::new();
+    match &mut net {
+        NetHeaders::Ipv4(ip, _) => {
+            ip.set_payload_len(len).ok()?;
+            ip.header_checksum = ip.calc_header_checksum();
+            ip.write(&mut new).ok()?;
+            transport.update_checksum_ipv4(ip, payload).ok()?;
+        }
+        NetHeaders::Ipv6(ip, _) => {
+            ip.set_payload_length(len).ok()?;
+            ip.write(&mut new).ok()?;
+            transport.update_checksum_ipv6(ip, payload).ok()?;
+        }
+        NetHeaders::Arp(_) => return None,
+    }
+    transport.write(&mut new).ok()?;
+    new.extend(payload);
+    Some(new)
 }

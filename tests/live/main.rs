@@ -9,8 +9,6 @@ mod callback;
 mod common;
 mod config;
 mod conntrack;
-#[path = "../../examples/support/mod.rs"]
-mod examples;
 mod faults;
 mod hostile;
 mod lab;

@@ -9,8 +9,7 @@ use nfqnl_testkit::rules::{self, Hook, Rule, Table};
 use nfqnl_testkit::traffic::Udp;
 use nfqnl_testkit::{kernel, link};
 
-use crate::examples::with_udp_payload;
-use crate::lab::{PORT, bridge, is_silent, next_packet, udp_payload};
+use crate::lab::{PORT, bridge, is_silent, next_packet, udp_payload, with_udp_payload};
 
 const ACCEPT: Decision<'_> = Decision::new(Verdict::Accept);
 const ETH_P_IP: u16 = 0x0800;

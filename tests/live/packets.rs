@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use etherparse::{SlicedPacket, TransportSlice};
 use nfqnl::consts::NFQA_PACKET_HDR;
@@ -185,15 +185,18 @@ fn a_timestamp_is_there_if_any_socket_wants_it() {
         let timestamp = loop {
             lab.send(b"when");
             let packet = next_packet(&socket, &mut batch);
-            match packet.timestamp() {
-                Some(timestamp) => break timestamp,
+            match packet.time() {
+                Some(time) => {
+                    let since_epoch = time.duration_since(UNIX_EPOCH).unwrap();
+                    assert_eq!(packet.timestamp(), Some(since_epoch));
+                    break time;
+                }
                 None => assert!(Instant::now() < deadline, "no timestamp"),
             }
             socket.set_verdict(packet.key(), Verdict::Drop).unwrap();
             thread::sleep(Duration::from_millis(1));
         };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-        let age = now.checked_sub(timestamp).expect("not in the future");
+        let age = timestamp.elapsed().expect("not in the future");
         assert!(age < TIMEOUT, "{age:?} old");
     });
 }
@@ -250,7 +253,8 @@ fn the_owner_is_that_of_the_packets_socket() {
         let uid = outside_id("uid");
         let mut batch = RecvBatch::default();
         use Hook::{Forward, Input, Output, Postrouting, Prerouting};
-        let cases: [(&Udp, SocketAddr, &[(Hook, bool)]); 4] = [
+        type Seen<'a> = &'a [(Hook, bool)];
+        let cases: [(&Udp, SocketAddr, Seen<'_>); 4] = [
             (
                 &here,
                 inside.address(),

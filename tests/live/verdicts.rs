@@ -20,11 +20,10 @@ use nfqnl_testkit::user;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
 
 use crate::common::{MessageBuilder, wire};
-use crate::examples::with_udp_payload;
 use crate::lab::{
     Lab, PORT, QUEUE, WHOLE_PACKETS, configure_past_the_library, expect_rewritten, is_silent,
     next_event, next_keys, next_packet, number, priority, recv_past_the_library, take_all,
-    udp_payload,
+    udp_payload, with_udp_payload,
 };
 
 #[test]
