@@ -17,6 +17,7 @@ mod names;
 mod optional;
 mod packets;
 mod raw;
+mod rewrite;
 mod runtimes;
 #[cfg(target_arch = "x86_64")]
 mod seccomp;
