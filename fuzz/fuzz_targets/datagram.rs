@@ -444,9 +444,12 @@ fn check_packet(packet: Packet<'_>, message: &[u8]) {
     if let Some(addr) = packet.hw_addr() {
         write!(Nowhere, "{addr} {addr:?}").expect("it has an end");
     }
-    for nested in [packet.conntrack().map(|entry| entry.as_bytes()), packet.expectation()]
-        .into_iter()
-        .flatten()
+    for nested in [
+        packet.conntrack().map(|entry| entry.as_bytes()),
+        packet.expectation(),
+    ]
+    .into_iter()
+    .flatten()
     {
         check_attrs(nested, 4);
     }

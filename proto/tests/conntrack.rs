@@ -144,6 +144,44 @@ fn every_field_of_an_entry_is_read() {
     }
 }
 
+/// The first packet of a UDP connection over loopback at INPUT, as two kernels sent it
+#[test]
+fn an_entry_of_a_real_kernel_is_read() {
+    macro_rules! golden {
+        ($name:literal) => {
+            include_bytes!(concat!("data/conntrack_", $name, ".bin")).as_slice()
+        };
+    }
+    let (entries, ports, ids) = match cfg!(target_endian = "little") {
+        true => (
+            [golden!("5_10_x86_64_v4"), golden!("5_10_x86_64_v6")],
+            [(40595, 39085), (52922, 35230)],
+            [0x2584_6714, 0x7390_f264],
+        ),
+        false => (
+            [golden!("6_12_s390x_v4"), golden!("6_12_s390x_v6")],
+            [(58777, 32831), (45740, 56396)],
+            [0x9b37_1700, 0xa86c_b154],
+        ),
+    };
+    let loopback = ["127.0.0.1", "::1"].map(|address| address.parse::<IpAddr>().unwrap());
+    for (((bytes, ports), address), id) in entries.into_iter().zip(ports).zip(loopback).zip(ids) {
+        let entry = Conntrack::new(bytes);
+        let flow = entry.tuple(Direction::Original).unwrap().flow().unwrap();
+        assert_eq!((flow.source(), flow.destination()), (address, address));
+        assert_eq!(flow.protocol(), IpProtocol::UDP);
+        assert_eq!(flow.ports(), Some(ports));
+        let reply = entry.tuple(Direction::Reply).unwrap().flow().unwrap();
+        assert_eq!(reply, flow.reversed());
+        assert_eq!(entry.id(), Some(id));
+        assert_eq!(entry.status(), Some(ConntrackStatus::CONFIRMED));
+        assert_eq!(entry.timeout(), Some(Duration::from_secs(30)));
+        assert_eq!((entry.mark(), entry.zone()), (Some(0), None));
+        assert_eq!(entry.attrs().count(), 6);
+        assert!(entry.attrs().all(|attr| attr.is_ok()));
+    }
+}
+
 #[test]
 fn icmp_tuples_have_id_type_and_code() {
     let kinds = [(1, [4, 5, 6]), (58, [7, 8, 9])];
