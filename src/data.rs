@@ -82,7 +82,7 @@ impl<'a> QueueData<'a> {
     /// Sets the verdict and the mark, and replaces the packet
     ///
     /// `payload` begins with the network header. The caller sets the lengths and **all checksums**
-    /// in it. See [`Decision::with_payload`] for the changes refused by kernels. Where
+    /// in it; [`Rewrite`](crate::rewrite::Rewrite) does so. See [`Decision::with_payload`] for the changes refused by kernels. Where
     /// libnetfilter_queue lets the kernel drop a packet with a bad payload, this call fails, and
     /// the verdict that was set before stays. A ported program sets [`Verdict::Drop`] first.
     ///
@@ -229,14 +229,14 @@ impl<'a> QueueData<'a> {
         self.packet.payload()
     }
 
-    /// Returns the user id of the sending socket
+    /// Returns the user id of the owner of the packet's socket: see [`Packet::uid`]
     #[must_use]
     #[doc(alias = "nfq_get_uid")]
     pub fn get_uid(&self) -> Option<u32> {
         self.packet.uid()
     }
 
-    /// Returns the group id of the sending socket
+    /// Returns the group id of the owner of the packet's socket
     #[must_use]
     #[doc(alias = "nfq_get_gid")]
     pub fn get_gid(&self) -> Option<u32> {

@@ -212,10 +212,11 @@ impl<'cb> Handle<'cb> {
     }
 
     /// Sets a callback for all other events: refused verdicts, overruns, packets of queues without
-    /// a callback
+    /// a callback, packets longer than the buffer, malformed messages
     ///
-    /// Without this callback [`Stats`](crate::Stats) counts these events, and nothing else
-    /// happens. The callback must not call this method.
+    /// Without this callback [`Stats`](crate::Stats) counts these events. The last two kinds are
+    /// then also errors of the call that handles them; if there are several, it returns the first.
+    /// The callback must not call this method.
     pub fn on_event(&self, callback: impl FnMut(Event<'_>) + Send + 'cb) {
         let before = lock(&self.callbacks.on_event).replace(Box::new(callback));
         drop(before);
@@ -256,8 +257,8 @@ impl<'cb> Handle<'cb> {
     /// packets.
     ///
     /// # Errors
-    /// [`Error::BufferTooSmall`]: the packet still waits. [`Error::Decode`] if the bytes are not
-    /// netlink messages. [`Error::Io`] if a verdict could not be sent. The call handles all of the
+    /// Without [`on_event`](Self::on_event): [`Error::BufferTooSmall`]: the packet still waits;
+    /// [`Error::Decode`] if the bytes are not netlink messages. [`Error::Io`] if a verdict could not be sent. The call handles all of the
     /// bytes before it returns the first error. [`Error::InCallback`]: nothing was done.
     #[doc(alias = "nfq_handle_packet")]
     pub fn handle_packet(&self, datagram: &[u8]) -> Result<usize> {
@@ -301,10 +302,11 @@ impl<'cb> Handle<'cb> {
     /// delivers the remaining packets.
     ///
     /// # Errors
-    /// [`Error::BufferTooSmall`]: the packet still waits. [`Error::Decode`] for malformed
-    /// messages. [`Error::Io`] if the receive or the send fails; the next call with this batch
-    /// sends the unsent verdicts. The call handles the whole batch before it returns the first
-    /// error. [`Error::WrongSocket`] as [`Socket::recv`]. [`Error::InCallback`].
+    /// Without [`on_event`](Self::on_event): [`Error::BufferTooSmall`]: the packet still waits;
+    /// [`Error::Decode`] for malformed messages. [`Error::Io`] if the receive or the send fails;
+    /// the next call with this batch sends the unsent verdicts. The call handles the whole batch
+    /// before it returns the first error. [`Error::WrongSocket`] as [`Socket::recv`].
+    /// [`Error::InCallback`].
     pub fn run_once(&self, batch: &mut RecvBatch) -> Result<usize> {
         self.run(batch, Wait::Forever)
     }
@@ -440,12 +442,6 @@ impl Turn<'_, '_> {
     fn dispatch(&mut self, event: Event<'_>) {
         match event {
             Event::Packet(packet) => self.call_back(packet),
-            Event::BufferTooSmall { key, needed, had } => {
-                self.note(Err(Error::BufferTooSmall { key, needed, had }));
-            }
-            Event::Malformed { key, error: source } => {
-                self.note(Err(Error::Decode { key, source }));
-            }
             event => self.pass_on(event),
         }
     }
@@ -503,15 +499,24 @@ impl Turn<'_, '_> {
     }
 
     fn pass_on(&mut self, event: Event<'_>) {
-        match &mut *lock(&self.handle.callbacks.on_event) {
-            Some(callback) => callback(event),
-            None if matches!(event, Event::Packet(_)) => {
-                self.handle
-                    .socket
-                    .engine
-                    .count(|stats| stats.no_callback += 1);
+        if let Some(callback) = &mut *lock(&self.handle.callbacks.on_event) {
+            return callback(event);
+        }
+        let key = match event {
+            Event::Packet(packet) => Some(packet.key()),
+            Event::BufferTooSmall { key, needed, had } => {
+                self.note(Err(Error::BufferTooSmall { key, needed, had }));
+                key
             }
-            None => {}
+            Event::Malformed { key, error: source } => {
+                self.note(Err(Error::Decode { key, source }));
+                key
+            }
+            _ => None,
+        };
+        if key.is_some() {
+            let engine = &self.handle.socket.engine;
+            engine.count(|stats| stats.no_callback += 1);
         }
     }
 

@@ -53,9 +53,10 @@
 //!
 //! # Privileges
 //! Every request, verdicts included, needs `CAP_NET_ADMIN` in the user namespace that owns the
-//! socket's network namespace. `unshare -Urn` gives an ordinary user one of each. Opening the
-//! socket needs no privilege; without the capability the first request fails. Drop capabilities
-//! before you start threads: all threads that send verdicts must have the same ones.
+//! socket's network namespace. `unshare -Urn` gives an ordinary user one of each. Opening a socket
+//! without the capability succeeds, but the kernel then refuses every request of this socket, also
+//! if the process gets the capability later. Threads that send verdicts must agree in
+//! `CAP_NET_ADMIN`; drop capabilities before you start threads.
 //!
 //! For a program of an ordinary user, give its file the capability:
 //! `setcap cap_net_admin+ep target/release/program`.
@@ -67,6 +68,13 @@
 //! * `threads` gives each thread a queue, and answers one queue from many threads.
 //! * `mio`, `async_io` and `tokio` drive a socket by a runtime.
 //! * `nf_queue` has the command line of the kernel's own test program.
+//!
+//! # Terms
+//! * *Binding*: one period of a queue, from its bind to its unbind.
+//! * *Copy range*: the number of bytes of each packet that the kernel sends.
+//! * *Overrun*: the socket's receive buffer was full, and the kernel dropped packets.
+//! * *Slot*: the place for one datagram in a [`RecvBatch`].
+//! * *GSO*: the kernel sends large packets in one piece, and segments them later.
 //!
 //! # Losses
 //! If the queue or the socket's receive buffer is full, the kernel drops packets, or accepts them

@@ -41,8 +41,8 @@ impl Queue {
     /// Returns the key of the packet with this id, for programs that keep ids
     ///
     /// The key belongs to this binding. An id from an earlier binding of the queue names another
-    /// packet. Use ids of received packets only: a verdict ahead of its packet is refused, and a
-    /// merged verdict may then answer that packet.
+    /// packet. Use ids of received packets only. If you answer an id before its packet arrives, the
+    /// kernel refuses the verdict, and a later merged verdict can then answer the packet.
     #[must_use]
     pub fn key(&self, id: u32) -> PacketKey {
         self.binding.key(id)

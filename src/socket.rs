@@ -210,8 +210,9 @@ impl Socket {
     ///
     /// Binding a number again takes about 10 ms, or 100 ms with one CPU: the call waits until the
     /// kernel has sent the last packets of the earlier binding. One wait is enough for all numbers
-    /// unbound so far. The call also waits for a thread that received and does not run. Its time
-    /// grows with the number of bound queues: binding all 65,536 takes about a minute.
+    /// unbound so far. If the scheduler has stopped a thread inside a receive call, the bind waits
+    /// until this thread continues. The time of a bind grows with the number of bound queues:
+    /// binding all 65,536 takes about a minute.
     ///
     /// # Errors
     /// As [`bind_with`](Self::bind_with).

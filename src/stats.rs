@@ -36,8 +36,8 @@ pub struct Stats {
     /// Packets of queues that this socket has not bound, or has unbound. The kernel drops them when
     /// the queue is unbound, if it was not yet
     pub after_unbind: u64,
-    /// Packets given to a [`Handle`](crate::Handle) without a callback for their queue; they keep
-    /// waiting
+    /// Packets that reached no callback of a [`Handle`](crate::Handle), and keep waiting: of
+    /// queues without a callback, longer than the buffer, or malformed
     pub no_callback: u64,
     /// Datagrams from other processes, sent before the socket was connected; they were dropped
     pub from_other_process: u64,

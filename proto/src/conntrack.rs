@@ -89,7 +89,7 @@ impl CtState {
         matches!(self.0, IP_CT_ESTABLISHED | IP_CT_ESTABLISHED_REPLY)
     }
 
-    /// True for a packet that belongs to another connection than its own
+    /// True for a connection that belongs to another one, and for an ICMP error about one
     #[must_use]
     pub const fn is_related(self) -> bool {
         matches!(self.0, IP_CT_RELATED | IP_CT_RELATED_REPLY)
@@ -222,7 +222,7 @@ impl<'a> Conntrack<'a> {
         value(self.nested, kind)
     }
 
-    /// The entry's id, a number without meaning
+    /// The entry's id; compare it only for equality
     ///
     /// It stays the same for the life of the entry since Linux 5.3; before, the first packet of a
     /// connection may have another id. The kernel uses ids again after an entry is gone.
@@ -270,7 +270,9 @@ impl<'a> Conntrack<'a> {
         be32(self.nested, CTA_TIMEOUT).map(|seconds| Duration::from_secs(seconds.into()))
     }
 
-    /// The addresses and ports of one direction, before address translation for the original one
+    /// The addresses and ports of one direction
+    ///
+    /// The original direction has them as they were before address translation.
     #[must_use]
     #[doc(alias = "CTA_TUPLE_ORIG")]
     #[doc(alias = "CTA_TUPLE_REPLY")]
@@ -813,8 +815,8 @@ pub struct ConntrackUpdate {
 pub enum ConntrackUpdateError {
     /// Labels and a mark together, for an entry without labels
     ///
-    /// Only if a rule of the namespace uses labels, new entries have room for them. Without the
-    /// room the kernel stops at the labels, and the mark is lost. Change one of the two.
+    /// New entries have room for labels only if a rule of the namespace sets labels. Without the
+    /// room the kernel stops at the labels, and the mark is lost. Change only one of the two.
     #[error("labels and a mark for an entry without labels")]
     LabelsBesideMark,
     /// The entry's timeout is fixed ([`ConntrackStatus::FIXED_TIMEOUT`])

@@ -212,12 +212,15 @@ impl<'p> Decision<'p> {
     /// Replaces the packet, from its network header on; the new packet may be longer or shorter
     ///
     /// The caller must set the lengths and **all checksums** in it, both IP and transport.
+    /// [`Rewrite`](crate::rewrite::Rewrite) does this, and refuses packets that cannot be sent
+    /// back. So prefer it to bytes of your own.
     ///
     /// If the kernel cannot make the change, it silently drops the packet:
     /// * if it is out of memory, or the new packet is shorter than its headers;
-    /// * since Linux 7.1 also if the IP version, options, extension headers or fragment bits
-    ///   change, if the length in the IP header is wrong, if the packet is bridged, and in a
-    ///   network namespace of a user namespace other than the initial one;
+    /// * since Linux 7.1 also in a network namespace of a user namespace other than the initial
+    ///   one;
+    /// * since Linux 7.2 also if the IP version, options, extension headers or fragment bits
+    ///   change, if the length in the IP header is wrong, or if the packet is bridged;
     /// * since Linux 7.3 also if the transport header is incomplete.
     #[doc(alias = "NFQA_PAYLOAD")]
     pub const fn with_payload(mut self, payload: &'p [u8]) -> Self {
@@ -280,7 +283,7 @@ impl<'p> Decision<'p> {
 
     /// Changes the conntrack entry by nested `CTA_*` attributes in wire format
     ///
-    /// For what [`ConntrackUpdate`] does not have. The conditions of
+    /// Use it for attributes that [`ConntrackUpdate`] lacks. The conditions of
     /// [`with_ct_mark`](Self::with_ct_mark) apply. Since Linux 3.6.
     #[doc(alias = "NFQA_CT")]
     pub const fn with_raw_conntrack(mut self, nested: &'p [u8]) -> Self {

@@ -433,6 +433,39 @@ fn two_queues_of_a_handle_have_a_callback_each() {
 }
 
 #[test]
+fn packets_beyond_their_slots_are_all_reported() {
+    isolated(|| {
+        const N: u32 = 4;
+        let lab = Lab::new();
+        let handle = nfqnl::open().unwrap();
+        let callback = |_: &mut QueueData<'_>| panic!("it got a packet");
+        let _queue = handle
+            .create_queue_with(QUEUE, &WHOLE_PACKETS, callback)
+            .unwrap();
+        let mut batch = RecvBatch::new(8, 64);
+        lab.send_numbered(0..N);
+        let error = handle.run_once(&mut batch).unwrap_err();
+        assert!(matches!(error, Error::BufferTooSmall { key: Some(key), .. } if key.id() == 1));
+        assert_eq!(handle.socket().stats().no_callback, u64::from(N));
+
+        let (send, keys) = mpsc::channel();
+        handle.on_event(move |event| match event {
+            Event::BufferTooSmall { key, .. } => send.send(key.unwrap()).unwrap(),
+            other => panic!("{other:?}"),
+        });
+        lab.send_numbered(N..2 * N);
+        assert_eq!(handle.run_once(&mut batch).unwrap(), 0);
+        for id in N + 1..=2 * N {
+            let key = keys.recv().unwrap();
+            assert_eq!(key.id(), id);
+            handle.socket().set_verdict(key, Verdict::Accept).unwrap();
+        }
+        assert_eq!(handle.socket().stats().no_callback, u64::from(N));
+        lab.expect_numbered(N..2 * N);
+    });
+}
+
+#[test]
 fn packets_without_a_callback_are_counted() {
     isolated(|| {
         let lab = Lab::new();
