@@ -1,4 +1,4 @@
-//! Rewrites packets on their way out, and prints who sent them
+//! Rewrites packets on their way out, and prints their senders
 //!
 //! ```text
 //! iptables -A OUTPUT -p udp --dport 5000 -j NFQUEUE --queue-num 1   # or: nft … queue num 1

@@ -82,9 +82,10 @@ impl<'a> QueueData<'a> {
     /// Sets the verdict and the mark, and replaces the packet
     ///
     /// `payload` begins with the network header. The caller sets the lengths and **all checksums**
-    /// in it; [`Rewrite`](crate::rewrite::Rewrite) does so. See [`Decision::with_payload`] for the changes refused by kernels. Where
-    /// libnetfilter_queue lets the kernel drop a packet with a bad payload, this call fails, and
-    /// the verdict that was set before stays. A ported program sets [`Verdict::Drop`] first.
+    /// in it; [`Rewrite`](crate::rewrite::Rewrite) does so. See [`Decision::with_payload`] for the
+    /// changes refused by kernels. Where libnetfilter_queue lets the kernel drop a packet with a
+    /// bad payload, this call fails, and the verdict that was set before stays. A ported program
+    /// sets [`Verdict::Drop`] first.
     ///
     /// # Errors
     /// As [`set_decision`](Self::set_decision).

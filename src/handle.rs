@@ -258,8 +258,9 @@ impl<'cb> Handle<'cb> {
     ///
     /// # Errors
     /// Without [`on_event`](Self::on_event): [`Error::BufferTooSmall`]: the packet still waits;
-    /// [`Error::Decode`] if the bytes are not netlink messages. [`Error::Io`] if a verdict could not be sent. The call handles all of the
-    /// bytes before it returns the first error. [`Error::InCallback`]: nothing was done.
+    /// [`Error::Decode`] if the bytes are not netlink messages. [`Error::Io`] if a verdict could
+    /// not be sent. The call handles all of the bytes before it returns the first error.
+    /// [`Error::InCallback`]: nothing was done.
     #[doc(alias = "nfq_handle_packet")]
     pub fn handle_packet(&self, datagram: &[u8]) -> Result<usize> {
         let inside = Inside::enter(self.socket.engine.id)?;

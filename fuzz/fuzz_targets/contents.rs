@@ -71,7 +71,7 @@ const fn fold(mut sum: u32) -> u32 {
     sum
 }
 
-/// Where the transport header is, its protocol, and the place of its checksum
+/// The place of the transport header, its protocol, and the place of its checksum
 fn transport(packet: &[u8]) -> Option<(usize, u8, usize)> {
     let (at, protocol) = match packet.first()? >> 4 {
         4 => (usize::from(packet[0] & 15) * 4, *packet.get(9)?),

@@ -635,7 +635,7 @@ impl fmt::Debug for TcpState {
 }
 
 bitflags! {
-    /// What conntrack knows of one side of a TCP connection; unknown bits are kept
+    /// The facts that conntrack knows of one side of a TCP connection; unknown bits are kept
     ///
     /// `IP_CT_TCP_FLAG_*` in `linux/netfilter/nf_conntrack_tcp.h`.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -1,11 +1,11 @@
 /*
- * The floor: bare system calls, and as little between them as can be
+ * The floor: system calls with as little as possible between them
  *
  *	floor QUEUE … BATCH single|runs
  *
- * One recvmmsg for at most BATCH packets, then one send: with a VERDICT message for each of them (`single`), or with a
- * VERDICT_BATCH message for each run of equal verdicts (`runs`). It trusts the kernel to put the packet header first
- * and the payload last, and looks for nothing else.
+ * One recvmmsg receives at most BATCH packets, and one send answers them. `single` sends a VERDICT
+ * message for each packet, `runs` a VERDICT_BATCH message for each run of equal verdicts. The
+ * program relies on the kernel's order: the packet header comes first, the payload last.
  */
 #define _GNU_SOURCE
 #include "peer.h"
@@ -57,7 +57,7 @@ static void put_verdict(uint16_t type, uint32_t id, uint32_t verdict, uint32_t m
 	out_len += len;
 }
 
-/* The payload is the last attribute: whatever comes before is stepped over */
+/* Skips the attributes in front of the payload, which is the last one */
 static void add_payload(const struct packet *packet)
 {
 	const char *at = (const char *)&packet->packet_head, *end = (const char *)packet + packet->head.nlmsg_len;

@@ -1,4 +1,4 @@
-/* libmnl and the nfq_nlmsg_* functions: one receive and one send per packet */
+/* libmnl and nfq_nlmsg_*: one receive call and one send call per packet */
 #include "peer.h"
 
 #include <libmnl/libmnl.h>

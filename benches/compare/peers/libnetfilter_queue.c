@@ -1,4 +1,4 @@
-/* The callback loop on libnetfilter_queue, as its own example has it */
+/* The callback loop of libnetfilter_queue, as in the library's own example */
 #include "peer.h"
 
 #include <libnetfilter_queue/libnetfilter_queue.h>

@@ -1,10 +1,11 @@
 /*
- * What the C programs of the comparison share: arguments, protocol, clocks
+ * Arguments, protocol and clocks of the C programs
  *
- *	program QUEUE accept|drop|mixed RECEIVE_BUFFER|0 gso|- [what is the program's own]
+ *	program QUEUE accept|drop|mixed RECEIVE_BUFFER|0 gso|- [ARGUMENT…]
  *
- * It binds the queue and says "ready". Then it reads numbers, a line each; handles that many packets as fast as it can;
- * and answers with the nanoseconds that took, the CPU time of it (user and system) and the bytes of payload it saw.
+ * The program binds the queue and prints "ready". Then it reads a number from each line, and handles
+ * this number of packets. For each line it prints the time in nanoseconds, the CPU time (user and
+ * system) and the bytes of payload.
  */
 #ifndef PEER_H
 #define PEER_H
@@ -47,7 +48,7 @@ static void arguments(int argc, char **argv)
 	wants_gso = !strcmp(argv[4], "gso");
 }
 
-/* What becomes of a packet; with mixed verdicts 1 in 8 is dropped, and 1 in 8 marked. No mark is 0. */
+/* The verdict of a packet: of 8 mixed ones, one is drop, and one has a mark; mark 0 means none */
 static inline uint32_t decide(uint32_t id, uint32_t *mark)
 {
 	*mark = is_mixed && id % 8 == 4 ? MIXED_MARK : 0;
@@ -70,7 +71,7 @@ static long long nanoseconds(clockid_t clock)
 	return time.tv_sec * 1000000000LL + time.tv_nsec;
 }
 
-/* `handle` receives once, answers what came, and adds to `handled` and `bytes` */
+/* `handle` receives once, answers the packets, and adds to `handled` and `bytes` */
 static void serve(void (*handle)(void))
 {
 	unsigned long wanted;

@@ -6,7 +6,7 @@ import time
 
 from netfilterqueue import NetfilterQueue
 
-# What the kernel doubles to 212992, the default of the others; this library's own is 2.4 MB.
+# The kernel doubles it to 212992, the default of the other programs.
 DEFAULT_RECV_BUFFER = 212992 // 2
 MIXED_MARK = 7
 
@@ -54,7 +54,7 @@ for line in sys.stdin:
     wanted = int(line)
     cpu, begin = time.process_time_ns(), time.perf_counter_ns()
     handled = seen = 0
-    # All that waits, each time
+    # Handles all waiting packets
     queue.run(False)
     while handled < wanted:
         waiting.poll()
