@@ -17,7 +17,7 @@ use crate::error::{Error, Operation, Result};
 use crate::event::{Event, decode};
 use crate::queue::Queue;
 use crate::recv_batch::RecvBatch;
-use crate::socket::{Socket, wait_for};
+use crate::socket::{Socket, drain, wait_for};
 use crate::sys;
 use crate::verdict::SendBatch;
 
@@ -335,6 +335,18 @@ impl<'cb> Handle<'cb> {
                 return Ok(packets);
             }
         }
+    }
+
+    /// Stops a queue without losing a packet, with its callback: see [`Socket::drain`]
+    ///
+    /// # Errors
+    /// As [`Queue::set_flags`], [`run_once`](Self::run_once) and [`Queue::destroy`]. The queue is
+    /// unbound then, and its packets are lost.
+    pub fn drain(&self, queue: Queue, batch: &mut RecvBatch, timeout: Duration) -> Result<u64> {
+        drain(&self.socket.engine, queue, timeout, |wait| {
+            let (is_read, _) = self.turn_of(batch, wait)?;
+            Ok(is_read)
+        })
     }
 
     fn run(&self, batch: &mut RecvBatch, wait: Wait) -> Result<usize> {

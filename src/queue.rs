@@ -6,6 +6,8 @@ use nfqnl_proto::{ConfigFlags, CopyMode, PacketKey, QueueConfig};
 
 use crate::engine::{Binding, Engine};
 use crate::error::{Error, Operation, Result};
+#[cfg(doc)]
+use crate::socket::Socket;
 
 /// A bound queue of a [`Socket`](crate::Socket)
 ///
@@ -52,6 +54,35 @@ impl Queue {
     #[must_use]
     pub fn flags(&self) -> ConfigFlags {
         self.binding.flags()
+    }
+
+    /// Returns the number of packets that this process has received and not answered
+    ///
+    /// It counts packets in hand, in a batch, and read by earlier requests; packets in the socket
+    /// are not received yet. A second verdict on a packet is not counted while verdicts are merged
+    /// ([`SendBatch`](crate::SendBatch)), and makes the number too small afterwards. A packet that
+    /// the kernel drops while it waits counts until it is answered.
+    #[must_use]
+    pub fn waiting(&self) -> u64 {
+        self.binding.outstanding().waiting()
+    }
+
+    /// Lets new packets pass by: the kernel accepts them, and they do not enter the queue
+    ///
+    /// The waiting packets stay. When this call returns, the socket has all packets that entered
+    /// the queue: receive until it is empty, answer them, and unbind. [`Socket::drain`] does all
+    /// this. New packets overtake the waiting ones. To undo it, set a maximum length
+    /// ([`set_maxlen`](Self::set_maxlen)), and clear
+    /// [`FAIL_OPEN`](ConfigFlags::FAIL_OPEN).
+    ///
+    /// Since Linux 3.6.
+    ///
+    /// # Errors
+    /// As [`set_flags`](Self::set_flags).
+    pub fn pass_by(&self) -> Result<()> {
+        // In one message the kernel would set the length first, and drop packets before the flag.
+        self.set_flags(ConfigFlags::FAIL_OPEN, ConfigFlags::FAIL_OPEN)?;
+        self.set_maxlen(0)
     }
 
     /// Sets the part of each packet that the kernel copies: nothing, the attributes, or the

@@ -11,6 +11,7 @@ use nfqnl_proto::{ConfigFlags, CopyMode, Decision, PacketKey, PlainVerdict, Queu
 
 use crate::engine::{Engine, Wait, Waker};
 use crate::error::{Error, Operation, Result};
+use crate::event::Event;
 use crate::queue::Queue;
 use crate::recv_batch::{Events, RecvBatch};
 use crate::stats::Stats;
@@ -371,10 +372,91 @@ impl Socket {
         }
     }
 
+    /// Stops a queue without losing a packet: lets new packets pass by, hands out the waiting ones,
+    /// and unbinds the queue when all are answered; returns the number of packets lost
+    ///
+    /// `decide` gets each event, also of other queues, and a batch for its verdicts, which the
+    /// call sends. Other threads may answer packets that they hold. The call ends when the socket
+    /// is empty and every packet of the queue is answered ([`Queue::waiting`]), or after
+    /// `timeout`. The packets that still wait then are lost, because the kernel drops the waiting
+    /// packets of an unbound queue. The number is 0 if nothing was lost.
+    ///
+    /// New packets overtake the waiting ones. After the unbind, a rule with `bypass` lets packets
+    /// pass; without it the kernel drops them. Calls for several queues follow one another.
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # use nfqnl::{Event, Queue, RecvBatch, Result, Socket, Verdict};
+    /// # fn f(socket: &Socket, queue: Queue, batch: &mut RecvBatch) -> Result<()> {
+    /// let lost = socket.drain(queue, batch, Duration::from_secs(5), |event, verdicts| {
+    ///     match event {
+    ///         Event::Packet(packet) => verdicts.push(packet.key(), Verdict::Accept),
+    ///         _ => Ok(()),
+    ///     }
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Queue::set_flags`], [`recv`](Self::recv), [`send`](Self::send) and
+    /// [`Queue::destroy`]; and the errors of `decide`. The queue is unbound then, and its packets
+    /// are lost.
+    pub fn drain(
+        &self,
+        queue: Queue,
+        batch: &mut RecvBatch,
+        timeout: Duration,
+        mut decide: impl FnMut(Event<'_>, &mut SendBatch) -> Result<()>,
+    ) -> Result<u64> {
+        let mut verdicts = SendBatch::new();
+        drain(&self.engine, queue, timeout, |wait| {
+            let is_read = self.fill(batch, wait)?;
+            batch
+                .events()
+                .try_for_each(|event| decide(event, &mut verdicts))?;
+            self.send(&mut verdicts)?;
+            Ok(is_read)
+        })
+    }
+
     /// Returns a waker: other threads and signal handlers end receive calls with it
     #[must_use]
     pub fn waker(&self) -> Waker {
         Waker::new(Arc::clone(&self.engine.wake))
+    }
+}
+
+/// Lets new packets pass by a queue, takes turns until every packet is answered, and unbinds it
+///
+/// `turn` receives and answers, and returns true if it received something. Returns the number of
+/// packets that are not answered.
+pub(crate) fn drain(
+    engine: &Engine,
+    queue: Queue,
+    timeout: Duration,
+    mut turn: impl FnMut(Wait) -> Result<bool>,
+) -> Result<u64> {
+    /// The time between two looks for packets that other threads have answered
+    const PAUSE: Duration = Duration::from_millis(5);
+    queue.pass_by()?;
+    let begin = sys::now();
+    let mut wait = Wait::No; // all packets are in the socket
+    let mut has_no_reader = false;
+    loop {
+        let is_read = turn(wait)?;
+        let waiting = queue.waiting();
+        let left = timeout.saturating_sub(begin.elapsed());
+        wait = Wait::No;
+        match (is_read, waiting) {
+            (false, 0) if has_no_reader => return queue.destroy().map(|()| 0),
+            // A thread blocked in the receive call may have received packets.
+            (false, 0) => engine.wait_for_reader(),
+            _ if left.is_zero() => return queue.destroy().map(|()| waiting),
+            (false, _) => wait = wait_for(left.min(PAUSE)),
+            (true, _) => {}
+        }
+        has_no_reader = !is_read && waiting == 0;
     }
 }
 

@@ -260,7 +260,7 @@ fn compare_tuple(theirs: &[theirs::Tuple], ours: Tuple<'_>) {
                 else {
                     panic!("{proto:?}");
                 };
-                assert_eq!(ours.protocol().unwrap().0, u8::from(protocol.clone()));
+                assert_eq!(ours.protocol().unwrap().0, u8::from(*protocol));
                 assert_eq!(ours.source_port(), Some(*source));
                 assert_eq!(ours.destination_port(), Some(*destination));
             }

@@ -189,7 +189,7 @@ impl Engine {
     }
 
     /// Waits until a thread blocked in the receive call has recorded the messages it received
-    pub(super) fn wait_for_reader(&self) {
+    pub(crate) fn wait_for_reader(&self) {
         let mut state = self.state();
         state.note_thread(); // other threads poll from here on
         while state.is_read_unlocked() {

@@ -49,6 +49,8 @@ pub(crate) struct Outstanding {
     /// The gaps up to the newest id account for the overruns up to this count
     overruns: u32,
     merges: bool,
+    /// The number of packets without a sent verdict since merging ended
+    unlisted: u64,
 }
 
 /// Consecutive ids; never empty
@@ -56,6 +58,12 @@ pub(crate) struct Outstanding {
 struct Range {
     first: u32,
     last: u32,
+}
+
+impl Range {
+    fn len(&self) -> u64 {
+        u64::from(self.last.wrapping_sub(self.first)) + 1
+    }
 }
 
 /// The state of the socket when packets are recorded
@@ -90,11 +98,29 @@ impl Outstanding {
             newest: 0,
             overruns,
             merges,
+            unlisted: 0,
         }
+    }
+
+    /// Returns the number of packets without a sent verdict
+    pub(crate) fn waiting(&self) -> u64 {
+        let listed = self.ranges.iter().map(Range::len);
+        self.unlisted + listed.sum::<u64>()
     }
 
     /// Records packets with consecutive ids
     pub(crate) fn record(&mut self, first: u32, last: u32, seen: Seen) -> Recorded {
+        let recorded = self.place(first, last, seen);
+        if self.merges {
+            self.append(Range { first, last });
+        } else {
+            self.unlisted += Range { first, last }.len();
+        }
+        recorded
+    }
+
+    /// Finds the place of packets among the earlier ones, and ends merging if the list may be wrong
+    fn place(&mut self, first: u32, last: u32, seen: Seen) -> Recorded {
         if !is_before(self.newest, first) {
             self.end_merging();
             if seen.in_order {
@@ -118,9 +144,6 @@ impl Outstanding {
         if seen.is_drained {
             self.overruns = seen.overruns;
         }
-        if self.merges {
-            self.append(Range { first, last });
-        }
         Recorded::After(missing)
     }
 
@@ -130,7 +153,9 @@ impl Outstanding {
             .front()
             .map_or(range.first, |oldest| oldest.first);
         if range.last.wrapping_sub(oldest) > MAX_SPAN || self.ranges.len() >= MAX_RANGES {
-            return self.end_merging();
+            self.end_merging();
+            self.unlisted += range.len();
+            return;
         }
         match self.ranges.back_mut() {
             Some(newest) if newest.last.wrapping_add(1) == range.first => newest.last = range.last,
@@ -146,6 +171,7 @@ impl Outstanding {
     /// Sends verdicts singly from here on
     pub(crate) fn end_merging(&mut self) {
         self.merges = false;
+        self.unlisted = self.waiting();
         self.ranges = VecDeque::new();
     }
 
@@ -182,6 +208,10 @@ impl Outstanding {
     /// Records sent verdicts on packets with consecutive ids
     #[inline]
     pub(crate) fn answer(&mut self, first: u32, last: u32) {
+        if !self.merges {
+            self.unlisted = self.unlisted.saturating_sub(Range { first, last }.len());
+            return;
+        }
         match self.ranges.front_mut() {
             Some(oldest) if oldest.first == first && oldest.last == last => {
                 self.ranges.pop_front();
@@ -239,6 +269,9 @@ impl Outstanding {
         } else {
             last
         };
+        // At most the packets behind it still wait.
+        let behind = self.newest.wrapping_sub(last);
+        self.unlisted = self.unlisted.min(behind.into());
         while let Some(oldest) = self.ranges.front_mut() {
             if is_before(last, oldest.first) {
                 return;

@@ -356,10 +356,8 @@ impl SendBatch {
                 continue;
             };
             let mut outstanding = binding.outstanding();
-            if outstanding.merges() {
-                for entry in group.iter().filter(|entry| entry.is_answer()) {
-                    outstanding.answer(entry.key.id(), entry.packet(entry.len - 1).id());
-                }
+            for entry in group.iter().filter(|entry| entry.is_answer()) {
+                outstanding.answer(entry.key.id(), entry.packet(entry.len - 1).id());
             }
         }
     }

@@ -9,6 +9,7 @@ mod callback;
 mod common;
 mod config;
 mod conntrack;
+mod drain;
 mod faults;
 mod hostile;
 mod lab;
