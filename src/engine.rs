@@ -22,6 +22,7 @@
 //!
 //! `docs/architecture.md` has the picture.
 
+mod adopt;
 mod bind;
 mod bindings;
 mod receive;
@@ -99,6 +100,8 @@ struct State {
     issued: Vec<u16>,
     /// Unbound queues with packets that may still come; each has its place among all endings
     ended: Vec<(u16, usize)>,
+    /// Keys of the verdicts on packets of a process before this one
+    orphans: Vec<PacketKey>,
     stash: VecDeque<Stashed>,
     /// The thread that waits for the socket
     reader: Option<Reader>,

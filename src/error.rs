@@ -259,6 +259,10 @@ pub enum Operation {
     UnbindPf(Family),
     /// Binding a queue
     Bind(u16),
+    /// Taking over a queue: [`Socket::adopt`](crate::Socket::adopt)
+    Adopt(u16),
+    /// Giving a socket away: [`Socket::into_fd`](crate::Socket::into_fd)
+    HandOver,
     /// Unbinding a queue
     Unbind(u16),
     /// Setting a queue's copy mode
@@ -285,6 +289,7 @@ impl Operation {
     pub const fn queue(&self) -> Option<u16> {
         match *self {
             Self::Bind(queue)
+            | Self::Adopt(queue)
             | Self::Unbind(queue)
             | Self::SetMode(queue)
             | Self::SetFlags(queue)
@@ -307,6 +312,8 @@ impl fmt::Display for Operation {
             Self::BindPf(family) => write!(f, "bind {family}"),
             Self::UnbindPf(family) => write!(f, "unbind {family}"),
             Self::Bind(queue) => write!(f, "bind queue {queue}"),
+            Self::Adopt(queue) => write!(f, "adopt queue {queue}"),
+            Self::HandOver => f.write_str("hand the socket over"),
             Self::Unbind(queue) => write!(f, "unbind queue {queue}"),
             Self::SetMode(queue) => write!(f, "set copy mode of queue {queue}"),
             Self::SetFlags(queue) => write!(f, "set flags of queue {queue}"),

@@ -211,6 +211,24 @@ impl<'cb> Handle<'cb> {
         Ok(Queue::new(engine, binding?))
     }
 
+    /// Sets the callback of a queue bound by [`Socket::bind`] or taken over by [`Socket::adopt`]
+    ///
+    /// Replaces an earlier callback. The callback must not call this method for its own queue.
+    pub fn set_callback(
+        &self,
+        queue: &Queue,
+        callback: impl FnMut(&mut QueueData<'_>) + Send + 'cb,
+    ) {
+        self.callbacks.insert(queue.binding(), Box::new(callback));
+    }
+
+    /// Returns the socket without its callbacks, for instance to give it away
+    /// ([`Socket::into_fd`])
+    #[must_use]
+    pub fn into_socket(self) -> Socket {
+        self.socket
+    }
+
     /// Sets a callback for all other events: refused verdicts, overruns, packets of queues without
     /// a callback, packets longer than the buffer, malformed messages
     ///

@@ -116,6 +116,7 @@ mod engine;
 mod error;
 mod event;
 mod handle;
+mod handover;
 mod interface_name;
 mod owned_packet;
 mod queue;
@@ -137,6 +138,7 @@ pub use engine::Waker;
 pub use error::{Error, ErrorKind, Operation, Refusal, Result};
 pub use event::Event;
 pub use handle::{Handle, HandleRef, open};
+pub use handover::{Handover, Orphans, ParseHandoverError};
 pub use interface_name::InterfaceName;
 pub use nfqnl_proto::{
     ConfigFlags, Conntrack, ConntrackStatus, ConntrackUpdate, ConntrackUpdateError, CopyMode,

@@ -34,6 +34,10 @@ impl Queue {
         }
     }
 
+    pub(crate) const fn binding(&self) -> &Arc<Binding> {
+        &self.binding
+    }
+
     /// Returns the queue's number
     #[must_use]
     pub fn num(&self) -> u16 {

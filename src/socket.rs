@@ -128,12 +128,7 @@ impl SocketBuilder {
     /// # Errors
     /// [`Error::NotNetfilter`]; [`Error::Io`].
     pub fn open_fd(self, fd: OwnedFd) -> Result<Socket> {
-        let (domain, protocol) =
-            sys::domain_and_protocol(fd.as_fd()).map_err(Error::io(Operation::Open))?;
-        if domain != libc::AF_NETLINK || protocol != i32::from(NETLINK_NETFILTER) {
-            return Err(Error::NotNetfilter { domain, protocol });
-        }
-        sys::set_cloexec(fd.as_fd()).map_err(Error::io(Operation::Open))?;
+        check_netfilter(fd.as_fd())?;
         let mut socket = sys::netlink_from(fd);
         // Leaves all multicast groups: other processes may send to them.
         let mut address = SocketAddr::new(0, 0);
@@ -177,11 +172,22 @@ impl SocketBuilder {
     }
 
     fn over(self, socket: Netlink) -> Result<Socket> {
+        let socket = self.engine_over(socket)?;
+        socket.engine.discard_foreign()?;
+        Ok(socket)
+    }
+
+    fn engine_over(self, socket: Netlink) -> Result<Socket> {
         sys::watch_forks();
         let engine = Engine::new(socket, self.merge_verdicts, self.report_overruns);
         let engine = Arc::new(engine.map_err(Error::io(Operation::Open))?);
-        engine.discard_foreign()?;
         Ok(Socket { engine })
+    }
+
+    /// Wraps a netfilter socket of another process without reading from it
+    pub(crate) fn wrap(self, fd: OwnedFd) -> Result<Socket> {
+        check_netfilter(fd.as_fd())?;
+        self.engine_over(sys::netlink_from(fd))
     }
 
     /// Wraps a descriptor without setting its options, for a fuzz target's kernel
@@ -189,6 +195,15 @@ impl SocketBuilder {
     pub(crate) fn open_over(self, fd: OwnedFd) -> Result<Socket> {
         self.over(sys::netlink_from(fd))
     }
+}
+
+/// Fails unless the descriptor is a netfilter socket, and sets close-on-exec
+fn check_netfilter(fd: BorrowedFd<'_>) -> Result<()> {
+    let (domain, protocol) = sys::domain_and_protocol(fd).map_err(Error::io(Operation::Open))?;
+    if domain != libc::AF_NETLINK || protocol != i32::from(NETLINK_NETFILTER) {
+        return Err(Error::NotNetfilter { domain, protocol });
+    }
+    sys::set_cloexec(fd).map_err(Error::io(Operation::Open))
 }
 
 /// Opening, binding, and the socket itself

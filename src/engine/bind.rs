@@ -42,17 +42,22 @@ impl Engine {
         let binding = Arc::new(Binding::new(queue, Outstanding::new(before, self.merges())));
         let (mask, flags) = config.get_flags().unwrap_or_default();
         binding.set_flags(mask, flags);
-        if let Err(place) = state.issued.binary_search(&binding.id.number) {
-            state.issued.insert(place, binding.id.number);
-        }
         register(&binding);
-        self.change_bindings(&mut state, |bindings| bindings.insert(Arc::clone(&binding)));
+        self.register(&mut state, &binding);
         let request = ConfigRequest::bind(queue, config);
         let sent = self.begin(&mut state, op, Some(&request));
         let bound = sent.and_then(|seq| self.finish(state, op, seq));
         let bound = bound.map_err(|error| self.undo_bind(error, &binding, flags));
         bound.and_then(|()| self.set_optional_flags(op, &binding, config))?;
         Ok(binding)
+    }
+
+    /// Adds a binding to the table
+    pub(super) fn register(&self, state: &mut State, binding: &Arc<Binding>) {
+        if let Err(place) = state.issued.binary_search(&binding.id.number) {
+            state.issued.insert(place, binding.id.number);
+        }
+        self.change_bindings(state, |bindings| bindings.insert(Arc::clone(binding)));
     }
 
     /// Ends a binding whose bind has failed, and returns the error with its cause

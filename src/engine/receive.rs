@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::MutexGuard;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use nfqnl_proto::{Message, Messages, PacketKey};
@@ -282,13 +282,20 @@ impl Engine {
 
     fn record_packets(&self, state: &mut State, stretch: Stretch) {
         let n = u64::from(stretch.last.wrapping_sub(stretch.first.id())) + 1;
-        state.stats.packets += n;
         let seen = self.seen(state);
         let Some(binding) = state.bindings.get(stretch.first.queue()) else {
+            state.stats.packets += n;
             state.stats.after_unbind += n;
             return;
         };
         let mut outstanding = binding.outstanding();
+        if let Some((newest, orphans)) = outstanding.take_orphans(Some(stretch.first.id())) {
+            let binding = Arc::clone(binding);
+            drop(outstanding);
+            self.answer_orphans(state, &binding, newest, orphans);
+            return self.record_packets(state, stretch);
+        }
+        state.stats.packets += n;
         let did_merge = outstanding.merges();
         let recorded = outstanding.record(stretch.first.id(), stretch.last, seen);
         state.stats.merging_ended += u64::from(did_merge && !outstanding.merges());
@@ -305,6 +312,14 @@ impl Engine {
     fn record_message(&self, state: &mut State, datagram: &[u8]) -> Kind {
         match Messages::new(datagram).next() {
             Some(Ok(Message::Reply(reply))) => match refusal(&reply) {
+                Some(refusal)
+                    if refusal.errno() == libc::ENOENT
+                        && refusal
+                            .packet()
+                            .is_some_and(|key| state.take_orphans_key(key)) =>
+                {
+                    Kind::Nothing
+                }
                 Some(refusal) => {
                     state.stats.refused_verdicts += 1;
                     // After these errors no packet recorded as answered still waits.

@@ -12,7 +12,7 @@ const LONGEST: PacketKey = PacketKey::new(u16::MAX, u32::MAX).with_binding(u16::
 /// Linux's error numbers, and the kernel's internal ones
 const ERRNOS: [std::ops::RangeInclusive<i32>; 2] = [1..=140, 512..=530];
 
-const fn operations(key: PacketKey) -> [Operation; 18] {
+const fn operations(key: PacketKey) -> [Operation; 20] {
     let queue = key.queue();
     [
         Operation::Open,
@@ -24,6 +24,8 @@ const fn operations(key: PacketKey) -> [Operation; 18] {
         Operation::BindPf(Family::INET),
         Operation::UnbindPf(Family::INET6),
         Operation::Bind(queue),
+        Operation::Adopt(queue),
+        Operation::HandOver,
         Operation::Unbind(queue),
         Operation::SetMode(queue),
         Operation::SetFlags(queue),

@@ -34,6 +34,8 @@
 
 use std::collections::VecDeque;
 
+use nfqnl_proto::PlainVerdict;
+
 /// The largest distance between ids with a certain order
 const MAX_SPAN: u32 = 1 << 29;
 
@@ -51,6 +53,8 @@ pub(crate) struct Outstanding {
     merges: bool,
     /// The number of packets without a sent verdict since merging ended
     unlisted: u64,
+    /// The newest id of the process before, and the verdict on its packets, until it is sent
+    orphans: Option<(Option<u32>, PlainVerdict)>,
 }
 
 /// Consecutive ids; never empty
@@ -99,7 +103,32 @@ impl Outstanding {
             overruns,
             merges,
             unlisted: 0,
+            orphans: None,
         }
+    }
+
+    /// Returns the list of a binding made by a process before this one; `newest` is the newest id
+    /// that it has received, if known
+    pub(crate) const fn adopted(merges: bool, newest: Option<u32>, orphans: PlainVerdict) -> Self {
+        let mut list = Self::new(0, merges);
+        list.newest = match newest {
+            Some(newest) => newest,
+            None => 0,
+        };
+        list.orphans = Some((newest, orphans));
+        list
+    }
+
+    /// Returns the newest id of the process before, and the verdict on its packets, once it is
+    /// known: at least all ids before `first` are of that process
+    ///
+    /// Until then no verdicts are merged.
+    pub(crate) fn take_orphans(&mut self, first: Option<u32>) -> Option<(u32, PlainVerdict)> {
+        let (newest, orphans) = self.orphans?;
+        let newest = newest.or_else(|| first.map(|first| first.wrapping_sub(1)))?;
+        self.newest = newest;
+        self.orphans = None;
+        Some((newest, orphans))
     }
 
     /// Returns the number of packets without a sent verdict
@@ -178,7 +207,7 @@ impl Outstanding {
     /// Returns a cursor at the oldest packet, if verdicts may be merged at this count of overruns
     pub(crate) fn oldest(&self, overruns: u32) -> Option<Cursor> {
         let oldest = self.ranges.front()?;
-        (self.overruns == overruns).then_some(Cursor {
+        (self.overruns == overruns && self.orphans.is_none()).then_some(Cursor {
             range: 0,
             id: oldest.first,
         })

@@ -11,6 +11,7 @@ mod config;
 mod conntrack;
 mod drain;
 mod faults;
+mod handover;
 mod hostile;
 mod lab;
 mod lifetime;

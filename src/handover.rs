@@ -1,0 +1,179 @@
+//! Giving a socket and its queues to another process
+
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::str::FromStr;
+
+use nfqnl_proto::{ConfigFlags, PlainVerdict, Verdict};
+
+use crate::error::{Error, Operation, Result};
+use crate::queue::Queue;
+use crate::socket::{Socket, SocketBuilder};
+
+/// The queues of a socket that was given away, for the process that takes over
+///
+/// [`Socket::into_fd`] makes it, and [`Socket::adopt`] takes it. Between processes it travels as
+/// text, for instance in an environment variable: it implements `Display` and `FromStr`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[must_use]
+pub struct Handover {
+    /// Number, newest id and flags of each queue
+    queues: Vec<(u16, u32, ConfigFlags)>,
+}
+
+impl Handover {
+    /// Returns the numbers of the queues
+    pub fn queues(&self) -> impl Iterator<Item = u16> {
+        self.queues.iter().map(|&(num, ..)| num)
+    }
+}
+
+const VERSION: &str = "nfqnl1";
+
+impl fmt::Display for Handover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(VERSION)?;
+        for (num, newest, flags) in &self.queues {
+            write!(f, " {num}/{newest}/{}", flags.bits())?;
+        }
+        Ok(())
+    }
+}
+
+/// A text that is not a [`Handover`] of this version
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[error("not a handover of this version of nfqnl")]
+#[non_exhaustive]
+pub struct ParseHandoverError;
+
+impl FromStr for Handover {
+    type Err = ParseHandoverError;
+
+    fn from_str(text: &str) -> Result<Self, ParseHandoverError> {
+        let queue = |text: &str| {
+            let mut numbers = text.split('/');
+            let num = numbers.next()?.parse().ok()?;
+            let newest = numbers.next()?.parse().ok()?;
+            let flags = ConfigFlags::from_bits_retain(numbers.next()?.parse().ok()?);
+            numbers.next().is_none().then_some((num, newest, flags))
+        };
+        let mut words = text.split(' ');
+        let queues = match words.next() {
+            Some(VERSION) => words.map(queue).collect(),
+            _ => None,
+        };
+        queues
+            .map(|queues| Self { queues })
+            .ok_or(ParseHandoverError)
+    }
+}
+
+/// The packets of an adopted queue that the process before received and did not answer
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Orphans {
+    /// This process receives them again, with new ids, behind the packets that wait in the socket
+    Again,
+    /// All get this verdict
+    Answer(PlainVerdict),
+}
+
+impl Orphans {
+    const fn verdict(self, num: u16) -> PlainVerdict {
+        match self {
+            Self::Again => PlainVerdict::new(Verdict::Queue { num, bypass: false }),
+            Self::Answer(verdict) => verdict,
+        }
+    }
+}
+
+/// Giving a socket away, and taking it over
+impl Socket {
+    /// Gives the socket away without unbinding its queues
+    ///
+    /// The descriptor goes to another process: by `SCM_RIGHTS` over a Unix socket, by exec with an
+    /// inherited descriptor (clear close-on-exec), or by a supervisor that keeps it. That process
+    /// calls [`adopt`](Self::adopt). Packets keep waiting in between, as many as the queue and the
+    /// receive buffer hold.
+    ///
+    /// Packets that this process has received and not answered, also those left in a batch, are
+    /// orphans: the new process decides about them. Verdicts on them are [`Error::Unbound`] here.
+    /// Send everything that is decided first. All threads must have left their calls, so the
+    /// socket is not shared any more.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if no descriptor is left.
+    pub fn into_fd(self) -> Result<(OwnedFd, Handover)> {
+        let fd = self.engine.as_fd().try_clone_to_owned();
+        let fd = fd.map_err(Error::io(Operation::HandOver))?;
+        let queues = self.engine.give_away();
+        Ok((fd, Handover { queues }))
+    }
+
+    /// Takes over a socket with bound queues: see [`SocketBuilder::adopt`]
+    ///
+    /// # Errors
+    /// As [`SocketBuilder::adopt`].
+    pub fn adopt(
+        fd: OwnedFd,
+        handover: Option<&Handover>,
+        queues: &[(u16, Orphans)],
+    ) -> Result<(Self, Vec<Queue>)> {
+        Self::builder().adopt(fd, handover, queues)
+    }
+}
+
+impl SocketBuilder {
+    /// Takes over a socket with bound queues, from [`Socket::into_fd`] or from a process that died
+    ///
+    /// Of the settings only [`merge_verdicts`](Self::merge_verdicts) counts, and
+    /// [`report_overruns`](Self::report_overruns) must be as it was; the socket keeps its receive
+    /// buffer, and its queues keep their settings. `queues` names the queues to serve, and what
+    /// becomes of the packets that the process before received and did not answer. Queues of the
+    /// handover that are not in `queues` are unbound.
+    ///
+    /// With a handover the orphans get their verdict at once. Without one (the process died, and
+    /// a supervisor kept the descriptor) they wait for the first packet of their queue: its id
+    /// shows which packets are older. They wait as long as no packet comes.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with [`NotBound`](crate::ErrorKind::NotBound) or
+    /// [`QueueInUse`](crate::ErrorKind::QueueInUse) if this socket has not bound a queue; or
+    /// without `CAP_NET_ADMIN`. [`Error::NotNetfilter`]; [`Error::NoAck`]; [`Error::Io`]. The
+    /// descriptor is closed then, and its queues are unbound.
+    pub fn adopt(
+        self,
+        fd: OwnedFd,
+        handover: Option<&Handover>,
+        queues: &[(u16, Orphans)],
+    ) -> Result<(Socket, Vec<Queue>)> {
+        let socket = self.wrap(fd)?;
+        let engine = &socket.engine;
+        let before = |num| {
+            let queues = handover.map_or(&[][..], |handover| &handover.queues);
+            queues.iter().find(|(before, ..)| *before == num)
+        };
+        // All are registered before the first message is read.
+        let bindings: Vec<_> = queues
+            .iter()
+            .map(|&(num, orphans)| {
+                let newest = before(num).map(|&(_, newest, _)| newest);
+                let flags = before(num).map_or(ConfigFlags::empty(), |&(.., flags)| flags);
+                engine.adopt(num, newest, flags, orphans.verdict(num))
+            })
+            .collect();
+        for binding in &bindings {
+            engine.check_adopted(binding)?;
+        }
+        for num in handover.into_iter().flat_map(Handover::queues) {
+            if !queues.iter().any(|(adopted, _)| *adopted == num) {
+                engine.unbind_orphan(num)?;
+            }
+        }
+        let queues = bindings
+            .into_iter()
+            .map(|binding| Queue::new(engine, binding));
+        let queues = queues.collect();
+        Ok((socket, queues))
+    }
+}

@@ -1,0 +1,284 @@
+//! A socket with its queues goes to another process, and no packet is lost
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
+use std::time::Duration;
+
+use nfqnl::{
+    ConfigFlags, Error, ErrorKind, Handle, Handover, Orphans, Queue, QueueConfig, RecvBatch,
+    SendBatch, Socket, Verdict,
+};
+use nfqnl_testkit::netns::isolated;
+use nfqnl_testkit::process::fork;
+use nfqnl_testkit::traffic::TIMEOUT;
+
+use crate::lab::{
+    Lab, QUEUE, WHOLE_PACKETS, is_free, is_silent, next_events, next_keys, next_packet, number,
+    refusal,
+};
+
+/// The same socket in another process
+fn adopted(fd: OwnedFd, handover: Option<&Handover>, orphans: Orphans) -> (Socket, Queue) {
+    let (socket, mut queues) = Socket::adopt(fd, handover, &[(QUEUE, orphans)]).unwrap();
+    (socket, queues.pop().unwrap())
+}
+
+/// Accepts this number of packets, and returns their numbers
+fn accept(socket: &Socket, n: usize) -> Vec<u32> {
+    let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
+    let mut seen = Vec::new();
+    while seen.len() < n {
+        for event in next_events(socket, &mut batch) {
+            let packet = event.packet().expect("only packets");
+            seen.push(number(&packet));
+            verdicts.push(packet.key(), Verdict::Accept).unwrap();
+        }
+        socket.send(&mut verdicts).unwrap();
+    }
+    seen
+}
+
+#[test]
+fn packets_in_hand_and_in_the_socket_go_over() {
+    isolated(|| {
+        for orphans in [
+            Orphans::Again,
+            Orphans::Answer(nfqnl::PlainVerdict::new(Verdict::Accept)),
+        ] {
+            let lab = Lab::new();
+            let socket = Socket::open().unwrap();
+            let config = QueueConfig::new().enable(ConfigFlags::FAIL_OPEN);
+            let queue = socket.bind_with(QUEUE, &config).unwrap();
+            let sender = socket.verdict_sender();
+            let waker = socket.waker();
+            lab.send_numbered(0..10);
+            let mut batch = RecvBatch::new(5, 4096);
+            let keys = next_keys(&socket, &mut batch, 5);
+            socket.set_verdict(keys[0], Verdict::Accept).unwrap();
+            let (fd, handover) = socket.into_fd().unwrap();
+            // Nothing of the old process does anything any more.
+            let late = sender.set_verdict(keys[1], Verdict::Drop);
+            assert!(matches!(late, Err(Error::Unbound { .. })), "{late:?}");
+            waker.wake_all();
+            drop(queue);
+            let text = handover.to_string();
+            assert_eq!(text, format!("nfqnl1 {QUEUE}/5/1"));
+            let handover: Handover = text.parse().unwrap();
+            assert!(handover.queues().eq([QUEUE]));
+
+            let (socket, queue) = adopted(fd, Some(&handover), orphans);
+            assert_eq!(queue.flags(), ConfigFlags::FAIL_OPEN);
+            lab.send_numbered(10..12);
+            let expected: Vec<u32> = match orphans {
+                Orphans::Again => (5..10).chain(1..5).chain(10..12).collect(),
+                _ => (5..12).collect(),
+            };
+            assert_eq!(accept(&socket, expected.len()), expected);
+            assert_eq!(socket.stats().missing_packets, 0);
+            assert_eq!(socket.stats().merging_ended, 0);
+            let mut received: Vec<u32> = (0..12)
+                .map(|_| u32::from_be_bytes(lab.recv().unwrap().try_into().unwrap()))
+                .collect();
+            received.sort_unstable();
+            assert!(received.into_iter().eq(0..12));
+            assert!(lab.v4.is_silent());
+            queue.destroy().unwrap();
+            lab.delete_rules();
+        }
+    });
+}
+
+#[test]
+fn without_waiting_packets_nothing_is_refused() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
+        lab.send_numbered(0..3);
+        accept(&socket, 3);
+        let (fd, handover) = socket.into_fd().unwrap();
+        let (socket, _queue) = adopted(fd, Some(&handover), Orphans::Again);
+        let mut batch = RecvBatch::default();
+        assert!(is_silent(&socket, &mut batch), "no event of the orphans");
+        assert_eq!(socket.stats().refused_verdicts, 0);
+        lab.send_numbered(3..4);
+        accept(&socket, 1);
+        lab.expect_numbered(0..4);
+    });
+}
+
+/// Datagrams every millisecond, and ten upgrades
+#[test]
+fn ten_upgrades_deliver_every_datagram_once() {
+    isolated(|| {
+        const EACH: u32 = 60;
+        let lab = Lab::new();
+        let mut socket = Socket::open().unwrap();
+        let mut queue = socket.bind(QUEUE).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for number in 0..10 * EACH {
+                    lab.send(&number.to_be_bytes());
+                    thread::sleep(Duration::from_millis(1));
+                }
+            });
+            let (mut batch, mut verdicts) = (RecvBatch::new(8, 4096), SendBatch::new());
+            let mut accepted = 0;
+            for upgrade in 1..=10 {
+                let mut held = Vec::new();
+                while accepted < upgrade * EACH - 20 {
+                    for event in next_events(&socket, &mut batch) {
+                        let packet = event.packet().expect("only packets");
+                        // Each seventh waits until the upgrade.
+                        if number(&packet) % 7 == upgrade % 7 && held.len() < 8 {
+                            held.push(packet.key());
+                            continue;
+                        }
+                        accepted += 1;
+                        verdicts.push(packet.key(), Verdict::Accept).unwrap();
+                    }
+                    socket.send(&mut verdicts).unwrap();
+                }
+                let (fd, handover) = socket.into_fd().unwrap();
+                drop(queue);
+                batch = RecvBatch::new(8, 4096);
+                thread::sleep(Duration::from_millis(5));
+                (socket, queue) = adopted(fd, Some(&handover), Orphans::Again);
+            }
+            accept(&socket, usize::try_from(10 * EACH - accepted).unwrap());
+        });
+        let mut received: Vec<u32> = (0..10 * EACH)
+            .map(|_| u32::from_be_bytes(lab.recv().unwrap().try_into().unwrap()))
+            .collect();
+        received.sort_unstable();
+        assert!(received.into_iter().eq(0..10 * EACH));
+        assert!(lab.v4.is_silent());
+    });
+}
+
+/// A supervisor keeps the descriptor of a process that is killed
+#[test]
+fn after_a_crash_the_first_packet_shows_the_orphans() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        let fd = socket.as_fd().try_clone_to_owned().unwrap();
+        lab.send_numbered(0..10);
+        let child = fork(|| {
+            let mut batch = RecvBatch::new(4, 4096);
+            let _received = next_keys(&socket, &mut batch, 4);
+            std::process::abort();
+        })
+        .unwrap();
+        let _ = child.wait();
+        // This process has received nothing; its own drop leaves the queue alone after the fork.
+        drop(queue);
+        drop(socket);
+        let (socket, _queue) = adopted(fd, None, Orphans::Again);
+        assert_eq!(accept(&socket, 10), [4, 5, 6, 7, 8, 9, 0, 1, 2, 3]);
+        assert_eq!(socket.stats().missing_packets, 0);
+        lab.expect_numbered([4, 5, 6, 7, 8, 9, 0, 1, 2, 3]);
+        // Verdicts are merged again.
+        lab.send_numbered(10..13);
+        accept(&socket, 3);
+        assert_eq!(socket.stats().merging_ended, 0);
+        lab.expect_numbered(10..13);
+    });
+}
+
+#[test]
+fn a_handle_takes_over_and_gives_away() {
+    isolated(|| {
+        let lab = Lab::new();
+        let handle = nfqnl::open().unwrap();
+        let queue = handle
+            .create_queue_with(QUEUE, &WHOLE_PACKETS, |_| {})
+            .unwrap();
+        lab.send_numbered(0..2);
+        let mut batch = RecvBatch::default();
+        assert_eq!(handle.run_once(&mut batch).unwrap(), 2);
+        let (fd, handover) = handle.into_socket().into_fd().unwrap();
+        drop(queue);
+        let (socket, queue) = adopted(fd, Some(&handover), Orphans::Again);
+        let handle = Handle::new(socket);
+        handle.set_callback(&queue, |data| data.set_verdict(Verdict::Accept, None));
+        assert_eq!(handle.drain(queue, &mut batch, TIMEOUT).unwrap(), 0);
+        lab.expect_numbered(0..2);
+    });
+}
+
+#[test]
+fn queues_not_adopted_are_unbound() {
+    isolated(|| {
+        let socket = Socket::open().unwrap();
+        let _queues = [7, 8].map(|num| socket.bind(num).unwrap());
+        let (fd, handover) = socket.into_fd().unwrap();
+        let (socket, queues) = Socket::adopt(fd, Some(&handover), &[(8, Orphans::Again)]).unwrap();
+        assert!(is_free(7) && !is_free(8));
+        drop(queues);
+        drop(socket);
+        assert!(is_free(8));
+    });
+}
+
+#[test]
+fn a_queue_that_is_not_the_sockets_is_refused() {
+    isolated(|| {
+        let other = Socket::open().unwrap();
+        let _in_use = other.bind(9).unwrap();
+        for (num, kind) in [(3, ErrorKind::NotBound), (9, ErrorKind::NoCapability)] {
+            let socket = Socket::open().unwrap();
+            let (fd, _handover) = socket.into_fd().unwrap();
+            let adopted = Socket::adopt(fd, None, &[(num, Orphans::Again)]);
+            assert_eq!(refusal(adopted).kind(), kind);
+        }
+        let (here, _there) = std::os::unix::net::UnixStream::pair().unwrap();
+        let adopted = Socket::adopt(here.into(), None, &[]);
+        assert!(matches!(adopted, Err(Error::NotNetfilter { .. })));
+    });
+}
+
+#[test]
+fn a_broken_handover_is_refused() {
+    for text in [
+        "",
+        "nfqnl2",
+        "nfqnl1 1",
+        "nfqnl1 1/2",
+        "nfqnl1 1/2/3/4",
+        "nfqnl1 70000/1/1",
+        "nfqnl1 ",
+    ] {
+        assert!(text.parse::<Handover>().is_err(), "{text:?}");
+    }
+    let text = "nfqnl1 1/4294967295/31 65535/0/0";
+    assert_eq!(text.parse::<Handover>().unwrap().to_string(), text);
+    assert_eq!("nfqnl1".parse::<Handover>().unwrap().queues().count(), 0);
+}
+
+/// A packet received by the old process, and one that waits in the socket
+#[test]
+fn orphans_can_be_dropped() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
+        lab.send_numbered(0..1);
+        let mut batch = RecvBatch::default();
+        let _orphan = next_packet(&socket, &mut batch).key();
+        lab.send_numbered(1..2);
+        let (fd, handover) = socket.into_fd().unwrap();
+        let drop = Orphans::Answer(nfqnl::PlainVerdict::new(Verdict::Drop));
+        let (socket, queue) = adopted(fd, Some(&handover), drop);
+        assert_eq!(accept(&socket, 1), [1]);
+        lab.expect_numbered(1..2);
+        assert!(lab.v4.is_silent());
+        assert_eq!(
+            socket
+                .drain(queue, &mut RecvBatch::default(), TIMEOUT, |_, _| Ok(()))
+                .unwrap(),
+            0
+        );
+    });
+}
