@@ -7,22 +7,29 @@
 //! The packets were captured from a kernel (`proto/tests/data`). Each bench has a counterpart that
 //! does the same work on the same bytes with netlink-packet-core, as programs of the rust-netlink
 //! stack do it: `NetlinkBuffer` for the header, `NlasIterator` for the attributes, `Emitable` for
-//! requests. That crate has no packet type, so its side finds attributes by iteration.
+//! requests. That crate has no packet type, so its side finds attributes by iteration. The
+//! flow of a packet has its counterpart in etherparse.
 //!
 //! nfq 0.2.5 is not here: its parser and encoder work only on its own socket, through `Queue::recv`
 //! and `Queue::verdict`. `benches/compare` measures it as a whole.
 #![allow(clippy::unwrap_used, reason = "a benchmark may fail")]
 
 use std::hint::black_box;
+use std::net::IpAddr;
 
 use criterion::{Criterion, Throughput};
+use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use netlink_packet_core::{Emitable, NetlinkBuffer, NetlinkHeader, Nla, NlasIterator};
 use nfqnl::consts::{
-    MESSAGE_HEADER_LEN, NFQA_IFINDEX_INDEV, NFQA_MARK, NFQA_PACKET_HDR, NFQA_PAYLOAD,
-    NFQA_VERDICT_HDR, NFQNL_MSG_VERDICT, NLM_F_REQUEST, message_type,
+    CTA_MARK, MESSAGE_HEADER_LEN, NFQA_CT, NFQA_CT_INFO, NFQA_IFINDEX_INDEV, NFQA_MARK,
+    NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_VERDICT_HDR, NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT,
+    NLM_F_REQUEST, message_type,
 };
 use nfqnl::proto::{ConfigRequest, Message, Messages, PlainVerdict, RequestHeader, encode_noop};
-use nfqnl::{ConfigFlags, CopyMode, Decision, Packet, PacketKey, QueueConfig, SendBatch, Verdict};
+use nfqnl::{
+    ConfigFlags, CopyMode, CtState, Decision, Direction, Packet, PacketKey, QueueConfig, SendBatch,
+    Verdict,
+};
 
 macro_rules! golden {
     ($name:literal) => {
@@ -56,6 +63,8 @@ fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     parse(&mut criterion);
     attributes(&mut criterion);
+    flow(&mut criterion);
+    conntrack(&mut criterion);
     verdicts(&mut criterion);
     requests(&mut criterion);
     criterion.final_summary();
@@ -173,6 +182,111 @@ fn attributes(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// The addresses and ports of a UDP packet, read by etherparse
+fn their_flow(packet: &[u8]) -> Option<(IpAddr, IpAddr, u16, u16)> {
+    let sliced = SlicedPacket::from_ip(packet).ok()?;
+    let (source, destination) = match sliced.net? {
+        NetSlice::Ipv4(ip) => (
+            ip.header().source_addr().into(),
+            ip.header().destination_addr().into(),
+        ),
+        NetSlice::Ipv6(ip) => (
+            ip.header().source_addr().into(),
+            ip.header().destination_addr().into(),
+        ),
+        NetSlice::Arp(_) => return None,
+    };
+    match sliced.transport? {
+        TransportSlice::Udp(udp) => Some((
+            source,
+            destination,
+            udp.source_port(),
+            udp.destination_port(),
+        )),
+        _ => None,
+    }
+}
+
+fn flow(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("flow");
+    group.throughput(Throughput::Elements(1));
+    for (name, datagram) in [golden!("ipv4_input"), golden!("ipv6_output")] {
+        let parsed = packet(datagram);
+        group.bench_function(format!("{name}/nfqnl"), |b| {
+            b.iter(|| black_box(&parsed).flow());
+        });
+        group.bench_function(format!("{name}/etherparse"), |b| {
+            b.iter(|| their_flow(black_box(parsed.payload())));
+        });
+        let ours = parsed.flow().and_then(|flow| {
+            let (source, destination) = flow.ports()?;
+            Some((flow.source(), flow.destination(), source, destination))
+        });
+        assert_eq!(ours, their_flow(parsed.payload()), "the same flow");
+        assert!(ours.is_some(), "{name} has ports");
+    }
+    group.finish();
+}
+
+/// A message with a mark, a conntrack entry and the state of the packet there
+fn message_with_conntrack() -> Vec<u8> {
+    let (_, entry) = golden!("conntrack_5_10_x86_64_v4");
+    let attributes = [
+        TheirAttribute(NFQA_PACKET_HDR, &[0, 0, 0, 7, 8, 0, 1]),
+        TheirAttribute(NFQA_MARK, &MARK.to_be_bytes()),
+        TheirAttribute(NFQA_CT, entry),
+        TheirAttribute(NFQA_CT_INFO, &CtState::NEW.0.to_be_bytes()),
+    ];
+    let mut message = vec![0; 256];
+    let len = their_message(&mut message, NFQNL_MSG_PACKET, &attributes);
+    message.truncate(len);
+    message
+}
+
+fn conntrack(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("conntrack");
+    group.throughput(Throughput::Elements(1));
+    let message = message_with_conntrack();
+    let ours = |message| {
+        let packet = packet(message);
+        let entry = packet.conntrack().and_then(|entry| entry.mark());
+        (packet.mark(), packet.ct_state(), entry)
+    };
+    let theirs = |message| {
+        let (mut mark, mut state, mut entry) = (0, None, None);
+        let be32 = |value: &[u8]| u32::from_be_bytes(*value.first_chunk().unwrap());
+        for attribute in their_attributes(message) {
+            let attribute = attribute.unwrap();
+            match attribute.kind() {
+                NFQA_MARK => mark = be32(attribute.value()),
+                NFQA_CT_INFO => state = Some(CtState(be32(attribute.value()))),
+                NFQA_CT => {
+                    entry = NlasIterator::new(attribute.value())
+                        .map(|attribute| attribute.unwrap())
+                        .find(|attribute| attribute.kind() == CTA_MARK)
+                        .map(|attribute| be32(attribute.value()));
+                }
+                _ => {}
+            }
+        }
+        (mark, state, entry)
+    };
+    group.bench_function("marks/nfqnl", |b| b.iter(|| ours(black_box(&message))));
+    group.bench_function("marks/netlink-packet-core", |b| {
+        b.iter(|| theirs(black_box(&message)));
+    });
+    assert_eq!(ours(&message), (MARK, Some(CtState::NEW), Some(0)));
+    assert_eq!(ours(&message), theirs(&message));
+    // The flow of the original direction
+    group.bench_function("flow/nfqnl", |b| {
+        b.iter(|| {
+            let entry = packet(black_box(&message)).conntrack()?;
+            entry.tuple(Direction::Original)?.flow()
+        });
+    });
+    group.finish();
+}
+
 fn verdicts(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("verdict");
     group.throughput(Throughput::Elements(1));
@@ -270,8 +384,18 @@ fn their_verdict(
         mark.as_ref().map(|mark| TheirAttribute(NFQA_MARK, mark)),
         payload.map(|payload| TheirAttribute(NFQA_PAYLOAD, payload)),
     ];
+    let attributes = attributes.iter().flatten();
+    their_message(buf, NFQNL_MSG_VERDICT, attributes)
+}
+
+/// A message written by netlink-packet-core
+fn their_message<'a>(
+    buf: &mut [u8],
+    kind: u8,
+    attributes: impl IntoIterator<Item = &'a TheirAttribute<'a>>,
+) -> usize {
     let mut end = MESSAGE_HEADER_LEN + FAMILY_HEADER_LEN;
-    for attribute in attributes.iter().flatten() {
+    for attribute in attributes {
         attribute.emit(&mut buf[end..]);
         end += attribute.buffer_len();
     }
@@ -279,7 +403,7 @@ fn their_verdict(
     buf[MESSAGE_HEADER_LEN..][..FAMILY_HEADER_LEN].copy_from_slice(&[0, 0, high, low]);
     let mut header = NetlinkHeader::default();
     header.length = u32::try_from(end).unwrap();
-    header.message_type = message_type(NFQNL_MSG_VERDICT);
+    header.message_type = message_type(kind);
     header.flags = NLM_F_REQUEST;
     header.sequence_number = HEADER.seq;
     header.port_number = HEADER.pid;

@@ -2,7 +2,11 @@
 
 use std::cmp::Ordering;
 
-use crate::{C, GOODPUT, KINDS, LATENCY, LOOP, NFQ, PACKETS, Placement};
+use crate::rewrite::{CHANGES, NFQNL, OLD_LEN};
+use crate::{
+    C, FIRST_4_KIB, FIRST_BYTES, GOODPUT, KINDS, LATENCY, LOOP, NFQ, NO_QUEUE, PACKETS, Placement,
+    REWRITE,
+};
 
 /// A measured case
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -12,6 +16,10 @@ pub(crate) enum Case {
     Latency,
     /// TCP goodput with a receive buffer of this name
     Goodput(&'static str),
+    /// TCP goodput with the first bytes, or all, in the queue
+    FirstBytes,
+    /// Packets of this many bytes, and this many new bytes for [`OLD_LEN`] others
+    Rewrite(usize, usize),
 }
 
 impl Case {
@@ -22,11 +30,22 @@ impl Case {
             .flat_map(|(len, _)| KINDS.map(|kind| Self::Throughput(kind, len)))
     }
 
+    /// Returns all cases of rewriting
+    pub(crate) fn rewrite() -> impl Iterator<Item = Self> {
+        CHANGES
+            .into_iter()
+            .map(|(len, new_len)| Self::Rewrite(len, new_len))
+    }
+
     pub(crate) fn name(self) -> String {
         match self {
             Self::Throughput(kind, len) => format!("{kind}, {len} bytes"),
             Self::Latency => LATENCY.to_owned(),
             Self::Goodput(recv_buffer) => format!("{GOODPUT}, receive buffer {recv_buffer}"),
+            Self::FirstBytes => FIRST_BYTES.to_owned(),
+            Self::Rewrite(len, new_len) => {
+                format!("{REWRITE}, {len} bytes, {OLD_LEN} by {new_len}")
+            }
         }
     }
 }
@@ -46,6 +65,8 @@ pub(crate) enum Metric {
     Mtu,
     /// Gbit/s with GSO
     Gso,
+    /// Packets in the queue during a measurement
+    Queued,
 }
 
 struct Figure {
@@ -209,6 +230,12 @@ const MIXED: &[Case] = &[
     Case::Throughput("mixed", 64),
     Case::Throughput("mixed", 1400),
 ];
+const REWRITES: &[Case] = &[
+    Case::Rewrite(64, 8),
+    Case::Rewrite(64, 12),
+    Case::Rewrite(1400, 8),
+    Case::Rewrite(1400, 12),
+];
 const DEFAULT_BUFFER: &[Case] = &[Case::Goodput("default")];
 
 /// Floors for any machine, and so lower than the figures of most
@@ -277,6 +304,21 @@ pub(crate) const TARGETS: &[Target] = &[
             let rate = |metric| figures.median(placement, case, LOOP, metric);
             rate(Metric::Gso) / rate(Metric::Mtu)
         },
+    },
+    Target {
+        what: "TCP goodput with the first 4 KiB queued, without the queue = 1",
+        bound: Bound::AtLeast(0.9),
+        cases: &[Case::FirstBytes],
+        ratio: |figures, placement, case| {
+            let rate = |way| figures.median(placement, case, way, Metric::Gso);
+            rate(FIRST_4_KIB) / rate(NO_QUEUE)
+        },
+    },
+    Target {
+        what: "rewritten packets of `Rewrite`, libnetfilter_queue = 1",
+        bound: Bound::AtLeast(1.5),
+        cases: REWRITES,
+        ratio: |figures, placement, case| figures.packets(placement, case, NFQNL, C),
     },
 ];
 

@@ -9,10 +9,13 @@
 //! * Latency: one UDP packet goes from a socket through the queue to the same socket, repeatedly.
 //! * Goodput: a TCP connection over loopback with the MTU of Ethernet; each segment passes the
 //!   queue.
+//! * First bytes: the same connection, of which the queue has nothing, the first 4 KiB, or all.
+//! * Rewriting: a changed copy of a UDP packet, repeatedly, without a queue.
 
 mod figures;
 mod peers;
 mod report;
+mod rewrite;
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -38,6 +41,8 @@ pub(crate) const PACKETS: [(usize, usize); 2] = [(64, 192), (1400, 64)];
 pub(crate) const KINDS: [&str; 3] = ["accept", "drop", "mixed"];
 pub(crate) const LATENCY: &str = "latency";
 pub(crate) const GOODPUT: &str = "goodput";
+pub(crate) const FIRST_BYTES: &str = "first-bytes";
+pub(crate) const REWRITE: &str = "rewrite";
 pub(crate) const MTU: u32 = 1500;
 
 /// A rival, or a style of nfqnl
@@ -51,8 +56,8 @@ pub(crate) struct Program {
 /// The sides, in the order of the table; the first is the base of the ratios
 fn programs(built: &Path) -> Result<Vec<Program>> {
     let of_c = |name: &str| vec![built.join(name).display().to_string()];
-    let own = std::env::current_exe()?.display().to_string();
-    let of_ours = |style: &str| vec![own.clone(), "--peer".into(), style.into()];
+    let own = std::env::current_exe()?;
+    let of_ours = |style| own_command(&own, style);
     let program = |name, command, tail| Program {
         name,
         command,
@@ -78,6 +83,11 @@ fn programs(built: &Path) -> Result<Vec<Program>> {
         all.insert(3, program("python NetfilterQueue", command, &[]));
     }
     Ok(all)
+}
+
+/// The command of a side in `peers.rs`
+fn own_command(own: &Path, style: &str) -> Vec<String> {
+    vec![own.display().to_string(), "--peer".into(), style.into()]
 }
 
 pub(crate) const C: &str = "C libnetfilter_queue";
@@ -183,7 +193,7 @@ impl Options {
                 None => vec![Placement::Same],
             };
         }
-        let all = [&KINDS[..], &[LATENCY, GOODPUT]].concat();
+        let all = [&KINDS[..], &[LATENCY, GOODPUT, FIRST_BYTES, REWRITE]].concat();
         match options.only.as_deref() {
             Some(only) if !all.contains(&only) => Err(format!("--only what of {all:?}?").into()),
             _ if options.placements.contains(&Placement::Apart) && options.cpus.len() < 2 => {
@@ -206,6 +216,9 @@ impl Options {
                 round_trips: 50,
                 goodput_rounds: 1,
                 seconds: 0.1,
+                first_bytes_rounds: 1,
+                first_bytes_seconds: 0.1,
+                rewrites: 100,
             },
             _ => Amount {
                 rounds: 200,
@@ -213,6 +226,9 @@ impl Options {
                 round_trips: 200,
                 goodput_rounds: if self.runs == 1 { 7 } else { 3 },
                 seconds: 1.0,
+                first_bytes_rounds: if self.runs == 1 { 3 } else { 1 },
+                first_bytes_seconds: 5.0,
+                rewrites: 5000,
             },
         }
     }
@@ -244,6 +260,9 @@ pub(crate) struct Amount {
     round_trips: usize,
     goodput_rounds: usize,
     seconds: f64,
+    first_bytes_rounds: usize,
+    first_bytes_seconds: f64,
+    rewrites: usize,
 }
 
 fn compare(built: &Path, options: &Options) -> Result<()> {
@@ -259,6 +278,7 @@ fn compare(built: &Path, options: &Options) -> Result<()> {
             }
             let mut bench = Bench {
                 options,
+                built,
                 programs: &programs,
                 chain: &chain,
                 run: (run, placement),
@@ -296,6 +316,7 @@ fn compare(built: &Path, options: &Options) -> Result<()> {
 /// One run with one placement
 struct Bench<'a> {
     options: &'a Options,
+    built: &'a Path,
     programs: &'a [Program],
     chain: &'a Chain<'a>,
     run: (usize, Placement),
@@ -316,6 +337,14 @@ impl Bench<'_> {
         }
         if self.options.is_wanted(GOODPUT) {
             self.goodput()?;
+        }
+        if self.options.is_wanted(FIRST_BYTES) {
+            self.first_bytes()?;
+        }
+        // The sender has no part in this, so that one placement is enough.
+        let is_first = self.options.placements.first() == Some(&self.run.1);
+        if self.options.is_wanted(REWRITE) && is_first {
+            self.rewrite()?;
         }
         Ok(())
     }
@@ -402,7 +431,7 @@ impl Bench<'_> {
                         wants_gso,
                         rule: Rule::new().tcp(),
                     };
-                    let side = self.start(program, 0, &queue)?;
+                    let side = self.start(self.chain, program, 0, &queue)?;
                     rates.push(side.tcp_rate(amount.seconds)?);
                     self.chain.flush()?;
                 }
@@ -419,6 +448,106 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// Measures TCP with the chains of `examples/first_bytes.rs`
+    fn first_bytes(&mut self) -> Result<()> {
+        let amount = self.options.amount();
+        let own = std::env::current_exe()?;
+        let table = Table::new(Family::Ip, FIRST_BYTES)?;
+        let chain = table.chain("inspect", Hook::Input, 0)?;
+        // This rule turns on connection tracking for all ways.
+        let save = table.chain("save", Hook::Input, 10)?;
+        save.add(&Rule::new().tcp().mark(1).save_mark())?;
+        let mut ways = WAYS.map(|way| (way, Vec::new(), Vec::new()));
+        for round in 0..amount.first_bytes_rounds {
+            let n = ways.len();
+            for place in 0..n {
+                let ((name, style), rates, queued) =
+                    ways.get_mut((place + round) % n).ok_or("no way")?;
+                let rule = match *name {
+                    EVERY_SEGMENT => Rule::new().tcp(),
+                    _ => Rule::new().tcp().ct_mark_not(1),
+                };
+                let rule = rule.counted(FIRST_BYTES);
+                if let Some(style) = style {
+                    let program = Program {
+                        name,
+                        command: own_command(&own, style),
+                        tail: &[],
+                    };
+                    let queue = QueueOptions {
+                        kind: "accept",
+                        recv_buffer: 0,
+                        wants_gso: true,
+                        rule,
+                    };
+                    let side = self.start(&chain, &program, 0, &queue)?;
+                    rates.push(side.tcp_rate(amount.first_bytes_seconds)?);
+                    queued.push(chain.count(FIRST_BYTES)? as f64);
+                } else {
+                    chain.add(&rule.dport(FIRST_PORT))?;
+                    rates.push(tcp_rate(FIRST_PORT, amount.first_bytes_seconds)?);
+                    queued.push(0.0);
+                }
+                chain.flush()?;
+            }
+        }
+        table.delete()?;
+
+        println!("\n### TCP goodput with the first bytes queued, MTU {MTU}, GSO\n");
+        println!("| | Gbit/s | {NO_QUEUE} = 1 | packets queued |");
+        println!("|---|---:|---:|---:|");
+        let mut base = f64::NAN;
+        for ((name, _), mut rates, mut queued) in ways {
+            let (rate, queued) = (median(&mut rates), median(&mut queued));
+            if name == NO_QUEUE {
+                base = rate;
+            }
+            println!("| {name} | {rate:.2} | {:.2} | {queued:.0} |", rate / base);
+            self.push(Case::FirstBytes, name, Metric::Gso, rate);
+            self.push(Case::FirstBytes, name, Metric::Queued, queued);
+        }
+        Ok(())
+    }
+
+    fn rewrite(&mut self) -> Result<()> {
+        let Amount {
+            rounds, rewrites, ..
+        } = self.options.amount();
+        let mut sides = rewrite::Sides::start(self.built)?;
+        println!("\n### rewriting of UDP packets ({rounds} rounds of {rewrites} packets)\n");
+        println!("| | | ns per packet | packets, {C} = 1 |\n|---|---|---:|---:|");
+        for change @ (len, new_len) in rewrite::CHANGES {
+            let mut samples = rewrite::SIDES.map(|name| (name, Vec::new()));
+            let mut expected = None;
+            for round in 0..rounds {
+                let n = samples.len();
+                for place in 0..n {
+                    let (name, wall) = samples.get_mut((place + round) % n).ok_or("no side")?;
+                    let (time, result) = sides.run(name, change, rewrites)?;
+                    if *expected.get_or_insert_with(|| result.clone()) != result {
+                        return Err(format!("{name}: not the bytes of another side").into());
+                    }
+                    wall.push(time / rewrites as f64);
+                }
+            }
+            let case = Case::Rewrite(len, new_len);
+            let mut base = f64::NAN;
+            for (name, mut wall) in samples {
+                let wall = median(&mut wall);
+                if name == C {
+                    base = wall;
+                }
+                println!(
+                    "| {} | {name} | {wall:.0} | {:.2} |",
+                    case.name(),
+                    base / wall
+                );
+                self.push(case, name, Metric::Wall, wall);
+            }
+        }
+        Ok(())
+    }
+
     fn start_all(&self, kind: &'static str) -> Result<Vec<Side>> {
         let queue = QueueOptions {
             kind,
@@ -427,12 +556,18 @@ impl Bench<'_> {
             rule: Rule::new().udp(),
         };
         let start = |(index, program): (usize, &Program)| {
-            self.start(program, u16::try_from(index)?, &queue)
+            self.start(self.chain, program, u16::try_from(index)?, &queue)
         };
         self.programs.iter().enumerate().map(start).collect()
     }
 
-    fn start(&self, program: &Program, num: u16, queue: &QueueOptions) -> Result<Side> {
+    fn start(
+        &self,
+        chain: &Chain<'_>,
+        program: &Program,
+        num: u16,
+        queue: &QueueOptions,
+    ) -> Result<Side> {
         let placement = self.run.1;
         let place = |command: &mut Command| -> Result<Child> {
             Ok(self
@@ -440,9 +575,19 @@ impl Bench<'_> {
                 .place(placement, true, || command.spawn())?
                 .map_err(|error| format!("{}: {error}", program.name))?)
         };
-        Side::start(self.chain, program, place, num, queue)
+        Side::start(chain, program, place, num, queue)
     }
 }
+
+pub(crate) const NO_QUEUE: &str = "without the queue";
+pub(crate) const FIRST_4_KIB: &str = "the first 4 KiB queued";
+pub(crate) const EVERY_SEGMENT: &str = "every segment queued";
+/// The ways of a TCP connection, each with the style of the side that has the queue
+pub(crate) const WAYS: [(&str, Option<&str>); 3] = [
+    (NO_QUEUE, None),
+    (FIRST_4_KIB, Some("first_bytes")),
+    (EVERY_SEGMENT, Some("loop")),
+];
 
 /// Sizes in bytes, and their names
 pub(crate) const RECV_BUFFERS: [(usize, &str); 2] = [(0, "default"), (1 << 20, "1 MiB")];
@@ -582,33 +727,10 @@ impl Side {
         Ok(())
     }
 
-    /// Measures a TCP connection for some seconds, in Gbit/s
+    /// Measures a TCP connection through this side; see [`tcp_rate`]
     fn tcp_rate(mut self, seconds: f64) -> Result<f64> {
         writeln!(self.commands, "{}", u32::MAX)?; // until the process is killed
-        let listener = TcpListener::bind((V4, self.port))?;
-        let receiver = thread::spawn(move || -> std::io::Result<(u64, Duration)> {
-            let (mut stream, _) = listener.accept()?;
-            stream.set_read_timeout(Some(TIMEOUT))?;
-            let mut buf = vec![0; 1 << 18];
-            let (mut bytes, begin) = (0, Instant::now());
-            loop {
-                match stream.read(&mut buf)? {
-                    0 => return Ok((bytes, begin.elapsed())),
-                    len => bytes += len as u64,
-                }
-            }
-        });
-        let mut stream = TcpStream::connect_timeout(&(V4, self.port).into(), TIMEOUT)?;
-        stream.set_write_timeout(Some(TIMEOUT))?;
-        let data = vec![0; 1 << 18];
-        let end = Instant::now() + Duration::from_secs_f64(seconds);
-        while Instant::now() < end {
-            stream.write_all(&data)?;
-        }
-        drop(stream);
-        let received = receiver.join().map_err(|_| "the receiver panicked")?;
-        let (bytes, time) = received?;
-        Ok(bytes as f64 * 8.0 / 1e9 / time.as_secs_f64())
+        tcp_rate(self.port, seconds)
     }
 }
 
@@ -617,4 +739,32 @@ impl Drop for Side {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Measures a TCP connection for some seconds, in Gbit/s
+fn tcp_rate(port: u16, seconds: f64) -> Result<f64> {
+    let listener = TcpListener::bind((V4, port))?;
+    let receiver = thread::spawn(move || -> std::io::Result<(u64, Duration)> {
+        let (mut stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        let mut buf = vec![0; 1 << 18];
+        let (mut bytes, begin) = (0, Instant::now());
+        loop {
+            match stream.read(&mut buf)? {
+                0 => return Ok((bytes, begin.elapsed())),
+                len => bytes += len as u64,
+            }
+        }
+    });
+    let mut stream = TcpStream::connect_timeout(&(V4, port).into(), TIMEOUT)?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
+    let data = vec![0; 1 << 18];
+    let end = Instant::now() + Duration::from_secs_f64(seconds);
+    while Instant::now() < end {
+        stream.write_all(&data)?;
+    }
+    drop(stream);
+    let received = receiver.join().map_err(|_| "the receiver panicked")?;
+    let (bytes, time) = received?;
+    Ok(bytes as f64 * 8.0 / 1e9 / time.as_secs_f64())
 }

@@ -1,6 +1,7 @@
 //! The Rust sides of the comparison: processes with the protocol of `peers/peer.h`
 
 use std::cell::Cell;
+use std::collections::HashMap;
 use std::io::Write;
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
@@ -8,8 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use etherparse::{SlicedPacket, TransportSlice};
 use nfqnl::{
-    ConfigFlags, CopyMode, Event, QueueConfig, QueueData, RecvBatch, SendBatch, Socket, Verdict,
+    ConfigFlags, CopyMode, Decision, Event, FlowKey, Packet, QueueConfig, QueueData, RecvBatch,
+    SendBatch, Socket, Verdict,
 };
 use rustix::time::{ClockId, clock_gettime};
 
@@ -53,6 +56,7 @@ pub(crate) fn run(arguments: &[&str]) -> Result<()> {
     match style {
         "loop" => batch_loop(queue, kind, recv_buffer, wants_gso),
         _ if recv_buffer != 0 => Err("only the loop sets its receive buffer here".into()),
+        "first_bytes" => first_bytes(queue, wants_gso),
         "handle_packet" => handle_packet(queue, kind, wants_gso),
         "run_once" => run_once(queue, kind, wants_gso),
         "nfq" => nfq(queue, kind, wants_gso),
@@ -164,6 +168,48 @@ fn batch_loop(queue: u16, kind: Kind, recv_buffer: usize, wants_gso: bool) -> Re
         socket.send(&mut verdicts)?;
         Ok((packets, bytes.take()))
     })
+}
+
+/// Reads the first bytes of each TCP connection, and marks it for the rules to pass the rest by
+fn first_bytes(queue: u16, wants_gso: bool) -> Result<()> {
+    let socket = Socket::open()?;
+    let pass = match socket.takes_conntrack()? {
+        true => Verdict::Accept.with_ct_mark(1, u32::MAX),
+        false => Verdict::Accept.with_mark(1), // a rule saves it
+    };
+    let _queue = socket.bind_with(queue, &config(wants_gso))?;
+    let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
+    let mut flows = HashMap::new();
+    serve(|| {
+        let mut bytes = 0;
+        for packet in socket.recv(&mut batch)?.filter_map(Event::packet) {
+            bytes += packet.payload().len() as u64;
+            verdicts.push(packet.key(), inspect(&mut flows, &packet, pass))?;
+        }
+        let packets = verdicts.len();
+        socket.send(&mut verdicts)?;
+        Ok((packets, bytes))
+    })
+}
+
+/// Counts the bytes of a packet's flow, and returns `pass` after the first 4 KiB
+fn inspect(
+    flows: &mut HashMap<FlowKey, usize>,
+    packet: &Packet<'_>,
+    pass: Decision<'static>,
+) -> Decision<'static> {
+    let sliced = SlicedPacket::from_ip(packet.payload()).ok();
+    let tcp = sliced.and_then(|packet| packet.transport);
+    let (Some(flow), Some(TransportSlice::Tcp(tcp))) = (packet.flow(), tcp) else {
+        return Verdict::Accept.into();
+    };
+    let bytes = flows.entry(flow).or_default();
+    *bytes += tcp.payload().len();
+    if *bytes < 4096 {
+        return Verdict::Accept.into();
+    }
+    flows.remove(&flow);
+    pass
 }
 
 /// The crate `nfq`

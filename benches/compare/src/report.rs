@@ -6,7 +6,8 @@ use std::fs;
 use std::path::Path;
 
 use crate::figures::{BEST_FLOOR, Case, FLOOR, Figures, Metric, TARGETS};
-use crate::{C, LOOP, MTU, NFQ, Options, Placement, Program, RECV_BUFFERS, Result};
+use crate::rewrite::{OLD_LEN, SIDES};
+use crate::{C, LOOP, MTU, NFQ, NO_QUEUE, Options, Placement, Program, RECV_BUFFERS, Result, WAYS};
 
 const PAGE: &str = "performance.md";
 const CHART: &str = "performance.svg";
@@ -154,6 +155,8 @@ impl fmt::Display for Tables<'_> {
         }
         self.latency(f)?;
         self.goodput(f)?;
+        self.first_bytes(f)?;
+        self.rewrite(f)?;
         writeln!(f)
     }
 }
@@ -281,6 +284,54 @@ impl Tables<'_> {
                     )?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn first_bytes(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "\n### TCP goodput with the first bytes queued, MTU {MTU}, GSO"
+        )?;
+        writeln!(f, "\n| | Gbit/s | {NO_QUEUE} = 1 | packets queued |")?;
+        writeln!(f, "|---|---:|---:|---:|")?;
+        for placement in self.figures.placements() {
+            for (way, _) in WAYS {
+                let case = Case::FirstBytes;
+                let rate = |way| self.figures.median(placement, case, way, Metric::Gso);
+                let queued = self.figures.median(placement, case, way, Metric::Queued);
+                writeln!(
+                    f,
+                    "| {way}, {} | {:.2} | {:.2} | {queued:.0} |",
+                    placement.name(),
+                    rate(way),
+                    rate(way) / rate(NO_QUEUE)
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    fn rewrite(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Only the first placement has this.
+        let Some(&placement) = self.figures.placements().first() else {
+            return Ok(());
+        };
+        writeln!(
+            f,
+            "\n### Rewriting of UDP packets, {OLD_LEN} bytes replaced"
+        )?;
+        write!(f, "\n| ns per packet, packets with {C} = 1 in brackets |")?;
+        Case::rewrite().try_for_each(|case| write!(f, " {} |", case.name()))?;
+        writeln!(f, "\n|---|{}", "---:|".repeat(Case::rewrite().count()))?;
+        for side in SIDES {
+            write!(f, "| {side} |")?;
+            for case in Case::rewrite() {
+                let wall = self.figures.median(placement, case, side, Metric::Wall);
+                let packets = self.figures.packets(placement, case, side, C);
+                write!(f, " {wall:.0} ({packets:.2}) |")?;
+            }
+            writeln!(f)?;
         }
         Ok(())
     }
