@@ -16,7 +16,7 @@ use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread;
 use std::time::Duration;
 
-use nfqnl::rewrite::Rewrite;
+use nfqnl::rewrite::Rewriter;
 use nfqnl::{
     ConfigFlags, CopyMode, Event, Family, IpProtocol, Packet, QueueConfig, QueueStats, RecvBatch,
     Socket, Verdict,
@@ -420,8 +420,9 @@ fn answer(socket: &Socket, packet: &Packet<'_>, (job, counts): (&Job, &mut Count
         }
         Fate::Rewrite => {
             let mut buf = [0; 1500];
-            let mut rewrite = Rewrite::new(packet, &mut buf)?;
-            rewrite.replace(0..rewrite.payload().len(), REWRITTEN)?;
+            let mut rewriter = Rewriter::new(&mut buf);
+            let mut rewrite = rewriter.begin(packet)?;
+            rewrite.replace(0..rewrite.payload()?.len(), REWRITTEN)?;
             let new = rewrite.finish()?;
             let refused = if kernel::refuses_payloads() {
                 ", which this kernel refuses in an ordinary user's namespace"

@@ -12,23 +12,26 @@
 use std::error::Error;
 
 use nfqnl::consts::MAX_PAYLOAD;
-use nfqnl::rewrite::{Rewrite, RewriteError};
-use nfqnl::{Event, Packet, RecvBatch, SendBatch, Socket, Verdict};
+use nfqnl::rewrite::{RewriteError, Rewriter};
+use nfqnl::{Decision, Event, Packet, RecvBatch, SendBatch, Socket, Verdict};
 
 const HEADER_LEN: usize = 12;
 /// Type and class behind the name in a question
 const QUESTION_TAIL: usize = 4;
 const NXDOMAIN: u8 = 3;
 
-/// Returns the name in the first question, and the end of this question
+/// Returns the name in the question, and the end of the question; `None` if there is not one
 fn question(message: &[u8]) -> Option<(String, usize)> {
     let mut name = String::new();
     let mut at = HEADER_LEN;
+    if message.get(4..6)? != [0, 1] {
+        return None;
+    }
     loop {
         let len = usize::from(*message.get(at)?);
         at += 1;
         match len {
-            0 => return Some((name, at + QUESTION_TAIL)),
+            0 => break,
             64.. => return None, // a pointer, which a question does not need
             _ => {}
         }
@@ -37,6 +40,8 @@ fn question(message: &[u8]) -> Option<(String, usize)> {
         name.push('.');
         at += len;
     }
+    let end = at + QUESTION_TAIL;
+    (end <= message.len()).then_some((name, end))
 }
 
 fn is_below(name: &str, domain: &str) -> bool {
@@ -45,29 +50,29 @@ fn is_below(name: &str, domain: &str) -> bool {
     name == domain || name.ends_with(&format!(".{domain}"))
 }
 
-/// Returns the changed answer in `buf`; `None` if its name is wanted
-fn filter<'b>(
+/// Returns the verdict on an answer, changed if its name is unwanted
+fn filter<'r>(
     packet: &Packet<'_>,
     domains: &[String],
-    buf: &'b mut [u8],
-) -> Result<Option<&'b [u8]>, RewriteError> {
-    let mut rewrite = Rewrite::new(packet, buf)?;
-    let message = rewrite.payload();
-    let is_answer = message.get(2).is_some_and(|flags| flags & 0x80 != 0);
-    let Some((name, end)) = question(message).filter(|_| is_answer) else {
-        return Ok(None);
+    rewriter: &'r mut Rewriter<'_>,
+) -> Result<Decision<'r>, RewriteError> {
+    let mut rewrite = rewriter.begin(packet)?;
+    let message = rewrite.payload()?;
+    let Some((name, end)) = question(message) else {
+        return Ok(Verdict::Drop.into()); // it cannot be inspected
     };
     if !domains.iter().any(|domain| is_below(&name, domain)) {
-        return Ok(None);
+        return Ok(Verdict::Accept.into());
     }
+    println!("no {name:?}");
     let len = message.len();
-    let code = message[3] & 0xf0 | NXDOMAIN;
-    println!("no {name}");
-    rewrite.replace(3..4, &[code])?;
+    // Not truncated, not authenticated, no such name
+    let flags = [message[2] & !0x02, message[3] & 0xd0 | NXDOMAIN];
     // One question; no answers, name servers or additional records
-    rewrite.replace(4..HEADER_LEN, &[0, 1, 0, 0, 0, 0, 0, 0])?;
-    rewrite.replace(end.min(len)..len, &[])?;
-    rewrite.finish().map(Some)
+    let counts = [0, 1, 0, 0, 0, 0, 0, 0];
+    rewrite.replace(2..HEADER_LEN, &[&flags[..], &counts].concat())?;
+    rewrite.replace(end..len, &[])?;
+    Ok(Verdict::Accept.with_payload(rewrite.finish()?))
 }
 
 fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
@@ -80,15 +85,16 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     println!("queue {} is bound", queue.num());
     let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     let mut buf = vec![0; MAX_PAYLOAD];
+    let mut rewriter = Rewriter::new(&mut buf);
     loop {
         for event in socket.recv(&mut batch)? {
             let Event::Packet(packet) = event else {
                 eprintln!("{event}");
                 continue;
             };
-            match filter(&packet, &domains, &mut buf) {
-                Ok(Some(new)) => verdicts.push(packet.key(), Verdict::Accept.with_payload(new))?,
-                Ok(None) => verdicts.push(packet.key(), Verdict::Accept)?,
+            match filter(&packet, &domains, &mut rewriter) {
+                Ok(decision) => verdicts.answer(&packet, decision)?,
+                // A fragment, a truncated copy, …: it cannot be inspected.
                 Err(error) => {
                     eprintln!("{error}");
                     verdicts.push(packet.key(), Verdict::Drop)?;

@@ -12,7 +12,7 @@
 use std::error::Error;
 
 use nfqnl::consts::MAX_PAYLOAD;
-use nfqnl::rewrite::{Rewrite, RewriteError};
+use nfqnl::rewrite::{RewriteError, Rewriter};
 use nfqnl::{ConfigFlags, Event, Packet, QueueConfig, RecvBatch, SendBatch, Socket, Verdict};
 
 mod support;
@@ -20,12 +20,15 @@ mod support;
 const OLD: &[u8] = b"secret";
 const NEW: &[u8] = b"(hidden)";
 
-/// Returns the changed packet in `buf`
-fn rewrite<'b>(packet: &Packet<'_>, buf: &'b mut [u8]) -> Result<&'b [u8], RewriteError> {
-    let mut rewrite = Rewrite::new(packet, buf)?;
+/// Returns the changed packet
+fn rewrite<'r>(
+    packet: &Packet<'_>,
+    rewriter: &'r mut Rewriter<'_>,
+) -> Result<&'r [u8], RewriteError> {
+    let mut rewrite = rewriter.begin(packet)?;
     rewrite.set_ttl(42);
     let found = rewrite
-        .payload()
+        .payload()?
         .windows(OLD.len())
         .position(|word| word == OLD);
     if let Some(at) = found {
@@ -65,6 +68,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
 
     let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     let mut buf = vec![0; MAX_PAYLOAD];
+    let mut rewriter = Rewriter::new(&mut buf);
     let mut seen = 0;
     while seen < count {
         for event in socket.recv(&mut batch)? {
@@ -74,8 +78,8 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
             };
             seen += 1;
             println!("{}", describe(&socket, &packet)?);
-            match rewrite(&packet, &mut buf) {
-                Ok(new) => verdicts.push(packet.key(), Verdict::Accept.with_payload(new))?,
+            match rewrite(&packet, &mut rewriter) {
+                Ok(new) => verdicts.answer(&packet, Verdict::Accept.with_payload(new))?,
                 // A fragment, a truncated copy, …: it goes on unchanged.
                 Err(error) => {
                     eprintln!("{error}");

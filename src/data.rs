@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use nfqnl_proto::{Decision, HwAddr, Packet, PacketKey, SkbInfo, Verdict};
 
-use crate::error::{Error, Result};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
 use crate::handle::{Callable, HandleRef};
-use crate::verdict::{SendBatch, network_header_len};
+use crate::verdict::{SendBatch, check_decision};
 
 /// The packet in a callback
 ///
@@ -108,33 +110,12 @@ impl<'a> QueueData<'a> {
     /// # Errors
     /// [`Error::TruncatedPacket`] for a new payload of a truncated packet.
     /// [`Error::ConntrackAndLength`] for a payload of another length beside a change of the
-    /// conntrack entry. [`Error::PayloadTooShort`] for a payload shorter than its own network
-    /// header or the old packet's (the kernel would drop the packet). [`Error::Encode`] for more
-    /// than 65531 bytes. The earlier verdict stays then.
+    /// conntrack entry, except a raw one. [`Error::PayloadTooShort`] for a payload shorter than
+    /// its own network header or the old packet's (the kernel would drop the packet).
+    /// [`Error::Encode`] for more than 65531 bytes. The earlier verdict stays then.
     pub fn set_decision(&mut self, decision: &Decision<'_>) -> Result<()> {
-        if let Some(payload) = decision.payload() {
-            self.check_payload(payload)?;
-            let changes_entry = decision.ct_mark().is_some() || decision.conntrack().is_some();
-            if changes_entry && payload.len() != self.packet.payload().len() {
-                let key = self.packet.key();
-                return Err(Error::ConntrackAndLength { key });
-            }
-        }
+        check_decision(&self.packet, decision)?;
         self.verdicts.set(self.before, self.packet.key(), *decision)
-    }
-
-    fn check_payload(&self, payload: &[u8]) -> Result<()> {
-        let (key, old) = (self.packet.key(), self.packet.payload());
-        if let (true, Some(needed)) = (self.packet.is_truncated(), self.packet.len()) {
-            let had = old.len();
-            return Err(Error::TruncatedPacket { key, needed, had });
-        }
-        let needed = network_header_len(old);
-        let had = payload.len();
-        if had < needed {
-            return Err(Error::PayloadTooShort { key, needed, had });
-        }
-        Ok(())
     }
 
     /// Sends the verdicts set so far, on earlier packets and on this one

@@ -233,8 +233,8 @@ impl<'cb> Handle<'cb> {
     /// a callback, packets longer than the buffer, malformed messages
     ///
     /// Without this callback [`Stats`](crate::Stats) counts these events. The last two kinds are
-    /// then also errors of the call that handles them; if there are several, it returns the first.
-    /// The callback must not call this method.
+    /// also errors of the call that handles them; if there are several, it returns the first. The
+    /// callback must not call this method.
     pub fn on_event(&self, callback: impl FnMut(Event<'_>) + Send + 'cb) {
         let before = lock(&self.callbacks.on_event).replace(Box::new(callback));
         drop(before);
@@ -275,9 +275,9 @@ impl<'cb> Handle<'cb> {
     /// packets.
     ///
     /// # Errors
-    /// Without [`on_event`](Self::on_event): [`Error::BufferTooSmall`]: the packet still waits;
-    /// [`Error::Decode`] if the bytes are not netlink messages. [`Error::Io`] if a verdict could
-    /// not be sent. The call handles all of the bytes before it returns the first error.
+    /// [`Error::BufferTooSmall`]: the packet still waits. [`Error::Decode`] if the bytes are not
+    /// netlink messages. [`Error::Io`] if a verdict could not be sent. The call handles all of the
+    /// bytes before it returns the first error; [`on_event`](Self::on_event) gets all.
     /// [`Error::InCallback`]: nothing was done.
     #[doc(alias = "nfq_handle_packet")]
     pub fn handle_packet(&self, datagram: &[u8]) -> Result<usize> {
@@ -321,10 +321,10 @@ impl<'cb> Handle<'cb> {
     /// delivers the remaining packets.
     ///
     /// # Errors
-    /// Without [`on_event`](Self::on_event): [`Error::BufferTooSmall`]: the packet still waits;
-    /// [`Error::Decode`] for malformed messages. [`Error::Io`] if the receive or the send fails;
-    /// the next call with this batch sends the unsent verdicts. The call handles the whole batch
-    /// before it returns the first error. [`Error::WrongSocket`] as [`Socket::recv`].
+    /// [`Error::BufferTooSmall`]: the packet still waits. [`Error::Decode`] for malformed
+    /// messages. [`Error::Io`] if the receive or the send fails; the next call with this batch
+    /// sends the unsent verdicts. The call handles the whole batch before it returns the first
+    /// error; [`on_event`](Self::on_event) gets all. [`Error::WrongSocket`] as [`Socket::recv`].
     /// [`Error::InCallback`].
     pub fn run_once(&self, batch: &mut RecvBatch) -> Result<usize> {
         self.run(batch, Wait::Forever)
@@ -530,9 +530,6 @@ impl Turn<'_, '_> {
     }
 
     fn pass_on(&mut self, event: Event<'_>) {
-        if let Some(callback) = &mut *lock(&self.handle.callbacks.on_event) {
-            return callback(event);
-        }
         let key = match event {
             Event::Packet(packet) => Some(packet.key()),
             Event::BufferTooSmall { key, needed, had } => {
@@ -545,7 +542,12 @@ impl Turn<'_, '_> {
             }
             _ => None,
         };
-        if key.is_some() {
+        if let Some(callback) = &mut *lock(&self.handle.callbacks.on_event) {
+            if !self.verdicts.is_empty() {
+                self.send(); // the callback may wait
+            }
+            callback(event);
+        } else if key.is_some() {
             let engine = &self.handle.socket.engine;
             engine.count(|stats| stats.no_callback += 1);
         }

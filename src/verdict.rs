@@ -10,5 +10,5 @@ pub(crate) use outstanding::{Outstanding, Recorded, Seen};
 pub use send_batch::SendBatch;
 #[cfg(test)]
 pub(crate) use send_batch::{Part, send_header};
-pub(crate) use send_batch::{encode_plain, network_header_len};
+pub(crate) use send_batch::{check_decision, encode_plain};
 pub use sender::VerdictSender;

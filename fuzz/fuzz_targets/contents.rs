@@ -11,7 +11,7 @@ use nfqnl_proto::consts::{
     NFQA_CT, NFQA_CT_INFO, NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQA_SKB_INFO, NFQNL_MSG_PACKET,
     message_type,
 };
-use nfqnl_proto::rewrite::Rewrite;
+use nfqnl_proto::rewrite::Rewriter;
 use nfqnl_proto::{
     Conntrack, ConntrackStatus, ConntrackUpdate, Decision, Direction, FlowKey, Labels, Packet,
     RequestHeader, SkbInfo, Verdict,
@@ -219,11 +219,12 @@ fuzz_target!(|input: Input<'_>| {
     }
 
     let mut buf = [0; 4096];
-    let Ok(mut rewrite) = Rewrite::new(&packet, &mut buf) else {
+    let mut rewriter = Rewriter::new(&mut buf);
+    let Ok(mut rewrite) = rewriter.begin(&packet) else {
         return;
     };
     for edit in &input.edits {
-        let before = rewrite.payload().to_vec();
+        let before = rewrite.payload().unwrap_or_default().to_vec();
         let result = match *edit {
             Edit::Source(address) => rewrite.set_source(address),
             Edit::Destination(address) => rewrite.set_destination(address),
@@ -241,13 +242,13 @@ fuzz_target!(|input: Input<'_>| {
                 if result.is_ok() {
                     let mut expected = before.clone();
                     expected.splice(range, bytes.iter().copied());
-                    assert_eq!(rewrite.payload(), expected);
+                    assert_eq!(rewrite.payload().expect("it was replaced"), expected);
                 }
                 result
             }
         };
         if result.is_err() {
-            assert_eq!(rewrite.payload(), before, "a refused edit changes nothing");
+            assert_eq!(rewrite.payload().unwrap_or_default(), before, "a refused edit changes nothing");
         }
     }
     let Ok(new) = rewrite.finish() else {

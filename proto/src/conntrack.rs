@@ -141,7 +141,7 @@ bitflags! {
         /// The kernel keeps the entry when the table is full
         #[doc(alias = "IPS_ASSURED")]
         const ASSURED = 1 << 2;
-        /// The first packet has left the host: the entry is in the table
+        /// The first packet has passed the last hook: the entry is in the table
         #[doc(alias = "IPS_CONFIRMED")]
         const CONFIRMED = 1 << 3;
         /// The source address is translated
@@ -493,7 +493,8 @@ impl<'a> Tuple<'a> {
         be16(self.nested, CTA_TUPLE_ZONE)
     }
 
-    /// The same as a key, equal to [`Packet::flow`](crate::Packet::flow)
+    /// The same as a key: without address translation, equal to
+    /// [`Packet::flow`](crate::Packet::flow) of the direction's packets
     ///
     /// `None` if an attribute is missing.
     #[must_use]
@@ -658,7 +659,7 @@ bitflags! {
         /// The highest acknowledgement is known
         #[doc(alias = "IP_CT_TCP_FLAG_MAXACK_SET")]
         const MAXACK_SET = 0x20;
-        /// The side got an ACK for a SYN in an existing connection
+        /// A challenge acknowledgement is expected (RFC 5961)
         #[doc(alias = "IP_CT_EXP_CHALLENGE_ACK")]
         const CHALLENGE_ACK = 0x40;
         /// Both sides opened the connection at once
@@ -780,7 +781,10 @@ impl fmt::Debug for Labels {
 ///
 /// **The kernel reports no error here**: it acknowledges the verdict even if it cannot change the
 /// entry. It makes the changes in the order timeout, status, helper, labels, mark, and stops at
-/// the first that fails. So this type refuses changes that the kernel would drop.
+/// the first that fails. So this type refuses changes that the kernel would drop for the entry as
+/// the packet showed it. If the entry changes before the verdict, the kernel may still drop a
+/// change: most of all [`status`](Self::status), after the first answer of a connection. Send a
+/// mark that must not be lost in a verdict of its own.
 ///
 /// To change only the mark, use [`Decision::with_ct_mark`](crate::Decision::with_ct_mark).
 ///
@@ -819,14 +823,16 @@ pub enum ConntrackUpdateError {
     /// room the kernel stops at the labels, and the mark is lost. Change only one of the two.
     #[error("labels and a mark for an entry without labels")]
     LabelsBesideMark,
-    /// The entry's timeout is fixed ([`ConntrackStatus::FIXED_TIMEOUT`])
+    /// The entry's timeout is fixed ([`ConntrackStatus::FIXED_TIMEOUT`]), or the entry is being
+    /// removed ([`ConntrackStatus::DYING`])
     #[error("the timeout of the entry is fixed")]
     FixedTimeout,
     /// Verdicts cannot set these status bits
     #[error("the kernel does not let verdicts set status {0:?}")]
     Status(ConntrackStatus),
-    /// The entry has no helper
-    #[error("the entry has no helper")]
+    /// The entry has no helper, or its helper cannot be detached: a helper expected the connection
+    /// ([`ConntrackStatus::EXPECTED`])
+    #[error("the entry has no helper to detach")]
     NoHelper,
 }
 
@@ -872,7 +878,8 @@ impl ConntrackUpdate {
     /// [`ConntrackUpdateError::FixedTimeout`].
     #[doc(alias = "CTA_TIMEOUT")]
     pub fn timeout(mut self, timeout: Duration) -> Result<Self, ConntrackUpdateError> {
-        if self.old_status.contains(ConntrackStatus::FIXED_TIMEOUT) {
+        let cannot_change = ConntrackStatus::FIXED_TIMEOUT | ConntrackStatus::DYING;
+        if self.old_status.intersects(cannot_change) {
             return Err(ConntrackUpdateError::FixedTimeout);
         }
         self.timeout = Some(u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX));
@@ -911,7 +918,7 @@ impl ConntrackUpdate {
     /// [`ConntrackUpdateError::NoHelper`].
     #[doc(alias = "CTA_HELP")]
     pub const fn detach_helper(mut self) -> Result<Self, ConntrackUpdateError> {
-        if !self.had_helper {
+        if !self.had_helper || self.old_status.contains(ConntrackStatus::EXPECTED) {
             return Err(ConntrackUpdateError::NoHelper);
         }
         self.detaches_helper = true;

@@ -52,6 +52,20 @@ pub enum Transport {
 }
 
 impl FlowKey {
+    /// The key of packets between two ports, for instance from a configuration
+    #[must_use]
+    pub const fn new(protocol: IpProtocol, source: SocketAddr, destination: SocketAddr) -> Self {
+        Self {
+            source: source.ip(),
+            destination: destination.ip(),
+            protocol,
+            transport: Transport::Ports {
+                source: source.port(),
+                destination: destination.port(),
+            },
+        }
+    }
+
     /// Reads the beginning of an IP packet
     ///
     /// `None` if the bytes are not IPv4 or IPv6, or end before the ports.

@@ -589,7 +589,9 @@ impl<'a> Packet<'a> {
     #[must_use]
     #[inline]
     pub fn flow(&self) -> Option<FlowKey> {
-        FlowKey::parse(self.payload())
+        let is_ip = self.family() != Family::BRIDGE
+            || matches!(self.hw_protocol(), EtherType::IPV4 | EtherType::IPV6);
+        is_ip.then(|| FlowKey::parse(self.payload()))?
     }
 
     /// A conntrack expectation: nested `CTA_EXPECT_*` attributes

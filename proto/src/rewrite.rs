@@ -25,23 +25,19 @@ const ADDRESSES_UNCOVERED: [u8; 5] = [4, 41, 47, 50, 132];
 const IPV4_CHECKSUM: usize = 10;
 const IPV6_HEADER_LEN: usize = 40;
 
-/// A changed copy of a packet, for [`Decision::with_payload`](crate::Decision::with_payload)
-///
-/// The copy is in the caller's buffer. Each change also sets the lengths and checksums that it
-/// affects. A wrong checksum stays wrong by the same difference, so the receiver still finds the
-/// damage. Unfinished checksums ([`SkbInfo::CSUM_NOT_READY`]) are completed.
-///
-/// Changes that the kernel or the receiver would not accept are refused: see [`RewriteError`]. An
-/// error leaves the copy as it was.
+/// A buffer for changed copies of packets, used again for each packet
 ///
 /// ```
-/// use nfqnl_proto::rewrite::{Rewrite, RewriteError};
+/// use nfqnl_proto::rewrite::{RewriteError, Rewriter};
 /// use nfqnl_proto::{Decision, Packet, Verdict};
 ///
-/// fn answer<'b>(packet: &Packet<'_>, buf: &'b mut [u8]) -> Result<Decision<'b>, RewriteError> {
-///     let mut rewrite = Rewrite::new(packet, buf)?;
+/// fn answer<'r>(
+///     packet: &Packet<'_>,
+///     rewriter: &'r mut Rewriter<'_>, // for all packets
+/// ) -> Result<Decision<'r>, RewriteError> {
+///     let mut rewrite = rewriter.begin(packet)?;
 ///     rewrite.set_ttl(64);
-///     if rewrite.payload().starts_with(b"ping") {
+///     if rewrite.payload()?.starts_with(b"ping") {
 ///         rewrite.replace(1..2, b"o")?;
 ///     }
 ///     Ok(Verdict::Accept.with_payload(rewrite.finish()?))
@@ -55,10 +51,104 @@ const IPV6_HEADER_LEN: usize = 40;
 /// # ].concat();
 /// # let packet = Packet::parse(&message).unwrap();
 /// # let mut buf = [0; 32];
-/// # let payload = answer(&packet, &mut buf).unwrap().payload().unwrap();
+/// # let mut rewriter = Rewriter::new(&mut buf);
+/// # let payload = answer(&packet, &mut rewriter).unwrap().payload().unwrap();
 /// # assert_eq!(payload[..12], [0x45, 0, 0, 32, 0, 0, 0, 0, 64, 17, 0x7c, 0xcb]);
 /// # assert_eq!(payload[20..], *b"\0\x07\0\x07\0\x0c\0\0pong");
 /// ```
+///
+#[derive(Debug)]
+pub struct Rewriter<'b> {
+    buf: &'b mut [u8],
+    /// The length of the packet in `buf`
+    len: usize,
+    original_len: usize,
+    ip: Ip,
+    transport: Result<Transport, Fault>,
+    /// The transport checksum has only the sum of the pseudo-header
+    is_unfinished: bool,
+    is_gso: bool,
+}
+
+impl<'b> Rewriter<'b> {
+    /// A rewriter for packets that fit this buffer
+    ///
+    /// [`MAX_PAYLOAD`] bytes take any packet.
+    #[must_use]
+    pub const fn new(buf: &'b mut [u8]) -> Self {
+        Self {
+            buf,
+            len: 0,
+            original_len: 0,
+            ip: Ip {
+                is_v4: true,
+                protocol: 0,
+                transport: 0,
+                fragment: Fragment::No,
+                is_routed: false,
+            },
+            transport: Err(Fault::Protocol),
+            is_unfinished: false,
+            is_gso: false,
+        }
+    }
+
+    /// Copies the packet's payload to the buffer
+    ///
+    /// # Errors
+    /// The buffer is too small, or the packet cannot be rewritten.
+    pub fn begin(&mut self, packet: &Packet<'_>) -> Result<Rewrite<'_, 'b>, RewriteError> {
+        let bytes = packet.payload();
+        if bytes.is_empty() {
+            return Err(RewriteError::NoPayload);
+        }
+        if packet.is_truncated() {
+            return Err(RewriteError::Truncated);
+        }
+        if packet.family() == Family::BRIDGE {
+            return Err(RewriteError::Bridged);
+        }
+        let ip = &mut self.ip;
+        ip.read(packet.family(), bytes)
+            .ok_or(RewriteError::IpHeader)?;
+        let stated = ip.stated_len(bytes);
+        if stated != bytes.len() {
+            let had = bytes.len();
+            return Err(RewriteError::IpLength { stated, had });
+        }
+        let info = packet.skb_info();
+        let is_gso = info.contains(SkbInfo::GSO);
+        if is_gso && ip.protocol == UDP {
+            return Err(RewriteError::UdpGso);
+        }
+        let (needed, had) = (bytes.len(), self.buf.len());
+        let Some(copy) = self.buf.get_mut(..needed) else {
+            return Err(RewriteError::NoSpace { needed, had });
+        };
+        copy.copy_from_slice(bytes);
+        let transport = ip.find_transport(bytes);
+        let is_unfinished = info.contains(SkbInfo::CSUM_NOT_READY);
+        if is_unfinished {
+            ip.check_unfinished(transport, bytes)?;
+        }
+        self.len = needed;
+        self.original_len = needed;
+        self.transport = transport;
+        self.is_unfinished = is_unfinished;
+        self.is_gso = is_gso;
+        Ok(Rewrite(self))
+    }
+}
+
+/// A changed copy of a packet, for [`Decision::with_payload`](crate::Decision::with_payload); begun
+/// by [`Rewriter::begin`]
+///
+/// The copy is in the rewriter's buffer. Each change also sets the lengths and checksums that it
+/// affects. A wrong checksum stays wrong by the same difference, so the receiver still finds the
+/// damage. Unfinished checksums ([`SkbInfo::CSUM_NOT_READY`]) are completed.
+///
+/// Changes that the kernel or the receiver would not accept are refused: see [`RewriteError`]. An
+/// error leaves the copy as it was.
 ///
 /// # Left to the caller
 /// * TCP sequence numbers, if the length of a TCP payload changes. The kernel does not adjust
@@ -72,65 +162,9 @@ const IPV6_HEADER_LEN: usize = 40;
 /// Since Linux 7.1 the kernel drops rewritten packets in a network namespace of a user namespace
 /// other than the initial one.
 #[must_use]
-pub struct Rewrite<'b> {
-    buf: &'b mut [u8],
-    /// The length of the packet in `buf`
-    len: usize,
-    original_len: usize,
-    ip: Ip,
-    transport: Result<Transport, RewriteError>,
-    /// The transport checksum has only the sum of the pseudo-header
-    is_unfinished: bool,
-    is_gso: bool,
-}
+pub struct Rewrite<'r, 'b>(&'r mut Rewriter<'b>);
 
-impl<'b> Rewrite<'b> {
-    /// Copies the packet's payload to the front of `buf`
-    ///
-    /// # Errors
-    /// The buffer is too small, or the packet cannot be rewritten. `buf` may have changed.
-    pub fn new(packet: &Packet<'_>, buf: &'b mut [u8]) -> Result<Self, RewriteError> {
-        let bytes = packet.payload();
-        if bytes.is_empty() {
-            return Err(RewriteError::NoPayload);
-        }
-        if packet.is_truncated() {
-            return Err(RewriteError::Truncated);
-        }
-        if packet.family() == Family::BRIDGE {
-            return Err(RewriteError::Bridged);
-        }
-        let ip = Ip::parse(packet.family(), bytes).ok_or(RewriteError::IpHeader)?;
-        let stated = ip.stated_len(bytes);
-        if stated != bytes.len() {
-            let had = bytes.len();
-            return Err(RewriteError::IpLength { stated, had });
-        }
-        let info = packet.skb_info();
-        let is_gso = info.contains(SkbInfo::GSO);
-        if is_gso && ip.protocol == UDP {
-            return Err(RewriteError::UdpGso);
-        }
-        let (needed, had) = (bytes.len(), buf.len());
-        let Some(copy) = buf.get_mut(..needed) else {
-            return Err(RewriteError::NoSpace { needed, had });
-        };
-        copy.copy_from_slice(bytes);
-        let rewrite = Self {
-            buf,
-            len: bytes.len(),
-            original_len: bytes.len(),
-            ip,
-            transport: ip.find_transport(bytes),
-            is_unfinished: info.contains(SkbInfo::CSUM_NOT_READY),
-            is_gso,
-        };
-        if rewrite.is_unfinished {
-            rewrite.check_unfinished()?;
-        }
-        Ok(rewrite)
-    }
-
+impl<'r> Rewrite<'r, '_> {
     /// Sets the source address
     ///
     /// # Errors
@@ -145,7 +179,7 @@ impl<'b> Rewrite<'b> {
     /// The address is of the other IP version, the transport header is unknown or incomplete, or a
     /// routing header has the final destination.
     pub fn set_destination(&mut self, addr: IpAddr) -> Result<(), RewriteError> {
-        if self.ip.is_routed {
+        if self.0.ip.is_routed {
             return Err(RewriteError::RoutingHeader);
         }
         self.set_address(1, addr)
@@ -170,7 +204,7 @@ impl<'b> Rewrite<'b> {
     /// Sets the TTL, or the hop limit of IPv6
     #[doc(alias = "set_hop_limit")]
     pub fn set_ttl(&mut self, ttl: u8) {
-        self.set(if self.ip.is_v4 { 8 } else { 7 }, &[ttl], None);
+        self.set(if self.0.ip.is_v4 { 8 } else { 7 }, &[ttl], None);
     }
 
     /// Sets the differentiated services code point, a number below 64
@@ -194,11 +228,12 @@ impl<'b> Rewrite<'b> {
 
     /// The transport payload: the bytes behind the TCP or UDP header, or behind 8 bytes of ICMP
     ///
-    /// Empty if [`replace`](Self::replace) cannot change it.
-    #[must_use]
-    pub fn payload(&self) -> &[u8] {
-        let bytes = self.payload_offset().map(|at| self.buf.get(at..self.len));
-        bytes.unwrap_or_default().unwrap_or_default()
+    /// # Errors
+    /// The protocol is unknown, the transport header is incomplete or has a wrong length, or the
+    /// packet is a fragment.
+    pub fn payload(&self) -> Result<&[u8], RewriteError> {
+        let at = self.payload_offset()?;
+        Ok(self.0.buf.get(at..self.0.len).unwrap_or_default())
     }
 
     /// Replaces a range of the [`payload`](Self::payload) by bytes of any length
@@ -207,8 +242,9 @@ impl<'b> Rewrite<'b> {
     /// The range is not in the payload, the result is too long for a verdict or for the buffer,
     /// the protocol is unknown, or the packet is a fragment.
     pub fn replace(&mut self, range: Range<usize>, bytes: &[u8]) -> Result<(), RewriteError> {
+        let Transport { checksum, .. } = self.whole_transport()?;
         let at = self.payload_offset()?;
-        let payload_len = self.len.saturating_sub(at);
+        let payload_len = self.0.len.saturating_sub(at);
         if range.start > range.end || range.end > payload_len {
             return Err(RewriteError::Range {
                 start: range.start,
@@ -216,92 +252,95 @@ impl<'b> Rewrite<'b> {
                 len: payload_len,
             });
         }
-        let len = self.len - range.len() + bytes.len();
+        let len = self.0.len - range.len() + bytes.len();
         if len > MAX_PAYLOAD {
             let max = MAX_PAYLOAD;
             return Err(RewriteError::TooLong { needed: len, max });
         }
-        let had = self.buf.len();
+        let had = self.0.buf.len();
         if len > had {
             return Err(RewriteError::NoSpace { needed: len, had });
         }
         let (start, end) = (at + range.start, at + range.end);
-        if len == self.len {
-            self.set(start, bytes, Some(self.transport?.checksum));
+        if len == self.0.len {
+            self.set(start, bytes, Some(checksum));
             return Ok(());
         }
         // The bytes behind the range move. By an odd distance, their sum changes too.
-        let old = self.sum(start..self.len);
-        self.buf.copy_within(end..self.len, start + bytes.len());
-        if let Some(place) = self.buf.get_mut(start..start + bytes.len()) {
+        let behind = match len % 2 == self.0.len % 2 {
+            true => 0,
+            false => self.sum(end..self.0.len),
+        };
+        let mut old = add(self.sum(start..end), behind);
+        let mut new = add(sum(start, bytes), behind.swap_bytes());
+        self.0.buf.copy_within(end..self.0.len, start + bytes.len());
+        if let Some(place) = self.0.buf.get_mut(start..start + bytes.len()) {
             place.copy_from_slice(bytes);
         }
-        let new = self.sum(start..len);
-        self.adjust(self.transport?.checksum, old, new);
-        self.set_len(len)
+        let [old_len, new_len] = [self.0.len, len].map(|len| be16(len - self.0.ip.transport));
+        self.0.len = len;
+        if self.0.ip.is_v4 {
+            self.set_word(2, be16(len), None);
+        } else {
+            self.set_word(4, be16(len - IPV6_HEADER_LEN), None);
+        }
+        if self.0.ip.protocol == UDP {
+            self.put(self.0.ip.transport + 4, new_len);
+            (old, new) = (add(old, old_len), add(new, new_len));
+        }
+        if self.0.ip.has_pseudo_header() {
+            (old, new) = (add(old, old_len), add(new, new_len));
+        }
+        self.adjust(checksum, old, new);
+        Ok(())
     }
 
     /// Returns the changed packet
     ///
     /// # Errors
     /// [`RewriteError::Shortened`] if an unsegmented packet has become shorter.
-    pub fn finish(mut self) -> Result<&'b [u8], RewriteError> {
-        if self.is_gso && self.len < self.original_len {
+    pub fn finish(mut self) -> Result<&'r [u8], RewriteError> {
+        if self.0.is_gso && self.0.len < self.0.original_len {
             return Err(RewriteError::Shortened {
-                needed: self.original_len,
-                had: self.len,
+                needed: self.0.original_len,
+                had: self.0.len,
             });
         }
-        if self.is_unfinished {
-            let at = self.transport?.checksum;
+        if self.0.is_unfinished {
+            let at = self.whole_transport()?.checksum;
             self.put(at, 0);
-            let sum = self.sum(self.ip.transport..self.len);
-            self.put_checksum(at, !add(self.pseudo_header_sum(), sum));
+            let sum = self.sum(self.0.ip.transport..self.0.len);
+            let packet = self.0.buf.get(..self.0.len).unwrap_or_default();
+            let pseudo_header = self.0.ip.pseudo_header_sum(packet);
+            self.put_checksum(at, !add(pseudo_header, sum));
         }
-        let buf: &'b [u8] = self.buf;
-        Ok(buf.get(..self.len).unwrap_or_default())
+        let Rewriter { buf, len, .. } = self.0;
+        Ok(buf.get(..*len).unwrap_or_default())
     }
 
-    /// Checks that an unfinished checksum is that of the outer transport header
-    fn check_unfinished(&self) -> Result<(), RewriteError> {
-        let at = self.whole_transport()?.checksum;
-        if self.ip.is_routed {
-            return Err(RewriteError::RoutingHeader);
-        }
-        // Two forms of zero are equal.
-        match add(self.word(at), !self.pseudo_header_sum()) {
-            0 | 0xffff => Ok(()),
-            _ => Err(RewriteError::Tunnel),
-        }
-    }
-
-    /// The transport header of a packet that is not a fragment
     fn whole_transport(&self) -> Result<Transport, RewriteError> {
-        match self.ip.fragment {
-            Fragment::No => self.transport,
-            Fragment::First | Fragment::Later => self.transport.and(Err(RewriteError::Fragment)),
-        }
+        self.0.ip.whole(self.0.transport)
     }
 
     fn payload_offset(&self) -> Result<usize, RewriteError> {
         let transport = self.whole_transport()?;
-        let (had, at) = (self.len - self.ip.transport, self.ip.transport + 4);
-        if self.ip.protocol == UDP && usize::from(self.word(at)) != had {
+        let (had, at) = (self.0.len - self.0.ip.transport, self.0.ip.transport + 4);
+        if self.0.ip.protocol == UDP && usize::from(self.word(at)) != had {
             return Err(RewriteError::UdpLength);
         }
         Ok(transport.payload)
     }
 
     fn set_address(&mut self, index: usize, addr: IpAddr) -> Result<(), RewriteError> {
-        let checksum = match self.transport {
-            Ok(transport) if self.has_pseudo_header() => Some(transport.checksum),
+        let checksum = match self.0.transport {
+            Ok(transport) if self.0.ip.has_pseudo_header() => Some(transport.checksum),
             Ok(_) => None,
             // A later fragment has no transport header.
-            Err(RewriteError::Fragment) => None,
-            Err(_) if ADDRESSES_UNCOVERED.contains(&self.ip.protocol) => None,
-            Err(error) => return Err(error),
+            Err(Fault::Fragment) => None,
+            Err(_) if ADDRESSES_UNCOVERED.contains(&self.0.ip.protocol) => None,
+            Err(fault) => return Err(self.0.ip.error(fault)),
         };
-        match (addr, self.ip.is_v4) {
+        match (addr, self.0.ip.is_v4) {
             (IpAddr::V4(addr), true) => self.set(12 + 4 * index, &addr.octets(), checksum),
             (IpAddr::V6(addr), false) => self.set(8 + 16 * index, &addr.octets(), checksum),
             _ => return Err(RewriteError::AddressVersion),
@@ -311,11 +350,10 @@ impl<'b> Rewrite<'b> {
 
     fn set_port(&mut self, offset: usize, port: u16) -> Result<(), RewriteError> {
         let transport = self.whole_transport()?;
-        if !matches!(self.ip.protocol, TCP | UDP) {
-            return Err(self.ip.unknown());
+        if !matches!(self.0.ip.protocol, TCP | UDP) {
+            return Err(self.0.ip.error(Fault::Protocol));
         }
-        let (at, checksum) = (self.ip.transport + offset, transport.checksum);
-        self.set(at, &port.to_be_bytes(), Some(checksum));
+        self.set_word(self.0.ip.transport + offset, port, Some(transport.checksum));
         Ok(())
     }
 
@@ -326,7 +364,7 @@ impl<'b> Rewrite<'b> {
         }
         let [first, second] = self.word(0).to_be_bytes();
         let replaced = |class: u8| class & !(max << shift) | value << shift;
-        if self.ip.is_v4 {
+        if self.0.ip.is_v4 {
             self.set(1, &[replaced(second)], None);
         } else {
             // The class is between the version and the flow label, of 4 bits each here.
@@ -337,33 +375,27 @@ impl<'b> Rewrite<'b> {
         Ok(())
     }
 
-    /// Sets the lengths in the headers, after the payload has changed
-    fn set_len(&mut self, len: usize) -> Result<(), RewriteError> {
-        let checksum = self.transport?.checksum;
-        let [old, new] = [self.len, len].map(|len| be16(len - self.ip.transport));
-        self.len = len;
-        if self.ip.is_v4 {
-            self.set(2, &be16(len).to_be_bytes(), None);
-        } else {
-            self.set(4, &be16(len - IPV6_HEADER_LEN).to_be_bytes(), None);
+    /// Overwrites a word at an even offset, and adjusts the checksums like [`set`](Self::set)
+    #[inline]
+    fn set_word(&mut self, at: usize, new: u16, checksum: Option<usize>) {
+        let old = self.word(at);
+        self.put(at, new);
+        if self.0.ip.is_v4 && at < self.0.ip.transport {
+            self.adjust(IPV4_CHECKSUM, old, new);
         }
-        if self.ip.protocol == UDP {
-            self.set(self.ip.transport + 4, &new.to_be_bytes(), Some(checksum));
-        }
-        if self.has_pseudo_header() {
+        if let Some(checksum) = checksum {
             self.adjust(checksum, old, new);
         }
-        Ok(())
     }
 
     /// Overwrites bytes, and adjusts the IPv4 header checksum or the transport checksum, or both
     fn set(&mut self, at: usize, bytes: &[u8], checksum: Option<usize>) {
-        let Some(place) = self.buf.get_mut(at..at + bytes.len()) else {
+        let Some(place) = self.0.buf.get_mut(at..at + bytes.len()) else {
             return;
         };
         let (old, new) = (sum(at, place), sum(at, bytes));
         place.copy_from_slice(bytes);
-        if self.ip.is_v4 && at < self.ip.transport {
+        if self.0.ip.is_v4 && at < self.0.ip.transport {
             self.adjust(IPV4_CHECKSUM, old, new);
         }
         if let Some(checksum) = checksum {
@@ -390,43 +422,30 @@ impl<'b> Rewrite<'b> {
     }
 
     const fn is_udp_checksum(&self, at: usize) -> bool {
-        self.ip.protocol == UDP && at != IPV4_CHECKSUM
-    }
-
-    const fn has_pseudo_header(&self) -> bool {
-        self.ip.protocol != ICMP
-    }
-
-    fn pseudo_header_sum(&self) -> u16 {
-        if !self.has_pseudo_header() {
-            return 0;
-        }
-        let addrs = if self.ip.is_v4 { 12..20 } else { 8..40 };
-        let len = be16(self.len - self.ip.transport);
-        add(add(self.sum(addrs), self.ip.protocol.into()), len)
+        self.0.ip.protocol == UDP && at != IPV4_CHECKSUM
     }
 
     fn sum(&self, range: Range<usize>) -> u16 {
-        sum(range.start, self.buf.get(range).unwrap_or_default())
+        sum(range.start, self.0.buf.get(range).unwrap_or_default())
     }
 
     fn word(&self, at: usize) -> u16 {
-        word(self.buf, at)
+        word(self.0.buf, at)
     }
 
     fn put(&mut self, at: usize, value: u16) {
-        let place = self.buf.get_mut(at..);
+        let place = self.0.buf.get_mut(at..);
         if let Some(place) = place.and_then(<[u8]>::first_chunk_mut) {
             *place = value.to_be_bytes();
         }
     }
 }
 
-impl core::fmt::Debug for Rewrite<'_> {
+impl core::fmt::Debug for Rewrite<'_, '_> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("Rewrite")
-            .field("ip", &self.ip)
-            .field("len", &self.len)
+            .field("ip", &self.0.ip)
+            .field("len", &self.0.len)
             .finish_non_exhaustive()
     }
 }
@@ -438,12 +457,14 @@ impl core::fmt::Debug for Rewrite<'_> {
 /// checksums itself.
 ///
 /// # Errors
-/// The documentation of [`Rewrite::new`] applies.
+/// As [`Rewriter::begin`].
 pub fn complete_checksums<'b>(
     packet: &Packet<'_>,
     buf: &'b mut [u8],
 ) -> Result<&'b [u8], RewriteError> {
-    Rewrite::new(packet, buf)?.finish()
+    let mut rewriter = Rewriter::new(buf);
+    let len = rewriter.begin(packet)?.finish()?.len();
+    Ok(rewriter.buf.get(..len).unwrap_or_default())
 }
 
 /// The facts of an IP header and its extension headers
@@ -473,64 +494,71 @@ struct Transport {
     payload: usize,
 }
 
+/// The reason why a packet has no transport header that can be changed
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    Protocol,
+    TransportHeader,
+    Fragment,
+}
+
 impl Ip {
-    fn parse(family: Family, bytes: &[u8]) -> Option<Self> {
+    /// Reads the headers of a packet; `None` if they are incomplete
+    ///
+    /// It writes the fields one by one: a copy of the whole, right after such stores, would have to
+    /// wait for them (a store forwarding stall).
+    fn read(&mut self, family: Family, bytes: &[u8]) -> Option<()> {
         match (family, bytes.first()? >> 4) {
-            (Family::INET, 4) => Self::parse_v4(bytes),
-            (Family::INET6, 6) => Self::parse_v6(bytes),
+            (Family::INET, 4) => self.read_v4(bytes),
+            (Family::INET6, 6) => self.read_v6(bytes),
             _ => None,
         }
     }
 
-    fn parse_v4(bytes: &[u8]) -> Option<Self> {
+    fn read_v4(&mut self, bytes: &[u8]) -> Option<()> {
         let header = bytes.first_chunk::<20>()?;
-        let transport = usize::from(header[0] & 0xf) * 4;
         let flags_and_offset = word(header, 6);
-        let fragment = match (flags_and_offset & 0x2000, flags_and_offset & 0x1fff) {
+        self.is_v4 = true;
+        self.protocol = header[9];
+        self.transport = usize::from(header[0] & 0xf) * 4;
+        self.fragment = match (flags_and_offset & 0x2000, flags_and_offset & 0x1fff) {
             (0, 0) => Fragment::No,
             (_, 0) => Fragment::First,
             _ => Fragment::Later,
         };
-        (20..=bytes.len()).contains(&transport).then_some(Self {
-            is_v4: true,
-            protocol: header[9],
-            transport,
-            fragment,
-            is_routed: false,
-        })
+        self.is_routed = false;
+        (20..=bytes.len()).contains(&self.transport).then_some(())
     }
 
-    fn parse_v6(bytes: &[u8]) -> Option<Self> {
+    fn read_v6(&mut self, bytes: &[u8]) -> Option<()> {
         let header = bytes.first_chunk::<IPV6_HEADER_LEN>()?;
-        let mut ip = Self {
-            is_v4: false,
-            protocol: header[6],
-            transport: IPV6_HEADER_LEN,
-            fragment: Fragment::No,
-            is_routed: false,
-        };
+        self.is_v4 = false;
+        self.protocol = header[6];
+        self.transport = IPV6_HEADER_LEN;
+        self.fragment = Fragment::No;
+        self.is_routed = false;
         // An authentication header (51) ends the list: it does not allow a change behind it.
         while let (
             HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION_OPTIONS,
             Fragment::No | Fragment::First,
-        ) = (ip.protocol, ip.fragment)
+        ) = (self.protocol, self.fragment)
         {
-            let header = bytes.get(ip.transport..)?.first_chunk::<8>()?;
+            let header = bytes.get(self.transport..)?.first_chunk::<8>()?;
             let mut len = (usize::from(header[1]) + 1) * 8;
-            if ip.protocol == ROUTING {
-                ip.is_routed |= header[3] != 0;
+            if self.protocol == ROUTING {
+                self.is_routed |= header[3] != 0;
             }
-            if ip.protocol == FRAGMENT {
+            if self.protocol == FRAGMENT {
                 len = 8;
-                ip.fragment = match word(header, 2) & !7 {
+                self.fragment = match word(header, 2) & !7 {
                     0 => Fragment::First,
                     _ => Fragment::Later,
                 };
             }
-            ip.protocol = header[0];
-            ip.transport += len;
+            self.protocol = header[0];
+            self.transport += len;
         }
-        (ip.transport <= bytes.len()).then_some(ip)
+        (self.transport <= bytes.len()).then_some(())
     }
 
     /// The packet's length as the IP header states it
@@ -542,23 +570,24 @@ impl Ip {
         }
     }
 
-    fn find_transport(&self, bytes: &[u8]) -> Result<Transport, RewriteError> {
+    #[inline]
+    fn find_transport(&self, bytes: &[u8]) -> Result<Transport, Fault> {
         let header = bytes.get(self.transport..).unwrap_or_default();
         let (checksum, min_len) = match (self.protocol, self.is_v4) {
             (TCP, _) => (16, 20),
             (UDP, _) => (6, 8),
             (ICMP, true) | (ICMPV6, false) => (2, 8),
-            _ => return Err(self.unknown()),
+            _ => return Err(Fault::Protocol),
         };
         if matches!(self.fragment, Fragment::Later) {
-            return Err(RewriteError::Fragment);
+            return Err(Fault::Fragment);
         }
         let len = match (self.protocol, header.get(12)) {
             (TCP, Some(offset)) => usize::from(offset >> 4) * 4,
             _ => min_len,
         };
         if len < min_len || len > header.len() {
-            return Err(RewriteError::TransportHeader);
+            return Err(Fault::TransportHeader);
         }
         Ok(Transport {
             checksum: self.transport + checksum,
@@ -566,22 +595,74 @@ impl Ip {
         })
     }
 
-    const fn unknown(&self) -> RewriteError {
-        RewriteError::Protocol {
-            protocol: self.protocol,
+    /// The transport header of a packet that is not a fragment
+    fn whole(&self, transport: Result<Transport, Fault>) -> Result<Transport, RewriteError> {
+        match (self.fragment, transport) {
+            (Fragment::No, Ok(transport)) => Ok(transport),
+            (Fragment::First | Fragment::Later, Ok(_)) => Err(RewriteError::Fragment),
+            (_, Err(fault)) => Err(self.error(fault)),
+        }
+    }
+
+    /// Checks that an unfinished checksum is that of the outer transport header
+    fn check_unfinished(
+        &self,
+        transport: Result<Transport, Fault>,
+        bytes: &[u8],
+    ) -> Result<(), RewriteError> {
+        let at = self.whole(transport)?.checksum;
+        if self.is_routed {
+            return Err(RewriteError::RoutingHeader);
+        }
+        // Two forms of zero are equal.
+        match add(word(bytes, at), !self.pseudo_header_sum(bytes)) {
+            0 | 0xffff => Ok(()),
+            _ => Err(RewriteError::Tunnel),
+        }
+    }
+
+    const fn has_pseudo_header(&self) -> bool {
+        self.protocol != ICMP
+    }
+
+    fn pseudo_header_sum(&self, packet: &[u8]) -> u16 {
+        if !self.has_pseudo_header() {
+            return 0;
+        }
+        let addrs = if self.is_v4 { 12..20 } else { 8..40 };
+        let addrs = sum(0, packet.get(addrs).unwrap_or_default());
+        let len = be16(packet.len() - self.transport);
+        add(add(addrs, self.protocol.into()), len)
+    }
+
+    const fn error(&self, fault: Fault) -> RewriteError {
+        match fault {
+            Fault::Protocol => RewriteError::Protocol {
+                protocol: self.protocol,
+            },
+            Fault::TransportHeader => RewriteError::TransportHeader,
+            Fault::Fragment => RewriteError::Fragment,
         }
     }
 }
 
 /// The ones' complement sum of bytes at an offset from the start of the packet, which is even
 fn sum(at: usize, bytes: &[u8]) -> u16 {
-    let pairs = bytes.chunks_exact(2);
-    let odd = pairs.remainder().first();
-    let odd = odd.map_or(0, |byte| u32::from(*byte) << 8);
-    // 64 KiB of bytes cannot overflow 32 bits.
-    let total = pairs.fold(odd, |total, pair| total + u32::from(word(pair, 0)));
-    let [a, b, c, d] = total.to_be_bytes();
-    let sum = add(u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+    // In ones' complement the bytes of a sum do not depend on the byte order or the size of the
+    // numbers, so this adds 32 bits at a time.
+    let words = bytes.chunks_exact(4);
+    let mut last = [0; 4];
+    for (to, from) in last.iter_mut().zip(words.remainder()) {
+        *to = *from;
+    }
+    let number = |word: &[u8; 4]| u64::from(u32::from_ne_bytes(*word));
+    let total = words.fold(number(&last), |total, word| {
+        total + word.first_chunk().map_or(0, number)
+    });
+    let [a, b, c, d, e, f, g, h] = total.to_be_bytes();
+    let high = add(u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+    let low = add(u16::from_be_bytes([e, f]), u16::from_be_bytes([g, h]));
+    let sum = u16::from_be_bytes(add(high, low).to_ne_bytes());
     if at % 2 == 0 { sum } else { sum.swap_bytes() }
 }
 
@@ -617,7 +698,7 @@ pub enum RewriteError {
     Truncated,
     /// The packet is bridged
     ///
-    /// Linux 7.1 and later drop rewritten packets of this family. For older kernels, use
+    /// Linux 7.2 and later drop rewritten packets of this family. For older kernels, use
     /// [`Decision::with_payload`](crate::Decision::with_payload).
     #[error("the packet is bridged")]
     Bridged,

@@ -221,7 +221,8 @@ impl<'p> Decision<'p> {
     ///   one;
     /// * since Linux 7.2 also if the IP version, options, extension headers or fragment bits
     ///   change, if the length in the IP header is wrong, or if the packet is bridged;
-    /// * since Linux 7.3 also if the transport header is incomplete.
+    /// * since Linux 7.3 also if the transport header is incomplete, or the packet is a fragment
+    ///   of a tracked connection.
     #[doc(alias = "NFQA_PAYLOAD")]
     pub const fn with_payload(mut self, payload: &'p [u8]) -> Self {
         self.payload = Some(payload);

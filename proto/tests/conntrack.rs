@@ -481,6 +481,17 @@ fn changes_that_the_kernel_drops_are_refused() -> Result<(), ConntrackUpdateErro
         Err(ConntrackUpdateError::FixedTimeout)
     );
     assert_eq!(update.detach_helper(), Err(ConntrackUpdateError::NoHelper));
+    let expected = [
+        nested(5, &[attr(1, b"ftp\0")]),
+        attr(3, &0x201_u32.to_be_bytes()),
+    ]
+    .concat();
+    let update = ConntrackUpdate::new(&Conntrack::new(&expected));
+    assert_eq!(update.detach_helper(), Err(ConntrackUpdateError::NoHelper));
+    assert_eq!(
+        update.timeout(Duration::from_secs(1)),
+        Err(ConntrackUpdateError::FixedTimeout)
+    );
     let dying = ConntrackStatus::DYING;
     assert_eq!(
         update.status(dying | ConntrackStatus::ASSURED),

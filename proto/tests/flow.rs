@@ -6,7 +6,7 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use etherparse::{
     IpFragOffset, Ipv6FragmentHeader, NetSlice, PacketBuilder, SlicedPacket, TransportSlice,
 };
-use nfqnl_proto::{FlowKey, IpProtocol, Transport};
+use nfqnl_proto::{Family, FlowKey, IpProtocol, Packet, Transport};
 use proptest::prelude::*;
 
 mod common;
@@ -171,6 +171,39 @@ fn protocols_without_ports_have_their_number() {
         (IpProtocol(59), Transport::Other)
     );
     assert_eq!(key.source(), IpAddr::from(Ipv6Addr::from(V6[0])));
+}
+
+#[test]
+fn a_bridged_frame_of_another_type_has_no_flow() {
+    let payload = build(false, 1, (1, 2), b"");
+    for (hw_protocol, family, is_flow) in [
+        (0x8100_u16, Family::BRIDGE, false),
+        (0x0800, Family::BRIDGE, true),
+        (0x0800, Family::INET, true),
+    ] {
+        let [high, low] = hw_protocol.to_be_bytes();
+        let message = common::MessageBuilder::packet(family, 1)
+            .attr(1, [0, 0, 0, 1, high, low, 0])
+            .attr(10, &payload)
+            .build();
+        assert_eq!(Packet::parse(&message).unwrap().flow().is_some(), is_flow);
+    }
+}
+
+#[test]
+fn a_key_can_be_made_by_hand() {
+    let packet = build(true, 0, (53, 4242), b"");
+    let [source, destination] = V6.map(|address| IpAddr::from(Ipv6Addr::from(address)));
+    let key = FlowKey::new(
+        IpProtocol::TCP,
+        (source, 53).into(),
+        (destination, 4242).into(),
+    );
+    assert_eq!(FlowKey::parse(&packet), Some(key));
+    assert_eq!(
+        key.to_string(),
+        format!("TCP [{source}]:53 -> [{destination}]:4242")
+    );
 }
 
 #[test]

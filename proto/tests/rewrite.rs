@@ -12,7 +12,7 @@ use etherparse::{
     TransportHeader, UdpHeader,
 };
 use nfqnl_proto::consts::*;
-use nfqnl_proto::rewrite::{Rewrite, RewriteError, complete_checksums};
+use nfqnl_proto::rewrite::{Rewrite, RewriteError, Rewriter, complete_checksums};
 use nfqnl_proto::{Family, Packet, SkbInfo};
 use proptest::collection::vec;
 use proptest::option;
@@ -179,7 +179,7 @@ enum Edit {
 }
 
 impl Edit {
-    fn apply(&self, rewrite: &mut Rewrite<'_>) -> Result<(), RewriteError> {
+    fn apply(&self, rewrite: &mut Rewrite<'_, '_>) -> Result<(), RewriteError> {
         match self {
             Self::Source(to) => rewrite.set_source(*to),
             Self::Destination(to) => rewrite.set_destination(*to),
@@ -192,7 +192,7 @@ impl Edit {
             Self::Dscp(to) => rewrite.set_dscp(*to),
             Self::Ecn(to) => rewrite.set_ecn(*to),
             Self::Replace(start, end, bytes) => {
-                let range = range(rewrite.payload(), *start, *end);
+                let range = range(rewrite.payload().unwrap_or_default(), *start, *end);
                 rewrite.replace(range, bytes)
             }
         }
@@ -240,22 +240,26 @@ fn message(payload: &[u8], info: SkbInfo) -> Vec<u8> {
 fn rewritten<'a>(
     payload: &[u8],
     info: SkbInfo,
-    edit: impl FnOnce(&mut Rewrite<'_>) -> Result<(), RewriteError>,
+    edit: impl FnOnce(&mut Rewrite<'_, '_>) -> Result<(), RewriteError>,
     buf: &'a mut Vec<u8>,
 ) -> Result<&'a [u8], RewriteError> {
     let message = message(payload, info);
     buf.resize(MAX_PAYLOAD, 0xa5);
-    let mut rewrite = Rewrite::new(&Packet::parse(&message).unwrap(), buf)?;
+    let packet = Packet::parse(&message).unwrap();
+    let mut rewriter = Rewriter::new(buf);
+    let mut rewrite = rewriter.begin(&packet)?;
     edit(&mut rewrite)?;
-    rewrite.finish()
+    let len = rewrite.finish()?.len();
+    Ok(&buf[..len])
 }
 
-/// The error of [`Rewrite::new`]
+/// The error of [`Rewriter::begin`]
 #[track_caller]
 fn refused(payload: &[u8], info: SkbInfo) -> RewriteError {
     let message = message(payload, info);
     let mut buf = [0; MAX_PAYLOAD];
-    let refused = Rewrite::new(&Packet::parse(&message).unwrap(), &mut buf);
+    let mut rewriter = Rewriter::new(&mut buf);
+    let refused = rewriter.begin(&Packet::parse(&message).unwrap());
     refused.map(|_| ()).expect_err("refused")
 }
 
@@ -263,10 +267,10 @@ fn refused(payload: &[u8], info: SkbInfo) -> RewriteError {
 #[track_caller]
 fn assert_refused(
     payload: &[u8],
-    edit: impl FnOnce(&mut Rewrite<'_>) -> Result<(), RewriteError>,
+    edit: impl FnOnce(&mut Rewrite<'_, '_>) -> Result<(), RewriteError>,
     error: RewriteError,
 ) {
-    let check = |rewrite: &mut Rewrite<'_>| {
+    let check = |rewrite: &mut Rewrite<'_, '_>| {
         assert_eq!(edit(rewrite), Err(error));
         Ok(())
     };
@@ -560,10 +564,11 @@ proptest! {
     fn edits_agree_with_etherparse(mut model in models(), edits in edits()) {
         let message = message(&model.bytes(), FINISHED);
         let mut buf = [0xa5; 2000];
-        let mut rewrite = Rewrite::new(&Packet::parse(&message).unwrap(), &mut buf).unwrap();
+        let mut rewriter = Rewriter::new(&mut buf);
+        let mut rewrite = rewriter.begin(&Packet::parse(&message).unwrap()).unwrap();
         for edit in &edits {
             prop_assert_eq!(edit.apply(&mut rewrite).is_ok(), model.apply(edit), "{:?}", edit);
-            prop_assert_eq!(rewrite.payload(), &model.payload);
+            prop_assert_eq!(rewrite.payload().unwrap(), &model.payload);
         }
         prop_assert_eq!(rewrite.finish().unwrap(), model.bytes());
     }
@@ -575,7 +580,8 @@ proptest! {
         let packet = Packet::parse(&message).unwrap();
         let mut buf = [0xa5; 2000];
         prop_assert_eq!(complete_checksums(&packet, &mut buf).unwrap(), model.bytes());
-        let mut rewrite = Rewrite::new(&packet, &mut buf).unwrap();
+        let mut rewriter = Rewriter::new(&mut buf);
+        let mut rewrite = rewriter.begin(&packet).unwrap();
         for edit in &edits {
             prop_assert_eq!(edit.apply(&mut rewrite).is_ok(), model.apply(edit), "{:?}", edit);
         }
@@ -608,7 +614,8 @@ proptest! {
         let before_header = difference(&bytes, &good, 10);
         let message = message(&bytes, FINISHED);
         let mut buf = [0xa5; 2000];
-        let mut rewrite = Rewrite::new(&Packet::parse(&message).unwrap(), &mut buf).unwrap();
+        let mut rewriter = Rewriter::new(&mut buf);
+        let mut rewrite = rewriter.begin(&Packet::parse(&message).unwrap()).unwrap();
         for edit in &edits {
             prop_assert_eq!(edit.apply(&mut rewrite).is_ok(), model.apply(edit));
         }
@@ -664,7 +671,8 @@ proptest! {
         let message = message(&bytes, SkbInfo::from_bits_retain(info));
         let packet = Packet::parse(&message).unwrap();
         let mut buf = vec![0; room];
-        let Ok(mut rewrite) = Rewrite::new(&packet, &mut buf) else {
+        let mut rewriter = Rewriter::new(&mut buf);
+        let Ok(mut rewrite) = rewriter.begin(&packet) else {
             return Ok(());
         };
         let mut accepted = Vec::new();
@@ -677,7 +685,8 @@ proptest! {
 
         // Refused edits have changed nothing.
         let mut buf = vec![0; room];
-        let mut rewrite = Rewrite::new(&packet, &mut buf).unwrap();
+        let mut rewriter = Rewriter::new(&mut buf);
+        let mut rewrite = rewriter.begin(&packet).unwrap();
         for edit in &accepted {
             prop_assert_eq!(edit.apply(&mut rewrite), Ok(()));
         }
@@ -704,7 +713,7 @@ fn lengths_change_at_odd_offsets() {
                     (model.bytes(), FINISHED),
                     (model.unfinished_bytes(), UNFINISHED),
                 ] {
-                    let replace = |rewrite: &mut Rewrite<'_>| rewrite.replace(start..end, with);
+                    let replace = |rewrite: &mut Rewrite<'_, '_>| rewrite.replace(start..end, with);
                     let mut buf = Vec::new();
                     let changed = rewritten(&bytes, info, replace, &mut buf);
                     assert_eq!(changed, Ok(&expected.bytes()[..]));
@@ -722,7 +731,7 @@ fn udp_without_checksum_stays_without() {
         let bytes = expected.bytes();
         expected.payload = b"abcd".to_vec();
         expected.apply(&Edit::SourcePort(5));
-        let edit = |rewrite: &mut Rewrite<'_>| {
+        let edit = |rewrite: &mut Rewrite<'_, '_>| {
             rewrite.set_source_port(5)?;
             rewrite.replace(3..3, b"d")
         };
@@ -739,7 +748,8 @@ fn computed_zero_is_written_as_ones() {
     for mut model in [udp(&[0; 4]), over_ipv6(udp(&[0; 4]))] {
         // The checksum in the payload makes the new one 0.
         let checksum = word(&model.bytes(), model.checksum());
-        let replace = |rewrite: &mut Rewrite<'_>| rewrite.replace(0..2, &checksum.to_be_bytes());
+        let replace =
+            |rewrite: &mut Rewrite<'_, '_>| rewrite.replace(0..2, &checksum.to_be_bytes());
         for (bytes, info) in [
             (model.bytes(), FINISHED),
             (model.unfinished_bytes(), UNFINISHED),
@@ -750,7 +760,7 @@ fn computed_zero_is_written_as_ones() {
         }
         // And the way back.
         model.payload[..2].copy_from_slice(&checksum.to_be_bytes());
-        let back = |rewrite: &mut Rewrite<'_>| rewrite.replace(0..2, &[0; 2]);
+        let back = |rewrite: &mut Rewrite<'_, '_>| rewrite.replace(0..2, &[0; 2]);
         let mut buf = Vec::new();
         let changed = rewritten(&model.bytes(), FINISHED, back, &mut buf).unwrap();
         assert_eq!(word(changed, model.checksum()), checksum);
@@ -758,7 +768,7 @@ fn computed_zero_is_written_as_ones() {
     // In TCP, 0 is a checksum like any other.
     let model = tcp(&[0; 4]);
     let checksum = word(&model.bytes(), model.checksum());
-    let replace = |rewrite: &mut Rewrite<'_>| rewrite.replace(0..2, &checksum.to_be_bytes());
+    let replace = |rewrite: &mut Rewrite<'_, '_>| rewrite.replace(0..2, &checksum.to_be_bytes());
     let mut buf = Vec::new();
     let changed = rewritten(&model.bytes(), FINISHED, replace, &mut buf).unwrap();
     assert_eq!(word(changed, model.checksum()), 0);
@@ -772,7 +782,7 @@ fn edits_without_effect_keep_the_checksum() {
         let mut bytes = model.bytes();
         put(&mut bytes, 10, zero);
         put(&mut bytes, model.checksum(), zero);
-        let edit = |rewrite: &mut Rewrite<'_>| {
+        let edit = |rewrite: &mut Rewrite<'_, '_>| {
             rewrite.set_ttl(9);
             rewrite.set_source_port(1000)?;
             rewrite.replace(1..3, b"bc")
@@ -815,10 +825,10 @@ fn first_fragments_have_their_checksum_adjusted() {
             if is_v4 && end - start == 60 {
                 continue;
             }
-            let edit = |rewrite: &mut Rewrite<'_>| {
+            let edit = |rewrite: &mut Rewrite<'_, '_>| {
                 assert_eq!(rewrite.set_source_port(1), Err(RewriteError::Fragment));
                 assert_eq!(rewrite.replace(0..0, b""), Err(RewriteError::Fragment));
-                assert_eq!(rewrite.payload(), b"");
+                assert!(rewrite.payload().is_err());
                 rewrite.set_source(to)?;
                 rewrite.set_destination(to)?;
                 rewrite.set_ttl(3);
@@ -840,7 +850,7 @@ fn fragments_are_known_by_all_offset_bits() {
     let error = RewriteError::Fragment;
     assert_refused(&bytes, |rewrite| rewrite.set_source_port(1), error);
     let mut buf = Vec::new();
-    let edit = |rewrite: &mut Rewrite<'_>| rewrite.set_source(v4(1));
+    let edit = |rewrite: &mut Rewrite<'_, '_>| rewrite.set_source(v4(1));
     let changed = rewritten(&bytes, FINISHED, edit, &mut buf).unwrap();
     assert_eq!(changed[20..], bytes[20..]);
 }
@@ -855,7 +865,7 @@ fn reserved_bits_of_fragments_are_ignored() {
     assert!(expected.apply(&Edit::Source(v6(1))));
     let mut expected = fragment(&expected, 0, 48);
     (expected[41], expected[43]) = (bytes[41], bytes[43]);
-    let edit = |rewrite: &mut Rewrite<'_>| rewrite.set_source(v6(1));
+    let edit = |rewrite: &mut Rewrite<'_, '_>| rewrite.set_source(v6(1));
     let mut buf = Vec::new();
     assert_eq!(
         rewritten(&bytes, FINISHED, edit, &mut buf),
@@ -891,7 +901,7 @@ fn protocols_without_pseudo_header_get_addresses() {
             expected.ip = ip;
             assert!(expected.apply(&Edit::Source(to)) && expected.apply(&Edit::Dscp(5)));
             let expected = other(expected.ip, protocol, &[9; 30]);
-            let edit = |rewrite: &mut Rewrite<'_>| {
+            let edit = |rewrite: &mut Rewrite<'_, '_>| {
                 let error = Err(RewriteError::Protocol { protocol });
                 assert_eq!(rewrite.set_source_port(1), error);
                 assert_eq!(rewrite.replace(0..0, b""), error);
@@ -923,7 +933,7 @@ fn unknown_protocols_keep_their_addresses() {
             assert_refused(&bytes, |rewrite| rewrite.set_destination(to), error);
             assert_refused(&bytes, |rewrite| rewrite.set_source_port(1), error);
             assert_refused(&bytes, |rewrite| rewrite.replace(0..0, b""), error);
-            let edit = |rewrite: &mut Rewrite<'_>| {
+            let edit = |rewrite: &mut Rewrite<'_, '_>| {
                 rewrite.set_ttl(77);
                 Ok(())
             };
@@ -1005,8 +1015,8 @@ fn wrong_udp_lengths_keep_the_payload() {
         put(&mut bytes, 24, wrong);
         let error = RewriteError::UdpLength;
         assert_refused(&bytes, |rewrite| rewrite.replace(0..1, b"x"), error);
-        let edit = |rewrite: &mut Rewrite<'_>| {
-            assert_eq!(rewrite.payload(), b"");
+        let edit = |rewrite: &mut Rewrite<'_, '_>| {
+            assert!(rewrite.payload().is_err());
             rewrite.set_source_port(9)
         };
         let mut buf = Vec::new();
@@ -1026,7 +1036,7 @@ fn routing_headers_keep_the_destination() {
     let mut expected = model;
     assert!(expected.apply(&Edit::Source(v6(1))));
     expected.payload.push(b'x');
-    let edit = |rewrite: &mut Rewrite<'_>| {
+    let edit = |rewrite: &mut Rewrite<'_, '_>| {
         rewrite.set_source(v6(1))?;
         rewrite.replace(7..7, b"x")
     };
@@ -1038,7 +1048,7 @@ fn routing_headers_keep_the_destination() {
 
     let mut reached = routed(0);
     let mut buf = Vec::new();
-    let edit = |rewrite: &mut Rewrite<'_>| rewrite.set_destination(v6(1));
+    let edit = |rewrite: &mut Rewrite<'_, '_>| rewrite.set_destination(v6(1));
     let changed = rewritten(&reached.bytes(), FINISHED, edit, &mut buf).map(<[u8]>::to_vec);
     assert!(reached.apply(&Edit::Destination(v6(1))));
     assert_eq!(changed, Ok(reached.bytes()));
@@ -1066,7 +1076,7 @@ fn unsegmented_packets_must_not_become_shorter() {
         let with = vec![1; with];
         let mut expected = model.clone();
         expected.payload.splice(..replaced, with.iter().copied());
-        let edit = |rewrite: &mut Rewrite<'_>| {
+        let edit = |rewrite: &mut Rewrite<'_, '_>| {
             // A shorter packet can grow again.
             rewrite.replace(0..replaced, b"")?;
             rewrite.replace(0..0, &with)
@@ -1077,7 +1087,7 @@ fn unsegmented_packets_must_not_become_shorter() {
             Ok(&expected.bytes()[..])
         );
     }
-    let edit = |rewrite: &mut Rewrite<'_>| rewrite.replace(0..10, &[1; 9]);
+    let edit = |rewrite: &mut Rewrite<'_, '_>| rewrite.replace(0..10, &[1; 9]);
     let error = RewriteError::Shortened {
         needed: bytes.len(),
         had: bytes.len() - 1,
@@ -1103,13 +1113,14 @@ fn results_fit_a_verdict_and_the_buffer() {
     let max = MAX_PAYLOAD - (bytes.len() - 3);
 
     let mut buf = vec![0; 2 * MAX_PAYLOAD];
-    let mut rewrite = Rewrite::new(&packet, &mut buf).unwrap();
+    let mut rewriter = Rewriter::new(&mut buf);
+    let mut rewrite = rewriter.begin(&packet).unwrap();
     let too_long = RewriteError::TooLong {
         needed: MAX_PAYLOAD + 1,
         max: MAX_PAYLOAD,
     };
     assert_eq!(rewrite.replace(0..3, &vec![1; max + 1]), Err(too_long));
-    assert_eq!(rewrite.payload(), b"abc");
+    assert_eq!(rewrite.payload(), Ok(&b"abc"[..]));
     assert_eq!(rewrite.replace(0..3, &vec![1; max]), Ok(()));
     let mut expected = model;
     expected.payload = vec![1; max];
@@ -1117,12 +1128,13 @@ fn results_fit_a_verdict_and_the_buffer() {
 
     let no_space = |needed, had| RewriteError::NoSpace { needed, had };
     let mut buf = vec![0; bytes.len() + 1];
-    let mut rewrite = Rewrite::new(&packet, &mut buf).unwrap();
+    let mut rewriter = Rewriter::new(&mut buf);
+    let mut rewrite = rewriter.begin(&packet).unwrap();
     let error = no_space(bytes.len() + 2, bytes.len() + 1);
     assert_eq!(rewrite.replace(1..1, b"xx"), Err(error));
-    assert_eq!(rewrite.payload(), b"abc");
+    assert_eq!(rewrite.payload(), Ok(&b"abc"[..]));
     assert_eq!(rewrite.replace(1..1, b"x"), Ok(()));
-    assert_eq!(rewrite.payload(), b"axbc");
+    assert_eq!(rewrite.payload(), Ok(&b"axbc"[..]));
 
     let mut buf = vec![0; bytes.len() - 1];
     let error = no_space(bytes.len(), bytes.len() - 1);
@@ -1138,7 +1150,8 @@ fn packets_without_a_whole_payload_are_refused() {
             .attrs(attrs.iter().copied())
             .build();
         let mut buf = [0; 100];
-        let made = Rewrite::new(&Packet::parse(&message).unwrap(), &mut buf);
+        let mut rewriter = Rewriter::new(&mut buf);
+        let made = rewriter.begin(&Packet::parse(&message).unwrap());
         made.map(|_| ())
     };
     let payload = (NFQA_PAYLOAD, &bytes[..]);

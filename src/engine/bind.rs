@@ -143,11 +143,10 @@ impl Engine {
             let seq = self.begin(&mut state, op, Some(&request))?;
             match self.finish(state, op, seq) {
                 Ok(()) => {}
-                Err(Error::Refused(refusal)) => {
-                    if !matches!(refusal.errno(), libc::ENODEV | libc::EPERM) {
-                        missing |= bit;
-                    }
-                }
+                Err(Error::Refused(refusal)) if may_be_flags(refusal.errno()) => missing |= bit,
+                // The kernel has checked the flag before it looked for the queue.
+                Err(Error::Refused(refusal))
+                    if matches!(refusal.errno(), libc::ENODEV | libc::EPERM) => {}
                 Err(error) => return Err(error),
             }
         }

@@ -1,7 +1,7 @@
 //! Collected verdicts, and how they become messages
 
 use nfqnl_proto::{
-    Decision, EncodeError, PacketKey, PlainVerdict, RequestHeader, Verdict, consts::align,
+    Decision, EncodeError, Packet, PacketKey, PlainVerdict, RequestHeader, Verdict, consts::align,
 };
 
 use super::outstanding::Cursor;
@@ -189,6 +189,25 @@ impl SendBatch {
             end,
             verdict: decision.verdict(),
         })
+    }
+
+    /// Adds a verdict on this packet, and checks a new payload against it
+    ///
+    /// [`push`](Self::push) knows only the key. So use this for verdicts with a payload.
+    ///
+    /// # Errors
+    /// As [`push`](Self::push). [`Error::TruncatedPacket`] for a new payload of a truncated packet.
+    /// [`Error::ConntrackAndLength`] for a payload of another length beside a change of the
+    /// conntrack entry, except a raw one. [`Error::PayloadTooShort`] also for a payload shorter
+    /// than the old packet's network header. Nothing is added then.
+    pub fn answer<'p>(
+        &mut self,
+        packet: &Packet<'_>,
+        decision: impl Into<Decision<'p>>,
+    ) -> Result<()> {
+        let decision = decision.into();
+        check_decision(packet, &decision)?;
+        self.push(packet.key(), decision)
     }
 
     /// Returns the number of verdicts
@@ -462,6 +481,28 @@ pub(crate) fn send_header(key: PacketKey) -> RequestHeader {
 }
 
 /// Refuses a payload shorter than its own network header
+/// Checks a decision against its packet
+pub(crate) fn check_decision(packet: &Packet<'_>, decision: &Decision<'_>) -> Result<()> {
+    let Some(payload) = decision.payload() else {
+        return Ok(());
+    };
+    let (key, old) = (packet.key(), packet.payload());
+    if let (true, Some(needed)) = (packet.is_truncated(), packet.len()) {
+        let had = old.len();
+        return Err(Error::TruncatedPacket { key, needed, had });
+    }
+    let needed = network_header_len(old);
+    let had = payload.len();
+    if had < needed {
+        return Err(Error::PayloadTooShort { key, needed, had });
+    }
+    let changes_entry = decision.ct_mark().is_some() || decision.conntrack().is_some();
+    if changes_entry && had != old.len() {
+        return Err(Error::ConntrackAndLength { key });
+    }
+    Ok(())
+}
+
 fn check_payload(key: PacketKey, payload: &[u8]) -> Result<()> {
     let needed = network_header_len(payload);
     if payload.len() < needed {
@@ -476,7 +517,7 @@ fn check_payload(key: PacketKey, payload: &[u8]) -> Result<()> {
 
 /// Returns the length of the network header: with options in IPv4, with the extension headers
 /// before the transport header in IPv6
-pub(crate) fn network_header_len(packet: &[u8]) -> usize {
+fn network_header_len(packet: &[u8]) -> usize {
     const IPV4_HEADER_LEN: usize = 20;
     const IPV6_HEADER_LEN: usize = 40;
     const HOP_BY_HOP: u8 = 0;

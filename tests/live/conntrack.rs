@@ -149,18 +149,20 @@ fn a_ct_mark_keeps_the_bits_of_others() {
         };
         queue_at(Hook::Input, 0, Rule::new().udp());
         let mut batch = RecvBatch::default();
-        let [client, server] = [(), ()].map(|()| Udp::bind(V4, 0).unwrap());
-        let marks = [
-            (Verdict::Accept.with_ct_mark(0x1234_5678, u32::MAX), 0),
-            (Verdict::Accept.with_ct_mark(0xffff_00aa, 0xff), 0x1234_5678),
-            (Verdict::Drop.with_ct_mark(0, 0xf000_0000), 0x1234_56aa),
-            (Verdict::Accept.into(), 0x0234_56aa),
-        ];
-        for (decision, mark) in marks {
-            client.send(b"marked", server.address()).unwrap();
-            let packet = next_packet(&socket, &mut batch);
-            assert_eq!(entry(&packet).mark().unwrap_or(0), mark, "{decision:?}");
-            socket.set_verdict(packet.key(), decision).unwrap();
+        for address in [V4, V6] {
+            let [client, server] = [(), ()].map(|()| Udp::bind(address, 0).unwrap());
+            let marks = [
+                (Verdict::Accept.with_ct_mark(0x1234_5678, u32::MAX), 0),
+                (Verdict::Accept.with_ct_mark(0xffff_00aa, 0xff), 0x1234_5678),
+                (Verdict::Drop.with_ct_mark(0, 0xf000_0000), 0x1234_56aa),
+                (Verdict::Accept.into(), 0x0234_56aa),
+            ];
+            for (decision, mark) in marks {
+                client.send(b"marked", server.address()).unwrap();
+                let packet = next_packet(&socket, &mut batch);
+                assert_eq!(entry(&packet).mark().unwrap_or(0), mark, "{decision:?}");
+                socket.set_verdict(packet.key(), decision).unwrap();
+            }
         }
     });
 }

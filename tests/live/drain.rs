@@ -1,8 +1,8 @@
 //! Stopping a queue without losing a packet
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -35,8 +35,9 @@ fn accept(event: Event<'_>, verdicts: &mut SendBatch) -> Result<()> {
 
 /// Sends and receives numbered datagrams until `stop`; returns the number of lost ones
 ///
-/// At most 100 are on their way, so that no socket's buffer overflows.
-fn traffic(lab: &Lab, stop: &AtomicBool, sent: &AtomicU32) -> u32 {
+/// At most 100 are on their way, so that no socket's buffer overflows. It sends nothing while
+/// another thread holds `gate`.
+fn traffic(lab: &Lab, stop: &AtomicBool, gate: &Mutex<()>) -> u32 {
     const ON_THEIR_WAY: u32 = 100;
     let mut missing: VecDeque<u32> = VecDeque::new();
     let mut number = 0_u32;
@@ -44,10 +45,10 @@ fn traffic(lab: &Lab, stop: &AtomicBool, sent: &AtomicU32) -> u32 {
     let mut last = Instant::now();
     while !stop.load(Relaxed) || !missing.is_empty() {
         while !stop.load(Relaxed) && missing.len() < ON_THEIR_WAY as usize {
+            let _open = gate.lock().unwrap();
             lab.send(&number.to_be_bytes());
             missing.push_back(number);
             number += 1;
-            sent.store(number, Relaxed);
         }
         match lab.v4.recv_within(Duration::from_millis(5)) {
             Some(payload) => {
@@ -71,12 +72,15 @@ fn traffic(lab: &Lab, stop: &AtomicBool, sent: &AtomicU32) -> u32 {
 fn lost_in_stops(stops: u32, stop_queue: impl Fn(&Socket, nfqnl::Queue, &mut RecvBatch)) -> u32 {
     let lab = with_bypass();
     let socket = Socket::open().unwrap();
-    let (is_over, sent) = (AtomicBool::new(false), AtomicU32::new(0));
+    let (is_over, gate) = (AtomicBool::new(false), Mutex::new(()));
     let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     thread::scope(|scope| {
-        let traffic = scope.spawn(|| traffic(&lab, &is_over, &sent));
+        let traffic = scope.spawn(|| traffic(&lab, &is_over, &gate));
         for _ in 0..stops {
+            // The kernel may drop a packet during a bind: see `Socket::bind_with`.
+            let closed = gate.lock().unwrap();
             let queue = socket.bind(QUEUE).unwrap();
+            drop(closed);
             let mut seen = 0;
             while seen < 5 {
                 for event in socket.recv_timeout(&mut batch, TIMEOUT).unwrap() {

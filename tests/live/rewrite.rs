@@ -5,10 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 
 use nfqnl::consts::MAX_PAYLOAD;
-use nfqnl::rewrite::{Rewrite, RewriteError, complete_checksums};
+use nfqnl::rewrite::{Rewrite, RewriteError, Rewriter, complete_checksums};
 use nfqnl::{
-    ConfigFlags, Event, IpProtocol, Packet, QueueConfig, RecvBatch, SendBatch, SkbInfo, Socket,
-    Verdict,
+    ConfigFlags, CopyMode, Error, Event, IpProtocol, Packet, QueueConfig, RecvBatch, SendBatch,
+    SkbInfo, Socket, Verdict,
 };
 use nfqnl_testkit::hosts::Router;
 use nfqnl_testkit::netns::isolated;
@@ -32,10 +32,11 @@ fn queue_at(hook: Hook, rule: &Rule) -> [Table; 2] {
 fn accept_with(
     socket: &Socket,
     packet: &Packet<'_>,
-    change: impl FnOnce(&mut Rewrite<'_>) -> Result<(), RewriteError>,
+    change: impl FnOnce(&mut Rewrite<'_, '_>) -> Result<(), RewriteError>,
 ) {
     let mut buf = vec![0; MAX_PAYLOAD];
-    let mut rewrite = Rewrite::new(packet, &mut buf).unwrap();
+    let mut rewriter = Rewriter::new(&mut buf);
+    let mut rewrite = rewriter.begin(packet).unwrap();
     change(&mut rewrite).unwrap();
     let new = rewrite.finish().unwrap();
     let decision = Verdict::Accept.with_payload(new);
@@ -84,7 +85,7 @@ fn datagrams_grow_and_shrink_at_every_hook() {
                     let packet = next_packet(&socket, &mut batch);
                     assert_eq!(packet.hook().0, hook.number());
                     accept_with(&socket, &packet, |rewrite| {
-                        assert_eq!(rewrite.payload(), sent);
+                        assert_eq!(rewrite.payload()?, sent);
                         rewrite.set_ttl(7);
                         rewrite.set_dscp(46)?;
                         rewrite.replace(0..sent.len(), received)
@@ -135,7 +136,7 @@ fn rewritten_stream(
     listener: &TcpListener,
     connect: impl FnOnce() -> TcpStream + Send,
 ) -> usize {
-    const LEN: usize = 4 << 20;
+    const LEN: usize = 2 << 20;
     let byte = |at: usize| u8::try_from(at % 251).unwrap();
     let change = |byte: u8| byte.rotate_left(3) ^ 0x55;
     let mut large = 0;
@@ -160,8 +161,14 @@ fn rewritten_stream(
                     continue; // the sender sends lost segments again
                 };
                 large += usize::from(packet.skb_info().contains(SkbInfo::GSO));
-                let mut rewrite = Rewrite::new(&packet, &mut buf).unwrap();
-                let new: Vec<u8> = rewrite.payload().iter().map(|&byte| change(byte)).collect();
+                let mut rewriter = Rewriter::new(&mut buf);
+                let mut rewrite = rewriter.begin(&packet).unwrap();
+                let new: Vec<u8> = rewrite
+                    .payload()
+                    .unwrap()
+                    .iter()
+                    .map(|&byte| change(byte))
+                    .collect();
                 rewrite.replace(0..new.len(), &new).unwrap();
                 let new = rewrite.finish().unwrap();
                 let decision = Verdict::Accept.with_payload(new);
@@ -188,9 +195,16 @@ fn a_tcp_stream_is_changed_with_gso() {
         let socket = Socket::open().unwrap();
         let config = QueueConfig::new().enable(ConfigFlags::GSO);
         let _queue = socket.bind_with(QUEUE, &config).unwrap();
-        let far = [(client.v4, server.v4), (client.v6, server.v6)];
+        let through = [server.v4, server.v6];
+        let here = [
+            IpAddr::from(Ipv4Addr::new(10, 0, 0, 1)),
+            IpAddr::from(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1)),
+        ];
         for (hook, [v4, v6]) in [
-            (Hook::Forward, far.map(|(_, server)| server)),
+            (Hook::Prerouting, through),
+            (Hook::Forward, through),
+            (Hook::Postrouting, through),
+            (Hook::Input, here),
             (Hook::Output, [V4, V6]),
         ] {
             let tables = queue_at(hook, &Rule::new().tcp().dport(PORT));
@@ -200,11 +214,15 @@ fn a_tcp_stream_is_changed_with_gso() {
                 let listen = || TcpListener::bind(to).unwrap();
                 let connect = || TcpStream::connect_timeout(&to, TIMEOUT).unwrap();
                 let large = match hook {
-                    Hook::Forward => {
+                    Hook::Output => rewritten_stream(&socket, &listen(), connect),
+                    Hook::Input => {
+                        let connect = || client.namespace.run(connect);
+                        rewritten_stream(&socket, &listen(), connect)
+                    }
+                    _ => {
                         let listener = server.namespace.run(listen);
                         rewritten_stream(&socket, &listener, || client.namespace.run(connect))
                     }
-                    _ => rewritten_stream(&socket, &listen(), connect),
                 };
                 assert!(large > 0, "no large packet at {hook:?}");
             }
@@ -256,7 +274,8 @@ fn fragments_and_cut_copies_are_refused() {
         for _ in 0..3 {
             let packet = next_packet(&socket, &mut batch);
             assert_eq!(packet.flow().unwrap().protocol(), IpProtocol::UDP);
-            let mut rewrite = Rewrite::new(&packet, &mut buf).unwrap();
+            let mut rewriter = Rewriter::new(&mut buf);
+            let mut rewrite = rewriter.begin(&packet).unwrap();
             assert_eq!(rewrite.set_source_port(1), Err(RewriteError::Fragment));
             assert_eq!(rewrite.replace(0..1, b"x"), Err(RewriteError::Fragment));
             rewrite.set_ttl(9);
@@ -272,10 +291,41 @@ fn fragments_and_cut_copies_are_refused() {
         queue.set_mode(nfqnl::CopyMode::Packet, 40).unwrap();
         sender.send(&[7; 100], receiver.address()).unwrap();
         let packet = next_packet(&socket, &mut batch);
-        let refused = Rewrite::new(&packet, &mut buf).unwrap_err();
+        let refused = Rewriter::new(&mut buf).begin(&packet).unwrap_err();
         assert_eq!(refused, RewriteError::Truncated);
         socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
         assert_eq!(receiver.recv(), Some(vec![7; 100]));
+    });
+}
+
+/// A batch with the packet checks what a batch with the key cannot
+#[test]
+fn an_answer_is_checked_against_its_packet() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
+        lab.send(b"whole");
+        let packet = next_packet(&socket, &mut batch);
+        let longer = [packet.payload(), b"more"].concat();
+        let decision = Verdict::Drop.with_ct_mark(1, 1);
+        let refused = verdicts.answer(&packet, decision.with_payload(&longer));
+        assert!(matches!(refused, Err(Error::ConntrackAndLength { .. })));
+        let refused = verdicts.answer(&packet, Verdict::Drop.with_payload(&longer[..10]));
+        assert!(matches!(refused, Err(Error::PayloadTooShort { .. })));
+        assert!(verdicts.is_empty());
+        let decision = decision.with_payload(packet.payload());
+        verdicts.answer(&packet, decision).unwrap();
+        queue.set_mode(CopyMode::Packet, 30).unwrap();
+        lab.send(b"cut");
+        let packet = next_packet(&socket, &mut batch);
+        let refused = verdicts.answer(&packet, Verdict::Drop.with_payload(&longer));
+        assert!(matches!(refused, Err(Error::TruncatedPacket { .. })));
+        verdicts.answer(&packet, Verdict::Drop).unwrap();
+        assert_eq!(verdicts.len(), 2);
+        socket.send(&mut verdicts).unwrap();
+        assert!(lab.v4.is_silent());
     });
 }
 
@@ -294,7 +344,7 @@ fn an_unsegmented_udp_series_is_refused() {
         let packet = next_packet(&socket, &mut batch);
         assert!(packet.skb_info().contains(SkbInfo::GSO));
         let mut buf = vec![0; MAX_PAYLOAD];
-        let refused = Rewrite::new(&packet, &mut buf).unwrap_err();
+        let refused = Rewriter::new(&mut buf).begin(&packet).unwrap_err();
         assert_eq!(refused, RewriteError::UdpGso);
         socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
         let mut received = 0;

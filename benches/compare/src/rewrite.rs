@@ -12,7 +12,7 @@ use std::time::Instant;
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders};
 use nfqnl::Packet;
 use nfqnl::consts::{NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQNL_MSG_PACKET, message_type};
-use nfqnl::rewrite::Rewrite;
+use nfqnl::rewrite::Rewriter;
 
 use crate::{C, IP_AND_UDP, Result};
 
@@ -164,8 +164,9 @@ fn with_nfqnl(len: usize, new_len: usize, count: usize) -> Result<(f64, String)>
     let (message, new) = (message(&packet(len)?)?, new_bytes(new_len)?);
     let packet = Packet::parse(&message)?;
     let (mut buf, mut result_len) = (vec![0; len + new_len], 0);
+    let mut rewriter = Rewriter::new(&mut buf);
     let time = time(count, || {
-        let mut rewrite = Rewrite::new(black_box(&packet), &mut buf)?;
+        let mut rewrite = rewriter.begin(black_box(&packet))?;
         rewrite.replace(OFFSET..OFFSET + OLD_LEN, new)?;
         result_len = black_box(rewrite.finish()?).len();
         Ok(())
