@@ -4,14 +4,10 @@
 use core::net::IpAddr;
 use core::time::Duration;
 
-use netlink_packet_core::{Nla, NlasIterator, Parseable};
-use netlink_packet_netfilter::conntrack::{
-    self as theirs, ConntrackAttribute, IPTuple, ProtoInfoTCP, ProtoTuple,
-};
 use nfqnl_proto::consts::*;
 use nfqnl_proto::{
     Conntrack, ConntrackStatus, ConntrackUpdate, ConntrackUpdateError, CtState, Decision,
-    Direction, FlowKey, IpProtocol, Labels, RequestHeader, TcpFlags, TcpState, Tuple, Verdict,
+    Direction, FlowKey, IpProtocol, Labels, RequestHeader, TcpFlags, TcpState, Verdict,
 };
 use proptest::prelude::*;
 
@@ -183,103 +179,6 @@ fn an_entry_of_a_real_kernel_is_read() {
         assert_eq!((entry.mark(), entry.zone()), (Some(0), None));
         assert_eq!(entry.attrs().count(), 6);
         assert!(entry.attrs().all(|attr| attr.is_ok()));
-    }
-}
-
-/// Checks everything that netlink-packet-netfilter knows of an entry
-fn compare(bytes: &[u8]) {
-    let entry = Conntrack::new(bytes);
-    for attr in NlasIterator::new(bytes) {
-        match ConntrackAttribute::parse(&attr.unwrap()).unwrap() {
-            ConntrackAttribute::CtaTupleOrig(theirs) => {
-                compare_tuple(&theirs, entry.tuple(Direction::Original).unwrap());
-            }
-            ConntrackAttribute::CtaTupleReply(theirs) => {
-                compare_tuple(&theirs, entry.tuple(Direction::Reply).unwrap());
-            }
-            ConntrackAttribute::CtaProtoInfo(theirs) => {
-                let [theirs::ProtoInfo::TCP(theirs)] = &theirs[..] else {
-                    panic!("{theirs:?}");
-                };
-                let ours = entry.tcp().unwrap();
-                for info in theirs {
-                    let (original, reply) = (Direction::Original, Direction::Reply);
-                    match info {
-                        ProtoInfoTCP::State(state) => assert_eq!(ours.state().unwrap().0, *state),
-                        ProtoInfoTCP::OriginalWindowScale(scale) => {
-                            assert_eq!(ours.window_scale(original), Some(*scale));
-                        }
-                        ProtoInfoTCP::ReplyWindowScale(scale) => {
-                            assert_eq!(ours.window_scale(reply), Some(*scale));
-                        }
-                        ProtoInfoTCP::OriginalFlags(flags) => {
-                            assert_eq!(ours.flags(original).unwrap().bits(), flags.flags);
-                        }
-                        ProtoInfoTCP::ReplyFlags(flags) => {
-                            assert_eq!(ours.flags(reply).unwrap().bits(), flags.flags);
-                        }
-                        other => panic!("{other:?}"),
-                    }
-                }
-            }
-            ConntrackAttribute::CtaStatus(status) => {
-                assert_eq!(entry.status().unwrap().bits(), status.bits());
-            }
-            ConntrackAttribute::CtaTimeout(seconds) => {
-                assert_eq!(entry.timeout().unwrap().as_secs(), u64::from(seconds));
-            }
-            ConntrackAttribute::CtaMark(mark) => assert_eq!(entry.mark(), Some(mark)),
-            ConntrackAttribute::Other(attr) => {
-                assert!(entry.attr(attr.kind() & NLA_TYPE_MASK).is_some());
-            }
-            other => panic!("{other:?}"),
-        }
-    }
-}
-
-fn compare_tuple(theirs: &[theirs::Tuple], ours: Tuple<'_>) {
-    for part in theirs {
-        match part {
-            theirs::Tuple::Ip(addresses) => {
-                let [
-                    IPTuple::SourceAddress(source),
-                    IPTuple::DestinationAddress(destination),
-                ] = addresses[..]
-                else {
-                    panic!("{addresses:?}");
-                };
-                assert_eq!(ours.source(), Some(source));
-                assert_eq!(ours.destination(), Some(destination));
-            }
-            theirs::Tuple::Proto(proto) => {
-                let [
-                    ProtoTuple::Protocol(protocol),
-                    ProtoTuple::SourcePort(source),
-                    ProtoTuple::DestinationPort(destination),
-                ] = &proto[..]
-                else {
-                    panic!("{proto:?}");
-                };
-                assert_eq!(ours.protocol().unwrap().0, u8::from(*protocol));
-                assert_eq!(ours.source_port(), Some(*source));
-                assert_eq!(ours.destination_port(), Some(*destination));
-            }
-            other => panic!("{other:?}"),
-        }
-    }
-}
-
-#[test]
-fn another_parser_reads_the_same() {
-    for v6 in [false, true] {
-        compare(&tcp_entry(v6));
-    }
-    if cfg!(target_endian = "little") {
-        compare(include_bytes!("data/conntrack_5_10_x86_64_v4.bin"));
-        compare(include_bytes!("data/conntrack_5_10_x86_64_v6.bin"));
-    } else {
-        compare(include_bytes!("data/conntrack_6_12_s390x_v4.bin"));
-        compare(include_bytes!("data/conntrack_6_12_s390x_v6.bin"));
     }
 }
 
