@@ -51,10 +51,32 @@ impl<'a> Attrs<'a> {
 
     /// Finds the last attribute with this number, as the kernel's parser does
     #[must_use]
-    pub fn last(self, kind: u16) -> Option<Attr<'a>> {
-        self.map_while(Result::ok)
-            .filter(|attr| attr.kind == kind)
-            .last()
+    #[inline]
+    pub fn last(mut self, kind: u16) -> Option<Attr<'a>> {
+        let mut last = None;
+        while let Some(attr) = self.next_whole() {
+            if attr.kind == kind {
+                last = Some(attr);
+            }
+        }
+        last
+    }
+
+    /// The next attribute, unless it is broken
+    #[inline]
+    fn next_whole(&mut self) -> Option<Attr<'a>> {
+        let (header, _) = self.rest.split_first_chunk::<ATTR_HEADER_LEN>()?;
+        let len = usize::from(NativeEndian::read_u16(header));
+        let kind = NativeEndian::read_u16(&header[2..]) & NLA_TYPE_MASK;
+        let offset = self.offset;
+        let value = self.rest.get(ATTR_HEADER_LEN..len)?;
+        self.rest = self.rest.get(align(len)..).unwrap_or_default();
+        self.offset += align(len);
+        Some(Attr {
+            kind,
+            value,
+            offset,
+        })
     }
 }
 
@@ -76,20 +98,13 @@ impl<'a> Iterator for Attrs<'a> {
 
     #[inline]
     fn next(&mut self) -> Option<Self::Item> {
+        if let Some(attr) = self.next_whole() {
+            return Some(Ok(attr));
+        }
         let (header, _) = self.rest.split_first_chunk::<ATTR_HEADER_LEN>()?;
         let len = usize::from(NativeEndian::read_u16(header));
         let kind = NativeEndian::read_u16(&header[2..]) & NLA_TYPE_MASK;
-        let offset = self.offset;
-        let Some(value) = self.rest.get(ATTR_HEADER_LEN..len) else {
-            return Some(Err(self.end_at_broken(kind, len)));
-        };
-        self.rest = self.rest.get(align(len)..).unwrap_or_default();
-        self.offset += align(len);
-        Some(Ok(Attr {
-            kind,
-            value,
-            offset,
-        }))
+        Some(Err(self.end_at_broken(kind, len)))
     }
 }
 
