@@ -248,7 +248,11 @@ fuzz_target!(|input: Input<'_>| {
             }
         };
         if result.is_err() {
-            assert_eq!(rewrite.payload().unwrap_or_default(), before, "a refused edit changes nothing");
+            assert_eq!(
+                rewrite.payload().unwrap_or_default(),
+                before,
+                "a refused edit changes nothing"
+            );
         }
     }
     let Ok(new) = rewrite.finish() else {

@@ -115,7 +115,13 @@ fn ten_upgrades_deliver_every_datagram_once() {
         let lab = Lab::new();
         let mut socket = Socket::open().unwrap();
         let mut queue = socket.bind(QUEUE).unwrap();
-        thread::scope(|scope| {
+        let mut received: Vec<u32> = thread::scope(|scope| {
+            let receiver = scope.spawn(|| {
+                let numbers = (0..10 * EACH).map(|_| lab.recv().unwrap());
+                let numbers =
+                    numbers.map(|payload| u32::from_be_bytes(payload.try_into().unwrap()));
+                numbers.collect()
+            });
             scope.spawn(|| {
                 for number in 0..10 * EACH {
                     lab.send(&number.to_be_bytes());
@@ -146,10 +152,8 @@ fn ten_upgrades_deliver_every_datagram_once() {
                 (socket, queue) = adopted(fd, Some(&handover), Orphans::Again);
             }
             accept(&socket, usize::try_from(10 * EACH - accepted).unwrap());
+            receiver.join().unwrap()
         });
-        let mut received: Vec<u32> = (0..10 * EACH)
-            .map(|_| u32::from_be_bytes(lab.recv().unwrap().try_into().unwrap()))
-            .collect();
         received.sort_unstable();
         assert!(received.into_iter().eq(0..10 * EACH));
         assert!(lab.v4.is_silent());
