@@ -12,6 +12,8 @@
 //! * [`Packet`] is a view of a waiting packet; its [`PacketKey`] answers it, from any thread.
 //! * [`Verdict`] and [`Decision`] are the answers. A [`SendBatch`] sends many together. A
 //!   [`VerdictSender`] sends from other threads; an [`OwnedPacket`] is a copy for them.
+//! * [`Socket::drain`] stops a queue without losing a packet; [`Socket::into_fd`] and
+//!   [`Socket::adopt`] restart a program without losing one. [`Pending`] forgets no packet.
 //! * A [`Waker`] ends a receive call from another thread or a signal handler.
 //! * [`Conntrack`] is the packet's conntrack entry; [`FlowKey`] has its addresses and ports.
 //!   [`Rewrite`](rewrite::Rewrite) changes packets.
@@ -119,6 +121,7 @@ mod handle;
 mod handover;
 mod interface_name;
 mod owned_packet;
+mod pending;
 mod queue;
 mod recv_batch;
 mod socket;
@@ -147,11 +150,12 @@ pub use nfqnl_proto::{
     Transport, Tuple, Verdict, Vlan, consts,
 };
 pub use owned_packet::OwnedPacket;
+pub use pending::Pending;
 pub use queue::Queue;
 pub use recv_batch::{Events, RecvBatch};
 pub use socket::{Socket, SocketBuilder};
 pub use stats::{QueueStats, Stats};
-pub use verdict::{SendBatch, VerdictSender};
+pub use verdict::{SendBatch, VerdictGuard, VerdictSender};
 
 /// Only for the fuzz targets of this repository
 #[cfg(nfqnl_fuzzing)]

@@ -1,5 +1,6 @@
 //! One bound queue: its settings and its end
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Weak};
 
 use nfqnl_proto::{ConfigFlags, CopyMode, PacketKey, QueueConfig};
@@ -8,6 +9,7 @@ use crate::engine::{Binding, Engine};
 use crate::error::{Error, Operation, Result};
 #[cfg(doc)]
 use crate::socket::Socket;
+use crate::stats::QueueStats;
 
 /// A bound queue of a [`Socket`](crate::Socket)
 ///
@@ -87,6 +89,20 @@ impl Queue {
         // In one message the kernel would set the length first, and drop packets before the flag.
         self.set_flags(ConfigFlags::FAIL_OPEN, ConfigFlags::FAIL_OPEN)?;
         self.set_maxlen(0)
+    }
+
+    /// Reads the kernel's counters of this queue, in the socket's network namespace
+    ///
+    /// `None` if the queue is not bound. A thread for the length of the call enters the namespace,
+    /// if this is not the caller's own one. Since Linux 4.9.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: only root of the initial user namespace may read the counters.
+    /// [`Error::Unbound`] if the socket is closed.
+    pub fn stats(&self) -> Result<Option<QueueStats>> {
+        let op = Operation::ReadStats;
+        let engine = self.engine.upgrade().ok_or(Error::Unbound { op })?;
+        QueueStats::read_of(engine.as_fd(), self.num())
     }
 
     /// Sets the part of each packet that the kernel copies: nothing, the attributes, or the

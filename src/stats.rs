@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use nfqnl_proto::CopyMode;
 
@@ -89,6 +90,12 @@ impl QueueStats {
             .lines()
             .map(|line| Self::parse(line).ok_or_else(|| failed(io::ErrorKind::InvalidData.into())))
             .collect()
+    }
+
+    /// Reads the counters of a queue in the network namespace of a socket
+    pub(crate) fn read_of(socket: BorrowedFd<'_>, queue: u16) -> Result<Option<Self>> {
+        let read = sys::in_namespace_of(socket, || Self::read(queue));
+        read.map_err(Error::io(Operation::ReadStats))?
     }
 
     /// Reads one queue's counters; `None` if no socket has bound it

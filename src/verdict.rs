@@ -11,4 +11,4 @@ pub use send_batch::SendBatch;
 #[cfg(test)]
 pub(crate) use send_batch::{Part, send_header};
 pub(crate) use send_batch::{check_decision, encode_plain};
-pub use sender::VerdictSender;
+pub use sender::{VerdictGuard, VerdictSender};

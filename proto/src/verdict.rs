@@ -484,6 +484,14 @@ impl<'p> Decision<'p> {
     }
 }
 
+impl From<PlainVerdict> for Decision<'_> {
+    fn from(plain: PlainVerdict) -> Self {
+        let mut decision = Self::new(plain.verdict);
+        decision.plain = plain;
+        decision
+    }
+}
+
 impl From<Verdict> for Decision<'_> {
     fn from(verdict: Verdict) -> Self {
         Self::new(verdict)

@@ -5,10 +5,12 @@
 #![allow(unsafe_code, reason = "system calls; the rest of the crate denies it")]
 
 use std::alloc::{Layout, handle_alloc_error};
+use std::fs::File;
 use std::io;
 use std::mem::{self, MaybeUninit};
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, MutexGuard, Once, PoisonError};
@@ -172,6 +174,38 @@ pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: libc::c_int) -> io::Res
 /// Sets the receive buffer's size, above the system's limit if the process may, else up to it
 pub(crate) fn set_recv_buffer(fd: BorrowedFd<'_>, bytes: libc::c_int) -> io::Result<()> {
     set_option(fd, libc::SO_RCVBUFFORCE, bytes).or_else(|_| set_option(fd, libc::SO_RCVBUF, bytes))
+}
+
+/// Calls a function in the network namespace of a socket: in this thread if it is there, else in a
+/// thread that enters the namespace
+pub(crate) fn in_namespace_of<T: Send>(
+    socket: BorrowedFd<'_>,
+    f: impl FnOnce() -> T + Send,
+) -> io::Result<T> {
+    /// Returns a descriptor of a socket's network namespace (`linux/sockios.h`)
+    const SIOCGSKNS: libc::c_int = 0x894c;
+    // SAFETY: no memory is involved.
+    let namespace = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS as _) };
+    if namespace < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made the descriptor for this call.
+    let namespace = unsafe { OwnedFd::from_raw_fd(namespace) };
+    let namespace = File::from(namespace);
+    let here = File::open(format!("/proc/self/task/{}/ns/net", thread_id()))?;
+    let [here, there] = [here.metadata()?, namespace.metadata()?];
+    if (here.dev(), here.ino()) == (there.dev(), there.ino()) {
+        return Ok(f());
+    }
+    let enter = || {
+        // SAFETY: the descriptor is open; only this thread, which ends soon, changes its namespace.
+        match unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } {
+            0 => Ok(f()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    let entered = std::thread::scope(|scope| scope.spawn(enter).join());
+    entered.unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
 }
 
 /// Returns the name of an interface in the socket's network namespace, padded with NULs

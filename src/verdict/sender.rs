@@ -75,6 +75,17 @@ impl VerdictSender {
         engine.set_plain(last, verdict.into(), true)
     }
 
+    /// Returns a guard for a packet: if it is dropped without a verdict, the packet gets `default`
+    ///
+    /// For a worker thread that may panic or forget a packet.
+    pub fn guard(&self, key: PacketKey, default: impl Into<PlainVerdict>) -> VerdictGuard {
+        VerdictGuard {
+            sender: self.clone(),
+            key,
+            default: Some(default.into()),
+        }
+    }
+
     /// Same as [`Socket::send`](crate::Socket::send)
     ///
     /// # Errors
@@ -87,6 +98,51 @@ impl VerdictSender {
                 verdicts.clear();
                 Ok(())
             }
+        }
+    }
+}
+
+/// A packet in the hand of a worker thread, made by [`VerdictSender::guard`]
+///
+/// If it is dropped without a verdict, also by a panic, the packet gets its default verdict.
+#[derive(Debug)]
+#[must_use = "dropping it answers the packet"]
+pub struct VerdictGuard {
+    sender: VerdictSender,
+    key: PacketKey,
+    /// `None` once the packet is answered
+    default: Option<PlainVerdict>,
+}
+
+impl VerdictGuard {
+    /// Returns the packet's key
+    #[must_use]
+    pub const fn key(&self) -> PacketKey {
+        self.key
+    }
+
+    /// Answers the packet
+    ///
+    /// # Errors
+    /// As [`VerdictSender::set_verdict`]. The packet then gets its default verdict.
+    pub fn set_verdict<'p>(mut self, decision: impl Into<Decision<'p>>) -> Result<()> {
+        self.sender.set_verdict(self.key, decision)?;
+        self.default = None;
+        Ok(())
+    }
+
+    /// Lets go of the packet without a verdict: another part of the program answers it
+    pub fn release(mut self) -> PacketKey {
+        self.default = None;
+        self.key
+    }
+}
+
+impl Drop for VerdictGuard {
+    fn drop(&mut self) {
+        if let Some(default) = self.default {
+            // If this fails, the socket is closed, or the queue is unbound: the packet is gone.
+            let _ = self.sender.set_verdict(self.key, default);
         }
     }
 }

@@ -10,7 +10,7 @@ use nfqnl::{
     ConfigFlags, Event, PacketKey, QueueConfig, QueueStats, RecvBatch, Result, SendBatch, Socket,
     Verdict,
 };
-use nfqnl_testkit::netns::{is_rootless, isolated};
+use nfqnl_testkit::netns::{Namespace, is_rootless, isolated};
 use nfqnl_testkit::rules::{Hook, QueueOptions, Rule};
 use nfqnl_testkit::traffic::TIMEOUT;
 
@@ -284,6 +284,26 @@ fn waiting_packets_are_counted() {
                 .unwrap();
             assert_eq!(queue.waiting(), 0);
             lab.delete_rules();
+        }
+    });
+}
+
+#[test]
+fn a_queue_reads_its_counters_from_anywhere() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        lab.send_numbered(0..3);
+        let elsewhere = Namespace::new().unwrap();
+        for stats in [queue.stats(), elsewhere.run(|| queue.stats())] {
+            match stats {
+                Ok(stats) => {
+                    let stats = stats.expect("it is bound");
+                    assert_eq!((stats.queue, stats.waiting), (QUEUE, 3));
+                }
+                Err(error) => assert!(is_rootless(), "{error}"),
+            }
         }
     });
 }

@@ -7,7 +7,9 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nfqnl::{Error, Event, OwnedPacket, QueueStats, RecvBatch, SendBatch, Socket, Verdict};
+use nfqnl::{
+    Error, Event, OwnedPacket, Pending, QueueStats, RecvBatch, SendBatch, Socket, Verdict,
+};
 use nfqnl_testkit::cpu;
 use nfqnl_testkit::netns::{is_rootless, isolated};
 use nfqnl_testkit::process::fork;
@@ -16,7 +18,8 @@ use nfqnl_testkit::trace::thread_id;
 use nfqnl_testkit::traffic::TIMEOUT;
 
 use crate::lab::{
-    Lab, QUEUE, Watchdog, is_silent, next_events, next_packet, udp_payload, wait_until_asleep,
+    Lab, QUEUE, Watchdog, is_silent, next_events, next_keys, next_packet, udp_payload,
+    wait_until_asleep,
 };
 
 /// Two threads send each verdict by itself, two send batches
@@ -373,4 +376,61 @@ fn cpu_time_of_packets(lab: &Lab, threads: usize) -> Duration {
         }
         took
     })
+}
+
+#[test]
+fn a_forgotten_packet_gets_its_default_verdict() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        let sender = socket.verdict_sender();
+        let mut batch = RecvBatch::default();
+        lab.send_numbered(0..4);
+        let keys = next_keys(&socket, &mut batch, 4);
+        let [dropped, answered, panicked, released] =
+            [0, 1, 2, 3].map(|index: usize| sender.guard(keys[index], Verdict::Accept));
+        drop(dropped);
+        answered.set_verdict(Verdict::Drop).unwrap();
+        let worker = thread::spawn(move || {
+            let _guard = panicked;
+            panic!("as intended");
+        });
+        assert!(worker.join().is_err());
+        assert_eq!(queue.waiting(), 1);
+        let key = released.release();
+        socket.set_verdict(key, Verdict::Drop).unwrap();
+        lab.expect_numbered([0, 2]);
+        assert!(lab.v4.is_silent());
+        let guard = sender.guard(key, Verdict::Accept);
+        drop(queue);
+        assert!(matches!(
+            guard.set_verdict(Verdict::Accept),
+            Err(Error::Unbound { .. })
+        ));
+    });
+}
+
+#[test]
+fn held_packets_get_their_default_verdict_in_time() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
+        let mut pending = Pending::new(Duration::from_millis(50), Verdict::Accept);
+        lab.send_numbered(0..10);
+        for key in next_keys(&socket, &mut batch, 10) {
+            pending.hold(key, Instant::now());
+        }
+        assert!(pending.take(queue.key(3)));
+        socket.set_verdict(queue.key(3), Verdict::Drop).unwrap();
+        while !pending.is_empty() {
+            pending.expired(Instant::now(), &mut verdicts).unwrap();
+            socket.send(&mut verdicts).unwrap();
+            thread::sleep(Duration::from_millis(5));
+        }
+        lab.expect_numbered((0..2).chain(3..10));
+        assert_eq!(queue.waiting(), 0);
+    });
 }
