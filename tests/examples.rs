@@ -529,6 +529,32 @@ fn dns_filter_hides_names_from_a_resolver() {
     });
 }
 
+#[test]
+fn upgrade_delivers_every_datagram_once() {
+    isolated(|| {
+        const N: u32 = 400;
+        let [(socket, _), _] = sockets_into(1);
+        let example = Example::start("upgrade", &[]);
+        example.expect("queue 1 is bound");
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for number in 0..N {
+                    let payload = number.to_be_bytes();
+                    socket.send(&payload, socket.address()).unwrap();
+                    thread::sleep(Duration::from_micros(200));
+                }
+            });
+            let received = (0..N).map(|_| socket.recv().unwrap());
+            let numbers: BTreeSet<Vec<u8>> = received.collect();
+            assert_eq!(numbers.len(), usize::try_from(N).unwrap());
+        });
+        for _ in 0..3 {
+            example.expect("queue 1 is taken over");
+        }
+        assert!(example.wait().success());
+    });
+}
+
 /// The output read by Linux's `nft_queue.sh`; `tests/kernels/run selftest` runs the script
 mod nf_queue {
     use super::*;
