@@ -5,9 +5,9 @@
 //! cargo run --example upgrade
 //! ```
 //!
-//! The program accepts packets. After each `--packets N` (100) it starts its program file again with
-//! exec(2), as a daemon does for an upgrade, `--upgrades N` times (3). The new process gets the
-//! socket as its standard input, and the handover in an environment variable. Each time a few
+//! The program accepts packets. After each `--packets N` (100) it starts its program file again
+//! with exec(2), as a daemon does for an upgrade, `--upgrades N` times (3). The new process gets
+//! the socket as its standard input, and the handover in an environment variable. Each time a few
 //! packets are in hand, without a verdict: the new process receives them again.
 
 use std::error::Error;
