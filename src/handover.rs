@@ -17,8 +17,8 @@ use crate::socket::{Socket, SocketBuilder};
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[must_use]
 pub struct Handover {
-    /// Number, newest id and flags of each queue
-    queues: Vec<(u16, u32, ConfigFlags)>,
+    /// Number, newest id if known, and flags of each queue
+    queues: Vec<(u16, Option<u32>, ConfigFlags)>,
 }
 
 impl Handover {
@@ -34,7 +34,10 @@ impl fmt::Display for Handover {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(VERSION)?;
         for (num, newest, flags) in &self.queues {
-            write!(f, " {num}/{newest}/{}", flags.bits())?;
+            match newest {
+                Some(newest) => write!(f, " {num}/{newest}/{}", flags.bits())?,
+                None => write!(f, " {num}/-/{}", flags.bits())?,
+            }
         }
         Ok(())
     }
@@ -53,7 +56,10 @@ impl FromStr for Handover {
         let queue = |text: &str| {
             let mut numbers = text.split('/');
             let num = numbers.next()?.parse().ok()?;
-            let newest = numbers.next()?.parse().ok()?;
+            let newest = match numbers.next()? {
+                "-" => None,
+                newest => Some(newest.parse().ok()?),
+            };
             let flags = ConfigFlags::from_bits_retain(numbers.next()?.parse().ok()?);
             numbers.next().is_none().then_some((num, newest, flags))
         };
@@ -157,7 +163,7 @@ impl SocketBuilder {
         let bindings: Vec<_> = queues
             .iter()
             .map(|&(num, orphans)| {
-                let newest = before(num).map(|&(_, newest, _)| newest);
+                let newest = before(num).and_then(|&(_, newest, _)| newest);
                 let flags = before(num).map_or(ConfigFlags::empty(), |&(.., flags)| flags);
                 engine.adopt(num, newest, flags, orphans.verdict(num))
             })

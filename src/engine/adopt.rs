@@ -69,11 +69,11 @@ impl Engine {
 
     /// Ends all bindings in this process, and keeps them in the kernel; returns number, newest id
     /// and flags of each
-    pub(crate) fn give_away(&self) -> Vec<(u16, u32, ConfigFlags)> {
+    pub(crate) fn give_away(&self) -> Vec<(u16, Option<u32>, ConfigFlags)> {
         let bindings = self.present_bindings();
         let given = bindings.iter().map(|binding| {
             self.end_here(binding.id);
-            let newest = binding.outstanding().newest();
+            let newest = binding.outstanding().newest_if_known();
             (binding.id.queue, newest, binding.flags())
         });
         given.collect()

@@ -285,6 +285,14 @@ impl Outstanding {
         }
     }
 
+    /// Returns the newest id that this process or the one before has received, if known
+    pub(crate) const fn newest_if_known(&self) -> Option<u32> {
+        match self.orphans {
+            Some((newest, _)) => newest,
+            None => Some(self.newest),
+        }
+    }
+
     /// Returns the newest recorded id
     pub(crate) const fn newest(&self) -> u32 {
         self.newest

@@ -212,6 +212,33 @@ fn a_handle_takes_over_and_gives_away() {
     });
 }
 
+/// A crash, and an upgrade before the next packet comes
+#[test]
+fn orphans_of_a_crash_go_over_with_a_handover() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        let fd = socket.as_fd().try_clone_to_owned().unwrap();
+        lab.send_numbered(0..3);
+        let child = fork(|| {
+            let _received = next_keys(&socket, &mut RecvBatch::default(), 3);
+            std::process::abort();
+        })
+        .unwrap();
+        let _ = child.wait();
+        drop(queue);
+        drop(socket);
+        let (socket, queue) = adopted(fd, None, Orphans::Again);
+        let (fd, handover) = socket.into_fd().unwrap();
+        drop(queue);
+        assert_eq!(handover.to_string(), format!("nfqnl1 {QUEUE}/-/0"));
+        let (socket, _queue) = adopted(fd, Some(&handover), Orphans::Again);
+        lab.send_numbered(3..4);
+        assert_eq!(accept(&socket, 4), [3, 0, 1, 2]);
+    });
+}
+
 #[test]
 fn queues_not_adopted_are_unbound() {
     isolated(|| {
@@ -256,7 +283,7 @@ fn a_broken_handover_is_refused() {
     ] {
         assert!(text.parse::<Handover>().is_err(), "{text:?}");
     }
-    let text = "nfqnl1 1/4294967295/31 65535/0/0";
+    let text = "nfqnl1 1/4294967295/31 65535/0/0 7/-/1";
     assert_eq!(text.parse::<Handover>().unwrap().to_string(), text);
     assert_eq!("nfqnl1".parse::<Handover>().unwrap().queues().count(), 0);
 }
