@@ -4,7 +4,7 @@ use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::str::FromStr;
 
-use nfqnl_proto::{ConfigFlags, PlainVerdict, Verdict};
+use nfqnl_proto::{ConfigFlags, ConfigRequest, PlainVerdict, Verdict};
 
 use crate::error::{Error, Operation, Result};
 use crate::queue::Queue;
@@ -144,8 +144,8 @@ impl SocketBuilder {
     ///
     /// # Errors
     /// [`Error::Refused`] with [`NotBound`](crate::ErrorKind::NotBound) or
-    /// [`QueueInUse`](crate::ErrorKind::QueueInUse) if this socket has not bound a queue; or
-    /// without `CAP_NET_ADMIN`. [`Error::NotNetfilter`]; [`Error::NoAck`]; [`Error::Io`]. The
+    /// [`NoCapability`](crate::ErrorKind::NoCapability) if this socket has not bound a queue, with
+    /// [`AlreadyBound`](crate::ErrorKind::AlreadyBound) if `queues` names one twice. [`Error::NotNetfilter`]; [`Error::NoAck`]; [`Error::Io`]. The
     /// descriptor is closed then, and its queues are unbound.
     pub fn adopt(
         self,
@@ -160,7 +160,7 @@ impl SocketBuilder {
             queues.iter().find(|(before, ..)| *before == num)
         };
         // All are registered before the first message is read.
-        let bindings: Vec<_> = queues
+        let bindings: Result<Vec<_>> = queues
             .iter()
             .map(|&(num, orphans)| {
                 let newest = before(num).and_then(|&(_, newest, _)| newest);
@@ -168,12 +168,14 @@ impl SocketBuilder {
                 engine.adopt(num, newest, flags, orphans.verdict(num))
             })
             .collect();
+        let bindings = bindings?;
         for binding in &bindings {
             engine.check_adopted(binding)?;
         }
         for num in handover.into_iter().flat_map(Handover::queues) {
             if !queues.iter().any(|(adopted, _)| *adopted == num) {
-                engine.unbind_orphan(num)?;
+                let request = ConfigRequest::unbind(num);
+                engine.configure(Operation::Unbind(num), &request)?;
             }
         }
         let queues = bindings

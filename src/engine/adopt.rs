@@ -6,8 +6,8 @@ use nfqnl_proto::{ConfigFlags, ConfigRequest, PacketKey, PlainVerdict, QueueConf
 
 use super::bindings::Binding;
 use super::{Engine, State};
-use crate::error::{Operation, Result};
-use crate::verdict::{Outstanding, encode_plain};
+use crate::error::{Operation, Refusal, Result};
+use crate::verdict::Outstanding;
 
 impl Engine {
     /// Registers a queue that the socket has bound already
@@ -20,51 +20,41 @@ impl Engine {
         newest: Option<u32>,
         flags: ConfigFlags,
         orphans: PlainVerdict,
-    ) -> Arc<Binding> {
+    ) -> Result<Arc<Binding>> {
         let mut state = self.state();
+        if state.bindings.get(queue).is_some() {
+            return Err(Refusal::already_bound(Operation::Adopt(queue)).into());
+        }
         let outstanding = Outstanding::adopted(self.merges(), newest, orphans);
         let binding = Arc::new(Binding::new(queue, outstanding));
         binding.set_flags(ConfigFlags::all(), flags);
         self.register(&mut state, &binding);
-        binding
+        Ok(binding)
     }
 
     /// Fails if the socket has not bound this queue; answers the orphans if the newest is known
     pub(crate) fn check_adopted(&self, binding: &Binding) -> Result<()> {
         let request = ConfigRequest::update(binding.id.queue, QueueConfig::new());
-        let checked = self.configure(Operation::Adopt(binding.id.queue), &request);
-        if checked.is_err() {
-            self.end_here(binding.id);
-        }
-        checked?;
-        let mut state = self.state();
-        if let Some((newest, orphans)) = binding.outstanding().take_orphans(None) {
-            self.answer_orphans(&mut state, binding, newest, orphans);
-        }
-        Ok(())
+        self.configure(Operation::Adopt(binding.id.queue), &request)?;
+        self.answer_orphans(binding, None, &mut self.state().orphans)
     }
 
-    /// Unbinds a queue of the process before
-    pub(crate) fn unbind_orphan(&self, queue: u16) -> Result<()> {
-        self.configure(Operation::Unbind(queue), &ConfigRequest::unbind(queue))
-    }
-
-    /// Answers all packets up to an id, which the process before has received
+    /// Answers the packets of the process before, if the newest one is known; `first` is the first
+    /// packet of this process, and `sent` gets the key of the verdict
     pub(super) fn answer_orphans(
         &self,
-        state: &mut State,
         binding: &Binding,
-        newest: u32,
-        orphans: PlainVerdict,
-    ) {
+        first: Option<u32>,
+        sent: &mut Vec<PacketKey>,
+    ) -> Result<()> {
+        let Some((newest, verdict)) = binding.outstanding().orphans(first) else {
+            return Ok(());
+        };
         let key = binding.key(newest);
-        let mut out = [0; PlainVerdict::MAX_LEN];
-        let len = encode_plain(&mut out, orphans, key, true).unwrap_or(0);
-        let message = out.get(..len).unwrap_or_default();
-        if self.send(Operation::BatchVerdict(key), message).is_ok() {
-            // The kernel refuses it if no packet waited; that is no event of the program.
-            state.orphans.push(key);
-        }
+        self.send_plain(Operation::BatchVerdict(key), key, verdict, true)?;
+        sent.push(key);
+        binding.outstanding().answer_orphans();
+        Ok(())
     }
 
     /// Ends all bindings in this process, and keeps them in the kernel; returns number, newest id
@@ -86,5 +76,60 @@ impl State {
         let before = self.orphans.len();
         self.orphans.retain(|orphan| *orphan != key);
         self.orphans.len() < before
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use nfqnl_proto::Verdict;
+    use nfqnl_proto::consts::{NFQNL_MSG_PACKET, NFQNL_MSG_VERDICT_BATCH, message_type};
+
+    use super::*;
+    use crate::sys;
+
+    /// A packet message of queue 7 with this id
+    fn packet(id: u8) -> Vec<u8> {
+        let kind = message_type(NFQNL_MSG_PACKET).to_ne_bytes();
+        let header = [&32_u32.to_ne_bytes()[..], &kind, &[0; 10], &[2, 0, 0, 7]].concat();
+        let attr = [11_u16.to_ne_bytes(), 1_u16.to_ne_bytes()].concat();
+        [&header[..], &attr, &[0, 0, 0, id, 8, 0, 1, 0]].concat()
+    }
+
+    /// A merged verdict would answer the orphans too, with a verdict of other packets
+    #[test]
+    fn nothing_is_merged_until_orphans_are_answered() {
+        let (here, kernel) = UnixDatagram::pair().unwrap();
+        kernel.set_nonblocking(true).unwrap();
+        let full = here.try_clone().unwrap();
+        full.set_nonblocking(true).unwrap();
+        let engine = Engine::new(sys::netlink_from(here.into()), true, true).unwrap();
+        let orphans = PlainVerdict::new(Verdict::Drop);
+        let binding = engine
+            .adopt(7, None, ConfigFlags::empty(), orphans)
+            .unwrap();
+        let record = |id| engine.record_datagram(&mut engine.state(), &packet(id));
+        let merges = || binding.outstanding().oldest(0).is_some();
+        // The kernel has no memory for the message.
+        while full.send(&[0; 16]).is_ok() {}
+        record(5);
+        assert!(!merges());
+        let mut buf = [0; 64];
+        while kernel.recv(&mut buf).is_ok() {}
+        record(6);
+        assert!(merges());
+        assert_eq!(kernel.recv(&mut buf).unwrap(), 32);
+        let kind = u16::from_ne_bytes([buf[4], buf[5]]);
+        assert_eq!(kind, message_type(NFQNL_MSG_VERDICT_BATCH));
+        assert_eq!(
+            buf[28..32],
+            [0, 0, 0, 4],
+            "up to the packet before the first one"
+        );
+        assert!(kernel.recv(&mut buf).is_err(), "once");
+        assert_eq!(engine.stats().missing_packets, 0);
+        assert_eq!(engine.stats().packets, 2);
+        assert!(binding.outstanding().merges());
     }
 }

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::MutexGuard;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use nfqnl_proto::{Message, Messages, PacketKey};
@@ -282,20 +282,20 @@ impl Engine {
 
     fn record_packets(&self, state: &mut State, stretch: Stretch) {
         let n = u64::from(stretch.last.wrapping_sub(stretch.first.id())) + 1;
+        state.stats.packets += n;
         let seen = self.seen(state);
         let Some(binding) = state.bindings.get(stretch.first.queue()) else {
-            state.stats.packets += n;
             state.stats.after_unbind += n;
             return;
         };
         let mut outstanding = binding.outstanding();
-        if let Some((newest, orphans)) = outstanding.take_orphans(Some(stretch.first.id())) {
-            let binding = Arc::clone(binding);
+        if outstanding.has_orphans() {
             drop(outstanding);
-            self.answer_orphans(state, &binding, newest, orphans);
-            return self.record_packets(state, stretch);
+            let first = Some(stretch.first.id());
+            // After a failure the next packets try again.
+            let _ = self.answer_orphans(binding, first, &mut state.orphans);
+            outstanding = binding.outstanding();
         }
-        state.stats.packets += n;
         let did_merge = outstanding.merges();
         let recorded = outstanding.record(stretch.first.id(), stretch.last, seen);
         state.stats.merging_ended += u64::from(did_merge && !outstanding.merges());

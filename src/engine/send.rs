@@ -28,20 +28,17 @@ impl Engine {
         is_batch: bool,
     ) -> Result<()> {
         let id = key.id();
-        let mut out = [0; PlainVerdict::MAX_LEN];
         let op = match is_batch {
             false => Operation::Verdict(key),
             true => Operation::BatchVerdict(key),
         };
-        let encoded = encode_plain(&mut out, verdict, key, is_batch);
-        let len = encoded.map_err(|source| Error::Encode { op, source })?;
         let bindings = self.bindings();
         let Some(binding) = bindings.current(key.into()) else {
             drop(bindings);
             return Err(self.unbound(key, op));
         };
         let newest = is_batch.then(|| binding.outstanding().newest());
-        self.send(op, out.get(..len).unwrap_or_default())?;
+        self.send_plain(op, key, verdict, is_batch)?;
         if verdict.verdict() != Verdict::Stolen {
             let mut outstanding = binding.outstanding();
             match newest {
@@ -51,6 +48,21 @@ impl Engine {
         }
         drop(bindings);
         self.note_sent(1)
+    }
+
+    /// Sends the message of one plain verdict, and records nothing
+    #[inline]
+    pub(super) fn send_plain(
+        &self,
+        op: Operation,
+        key: PacketKey,
+        verdict: PlainVerdict,
+        is_batch: bool,
+    ) -> Result<()> {
+        let mut out = [0; PlainVerdict::MAX_LEN];
+        let encoded = encode_plain(&mut out, verdict, key, is_batch);
+        let len = encoded.map_err(|source| Error::Encode { op, source })?;
+        self.send(op, out.get(..len).unwrap_or_default())
     }
 
     /// Sends one verdict of any length

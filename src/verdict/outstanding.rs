@@ -24,6 +24,9 @@
 //!   32-bit sequence;
 //! * more than 65,536 ranges: another program answers these packets.
 //!
+//! In an adopted queue packets of the process before may wait, which this list does not have. No
+//! verdicts are merged until these packets have their verdict.
+//!
 //! After an overrun an unknown number of ids is missing. Verdicts are sent singly until the socket
 //! was seen empty and a later packet has shown the gap. Before then no packet with an id beyond
 //! the gap can wait: from the first loss on, the kernel drops everything until the buffer has been
@@ -119,16 +122,28 @@ impl Outstanding {
         list
     }
 
-    /// Returns the newest id of the process before, and the verdict on its packets, once it is
-    /// known: at least all ids before `first` are of that process
+    /// Returns true until the packets of the process before have their verdict
+    #[inline]
+    pub(crate) const fn has_orphans(&self) -> bool {
+        self.orphans.is_some()
+    }
+
+    /// Returns the newest id of the process before, if known, and the verdict on its packets
     ///
-    /// Until then no verdicts are merged.
-    pub(crate) fn take_orphans(&mut self, first: Option<u32>) -> Option<(u32, PlainVerdict)> {
-        let (newest, orphans) = self.orphans?;
-        let newest = newest.or_else(|| first.map(|first| first.wrapping_sub(1)))?;
-        self.newest = newest;
+    /// The first packet of this process shows the id.
+    pub(crate) fn orphans(&mut self, first: Option<u32>) -> Option<(u32, PlainVerdict)> {
+        let (newest, verdict) = self.orphans?;
+        if let Some(newest) = newest {
+            return Some((newest, verdict));
+        }
+        self.newest = first?.wrapping_sub(1);
+        self.orphans = Some((Some(self.newest), verdict));
+        Some((self.newest, verdict))
+    }
+
+    /// Records that the verdict on the packets of the process before was sent
+    pub(crate) const fn answer_orphans(&mut self) {
         self.orphans = None;
-        Some((newest, orphans))
     }
 
     /// Returns the number of packets without a sent verdict

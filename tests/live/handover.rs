@@ -264,6 +264,12 @@ fn a_queue_that_is_not_the_sockets_is_refused() {
             let adopted = Socket::adopt(fd, None, &[(num, Orphans::Again)]);
             assert_eq!(refusal(adopted).kind(), kind);
         }
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
+        let (fd, _handover) = socket.into_fd().unwrap();
+        let twice = [(QUEUE, Orphans::Again); 2];
+        let adopted = Socket::adopt(fd, None, &twice);
+        assert_eq!(refusal(adopted).kind(), ErrorKind::AlreadyBound);
         let (here, _there) = std::os::unix::net::UnixStream::pair().unwrap();
         let adopted = Socket::adopt(here.into(), None, &[]);
         assert!(matches!(adopted, Err(Error::NotNetfilter { .. })));
