@@ -9,23 +9,21 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 
 use bitflags::bitflags;
-use byteorder::{ByteOrder, NativeEndian};
 use thiserror::Error;
 
 use crate::attr::Attrs;
 use crate::consts::{
-    ATTR_HEADER_LEN, CTA_COUNTERS_BYTES, CTA_COUNTERS_ORIG, CTA_COUNTERS_PACKETS,
-    CTA_COUNTERS_REPLY, CTA_HELP, CTA_HELP_NAME, CTA_ID, CTA_IP_V4_DST, CTA_IP_V4_SRC,
-    CTA_IP_V6_DST, CTA_IP_V6_SRC, CTA_LABELS, CTA_LABELS_MASK, CTA_MARK, CTA_MARK_MASK,
-    CTA_PROTO_DST_PORT, CTA_PROTO_ICMP_CODE, CTA_PROTO_ICMP_ID, CTA_PROTO_ICMP_TYPE,
-    CTA_PROTO_ICMPV6_CODE, CTA_PROTO_ICMPV6_ID, CTA_PROTO_ICMPV6_TYPE, CTA_PROTO_NUM,
-    CTA_PROTO_SRC_PORT, CTA_PROTOINFO, CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_FLAGS_ORIGINAL,
-    CTA_PROTOINFO_TCP_FLAGS_REPLY, CTA_PROTOINFO_TCP_STATE, CTA_PROTOINFO_TCP_WSCALE_ORIGINAL,
-    CTA_PROTOINFO_TCP_WSCALE_REPLY, CTA_SECCTX, CTA_SECCTX_NAME, CTA_STATUS, CTA_TIMEOUT,
-    CTA_TIMESTAMP, CTA_TIMESTAMP_START, CTA_TIMESTAMP_STOP, CTA_TUPLE_IP, CTA_TUPLE_MASTER,
-    CTA_TUPLE_ORIG, CTA_TUPLE_PROTO, CTA_TUPLE_REPLY, CTA_TUPLE_ZONE, CTA_ZONE, IP_CT_ESTABLISHED,
-    IP_CT_ESTABLISHED_REPLY, IP_CT_NEW, IP_CT_NEW_REPLY, IP_CT_RELATED, IP_CT_RELATED_REPLY,
-    NFQA_CT, NLA_F_NESTED,
+    CTA_COUNTERS_BYTES, CTA_COUNTERS_ORIG, CTA_COUNTERS_PACKETS, CTA_COUNTERS_REPLY, CTA_HELP,
+    CTA_HELP_NAME, CTA_ID, CTA_IP_V4_DST, CTA_IP_V4_SRC, CTA_IP_V6_DST, CTA_IP_V6_SRC, CTA_LABELS,
+    CTA_LABELS_MASK, CTA_MARK, CTA_MARK_MASK, CTA_PROTO_DST_PORT, CTA_PROTO_ICMP_CODE,
+    CTA_PROTO_ICMP_ID, CTA_PROTO_ICMP_TYPE, CTA_PROTO_ICMPV6_CODE, CTA_PROTO_ICMPV6_ID,
+    CTA_PROTO_ICMPV6_TYPE, CTA_PROTO_NUM, CTA_PROTO_SRC_PORT, CTA_PROTOINFO, CTA_PROTOINFO_TCP,
+    CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, CTA_PROTOINFO_TCP_FLAGS_REPLY, CTA_PROTOINFO_TCP_STATE,
+    CTA_PROTOINFO_TCP_WSCALE_ORIGINAL, CTA_PROTOINFO_TCP_WSCALE_REPLY, CTA_SECCTX, CTA_SECCTX_NAME,
+    CTA_STATUS, CTA_TIMEOUT, CTA_TIMESTAMP, CTA_TIMESTAMP_START, CTA_TIMESTAMP_STOP, CTA_TUPLE_IP,
+    CTA_TUPLE_MASTER, CTA_TUPLE_ORIG, CTA_TUPLE_PROTO, CTA_TUPLE_REPLY, CTA_TUPLE_ZONE, CTA_ZONE,
+    IP_CT_ESTABLISHED, IP_CT_ESTABLISHED_REPLY, IP_CT_NEW, IP_CT_NEW_REPLY, IP_CT_RELATED,
+    IP_CT_RELATED_REPLY,
 };
 use crate::flow::FlowKey;
 use crate::types::IpProtocol;
@@ -854,20 +852,6 @@ impl ConntrackUpdate {
         }
     }
 
-    /// A new mark, and nothing else
-    pub(crate) const fn only_mark(value: u32, mask: u32) -> Self {
-        Self {
-            old_status: ConntrackStatus::empty(),
-            had_labels: false,
-            had_helper: false,
-            timeout: None,
-            status: None,
-            detaches_helper: false,
-            labels: None,
-            mark: Some((value, mask)),
-        }
-    }
-
     /// Sets the time until the entry is removed, in whole seconds
     ///
     /// A packet of the connection renews the timeout, unless [`status`](Self::status) sets
@@ -957,63 +941,31 @@ impl ConntrackUpdate {
         Ok(self)
     }
 
-    /// Appends the changes as a nested attribute
+    /// Appends the changes
     pub(crate) fn write(&self, message: &mut MessageWriter<'_>) {
-        let mut nested = Nested {
-            bytes: [0; Self::MAX_LEN],
-            len: 0,
-        };
         if let Some(timeout) = self.timeout {
-            nested.attr(CTA_TIMEOUT, &timeout.to_be_bytes());
+            message.be32(CTA_TIMEOUT, timeout);
         }
         if let Some(status) = self.status {
-            nested.attr(CTA_STATUS, &status.bits().to_be_bytes());
+            message.be32(CTA_STATUS, status.bits());
         }
         if self.detaches_helper {
-            // Nested: an attribute with the empty name, a NUL and its padding.
-            let mut name = [0; 8];
-            NativeEndian::write_u16(&mut name[..2], 5);
-            NativeEndian::write_u16(&mut name[2..4], CTA_HELP_NAME);
-            nested.attr(CTA_HELP | NLA_F_NESTED, &name);
+            message.nested(CTA_HELP, |message| message.attr(CTA_HELP_NAME, b"\0"));
         }
         if let Some((labels, mask)) = self.labels {
-            nested.attr(CTA_LABELS, &labels.wire);
-            nested.attr(CTA_LABELS_MASK, &mask.wire);
+            message.attr(CTA_LABELS, &labels.wire);
+            message.attr(CTA_LABELS_MASK, &mask.wire);
         }
         if let Some((value, mask)) = self.mark {
-            // The kernel toggles bits of the value outside the mask.
-            nested.attr(CTA_MARK, &(value & mask).to_be_bytes());
-            nested.attr(CTA_MARK_MASK, &mask.to_be_bytes());
+            write_mark(message, value, mask);
         }
-        message.attr(NFQA_CT | NLA_F_NESTED, nested.as_bytes());
     }
 }
 
-/// Attributes of whole words, written one after the other
-struct Nested {
-    bytes: [u8; ConntrackUpdate::MAX_LEN],
-    len: usize,
-}
-
-impl Nested {
-    fn attr(&mut self, kind: u16, value: &[u8]) {
-        let len = ATTR_HEADER_LEN + value.len();
-        let end = self.len + len;
-        if let Some(room) = self.bytes.get_mut(self.len..end) {
-            let (header, room) = room.split_at_mut(ATTR_HEADER_LEN);
-            let len = u16::try_from(len).unwrap_or_default();
-            if let Some(header) = header.first_chunk_mut::<ATTR_HEADER_LEN>() {
-                NativeEndian::write_u16(&mut header[..2], len);
-                NativeEndian::write_u16(&mut header[2..], kind);
-            }
-            room.copy_from_slice(value);
-            self.len = end;
-        }
-    }
-
-    fn as_bytes(&self) -> &[u8] {
-        self.bytes.get(..self.len).unwrap_or_default()
-    }
+/// Appends a new mark of a connection
+pub(crate) fn write_mark(message: &mut MessageWriter<'_>, value: u32, mask: u32) {
+    message.be32(CTA_MARK, value & mask); // the kernel toggles bits of the value outside the mask
+    message.be32(CTA_MARK_MASK, mask);
 }
 
 /// Finds the value of the last attribute with this number, as the kernel's parser does

@@ -4,6 +4,7 @@ use core::fmt;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::conntrack::Tuple;
+use crate::ip::{FRAGMENT, extension_len, fragment_offset, is_extension};
 use crate::types::IpProtocol;
 
 /// Addresses, protocol and ports of a packet, as a key for tables
@@ -103,30 +104,25 @@ impl FlowKey {
     fn parse_v6(packet: &[u8]) -> Option<Self> {
         let (header, mut rest) = packet.split_first_chunk::<40>()?;
         let addresses = header.last_chunk::<32>()?;
-        let mut next = header[6];
+        let mut protocol = IpProtocol(header[6]);
         let transport = loop {
-            // The same headers as the kernel skips (`ipv6_ext_hdr` in `net/ipv6/exthdrs_core.c`).
-            let len = match next {
-                HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS => (usize::from(*rest.get(1)?) + 1) * 8,
-                AUTHENTICATION => (usize::from(*rest.get(1)?) + 2) * 4,
-                FRAGMENT => {
-                    let [first, _, high, low, id @ ..] = *rest.first_chunk::<8>()?;
-                    if u16::from_be_bytes([high, low]) & !7 != 0 {
-                        next = first;
-                        let id = u32::from_be_bytes(id);
-                        break Transport::Fragment { id };
-                    }
-                    8
-                }
-                _ => break Transport::parse(IpProtocol(next), rest)?,
-            };
-            next = *rest.first()?;
-            rest = rest.get(len..)?;
+            if !is_extension(protocol) {
+                break Transport::parse(protocol, rest)?;
+            }
+            let header = rest.first_chunk::<8>()?;
+            let is_fragment = protocol == FRAGMENT;
+            rest = rest.get(extension_len(protocol, header)..)?;
+            protocol = IpProtocol(header[0]);
+            if is_fragment && fragment_offset(header) != 0 {
+                let [.., i0, i1, i2, i3] = *header;
+                let id = u32::from_be_bytes([i0, i1, i2, i3]);
+                break Transport::Fragment { id };
+            }
         };
         Some(Self {
             source: Ipv6Addr::from(*addresses.first_chunk::<16>()?).into(),
             destination: Ipv6Addr::from(*addresses.last_chunk::<16>()?).into(),
-            protocol: IpProtocol(next),
+            protocol,
             transport,
         })
     }
@@ -261,12 +257,6 @@ impl Transport {
         })
     }
 }
-
-const HOP_BY_HOP: u8 = 0;
-const ROUTING: u8 = 43;
-const FRAGMENT: u8 = 44;
-const AUTHENTICATION: u8 = 51;
-const DESTINATION_OPTIONS: u8 = 60;
 
 const fn has_ports(protocol: IpProtocol) -> bool {
     matches!(

@@ -80,6 +80,7 @@ mod flow;
 #[cfg(feature = "netlink-packet-core")]
 #[path = "netlink_packet_core.rs"]
 pub mod interop;
+mod ip;
 mod message;
 mod packet;
 pub mod rewrite;

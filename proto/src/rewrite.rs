@@ -6,20 +6,18 @@ use core::ops::Range;
 use thiserror::Error;
 
 use crate::consts::MAX_PAYLOAD;
+use crate::ip::{AUTHENTICATION, FRAGMENT, ROUTING, extension_len, fragment_offset, is_extension};
 use crate::packet::{Packet, SkbInfo};
-use crate::types::Family;
-
-const HOP_BY_HOP: u8 = 0;
-const ICMP: u8 = 1;
-const TCP: u8 = 6;
-const UDP: u8 = 17;
-const ROUTING: u8 = 43;
-const FRAGMENT: u8 = 44;
-const ICMPV6: u8 = 58;
-const DESTINATION_OPTIONS: u8 = 60;
+use crate::types::{Family, IpProtocol};
 
 /// Protocols without a checksum over the addresses: IPv4 and IPv6 in IP, GRE, ESP and SCTP
-const ADDRESSES_UNCOVERED: [u8; 5] = [4, 41, 47, 50, 132];
+const ADDRESSES_UNCOVERED: [IpProtocol; 5] = [
+    IpProtocol(4),
+    IpProtocol(41),
+    IpProtocol::GRE,
+    IpProtocol::ESP,
+    IpProtocol::SCTP,
+];
 
 /// The offset of the header checksum in an IPv4 header
 const IPV4_CHECKSUM: usize = 10;
@@ -82,7 +80,7 @@ impl<'b> Rewriter<'b> {
             original_len: 0,
             ip: Ip {
                 is_v4: true,
-                protocol: 0,
+                protocol: IpProtocol(0),
                 transport: 0,
                 fragment: Fragment::No,
                 is_routed: false,
@@ -118,7 +116,7 @@ impl<'b> Rewriter<'b> {
         }
         let info = packet.skb_info();
         let is_gso = info.contains(SkbInfo::GSO);
-        if is_gso && ip.protocol == UDP {
+        if is_gso && ip.protocol == IpProtocol::UDP {
             return Err(RewriteError::UdpGso);
         }
         let (needed, had) = (bytes.len(), self.buf.len());
@@ -284,7 +282,7 @@ impl<'r> Rewrite<'r, '_> {
         } else {
             self.set_word(4, be16(len - IPV6_HEADER_LEN), None);
         }
-        if self.0.ip.protocol == UDP {
+        if self.0.ip.protocol == IpProtocol::UDP {
             self.put(self.0.ip.transport + 4, new_len);
             (old, new) = (add(old, old_len), add(new, new_len));
         }
@@ -325,7 +323,7 @@ impl<'r> Rewrite<'r, '_> {
     fn payload_offset(&self) -> Result<usize, RewriteError> {
         let transport = self.whole_transport()?;
         let (had, at) = (self.0.len - self.0.ip.transport, self.0.ip.transport + 4);
-        if self.0.ip.protocol == UDP && usize::from(self.word(at)) != had {
+        if self.0.ip.protocol == IpProtocol::UDP && usize::from(self.word(at)) != had {
             return Err(RewriteError::UdpLength);
         }
         Ok(transport.payload)
@@ -350,7 +348,7 @@ impl<'r> Rewrite<'r, '_> {
 
     fn set_port(&mut self, offset: usize, port: u16) -> Result<(), RewriteError> {
         let transport = self.whole_transport()?;
-        if !matches!(self.0.ip.protocol, TCP | UDP) {
+        if !matches!(self.0.ip.protocol, IpProtocol::TCP | IpProtocol::UDP) {
             return Err(self.0.ip.error(Fault::Protocol));
         }
         self.set_word(self.0.ip.transport + offset, port, Some(transport.checksum));
@@ -421,8 +419,8 @@ impl<'r> Rewrite<'r, '_> {
         self.put(at, if is_zero { 0xffff } else { checksum });
     }
 
-    const fn is_udp_checksum(&self, at: usize) -> bool {
-        self.0.ip.protocol == UDP && at != IPV4_CHECKSUM
+    fn is_udp_checksum(&self, at: usize) -> bool {
+        self.0.ip.protocol == IpProtocol::UDP && at != IPV4_CHECKSUM
     }
 
     fn sum(&self, range: Range<usize>) -> u16 {
@@ -472,7 +470,7 @@ pub fn complete_checksums<'b>(
 struct Ip {
     is_v4: bool,
     /// The protocol behind the extension headers
-    protocol: u8,
+    protocol: IpProtocol,
     /// The offset of the transport header
     transport: usize,
     fragment: Fragment,
@@ -519,7 +517,7 @@ impl Ip {
         let header = bytes.first_chunk::<20>()?;
         let flags_and_offset = word(header, 6);
         self.is_v4 = true;
-        self.protocol = header[9];
+        self.protocol = IpProtocol(header[9]);
         self.transport = usize::from(header[0] & 0xf) * 4;
         self.fragment = match (flags_and_offset & 0x2000, flags_and_offset & 0x1fff) {
             (0, 0) => Fragment::No,
@@ -533,30 +531,23 @@ impl Ip {
     fn read_v6(&mut self, bytes: &[u8]) -> Option<()> {
         let header = bytes.first_chunk::<IPV6_HEADER_LEN>()?;
         self.is_v4 = false;
-        self.protocol = header[6];
+        self.protocol = IpProtocol(header[6]);
         self.transport = IPV6_HEADER_LEN;
         self.fragment = Fragment::No;
         self.is_routed = false;
-        // An authentication header (51) ends the list: it does not allow a change behind it.
-        while let (
-            HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION_OPTIONS,
-            Fragment::No | Fragment::First,
-        ) = (self.protocol, self.fragment)
-        {
+        // An authentication header does not allow a change behind it, so it counts as transport.
+        while is_extension(self.protocol) && self.protocol != AUTHENTICATION {
             let header = bytes.get(self.transport..)?.first_chunk::<8>()?;
-            let mut len = (usize::from(header[1]) + 1) * 8;
-            if self.protocol == ROUTING {
-                self.is_routed |= header[3] != 0;
+            let number = self.protocol;
+            self.protocol = IpProtocol(header[0]);
+            self.transport += extension_len(number, header);
+            self.is_routed |= number == ROUTING && header[3] != 0;
+            if number == FRAGMENT && fragment_offset(header) == 0 {
+                self.fragment = Fragment::First;
+            } else if number == FRAGMENT {
+                self.fragment = Fragment::Later;
+                break;
             }
-            if self.protocol == FRAGMENT {
-                len = 8;
-                self.fragment = match word(header, 2) & !7 {
-                    0 => Fragment::First,
-                    _ => Fragment::Later,
-                };
-            }
-            self.protocol = header[0];
-            self.transport += len;
         }
         (self.transport <= bytes.len()).then_some(())
     }
@@ -574,16 +565,16 @@ impl Ip {
     fn find_transport(&self, bytes: &[u8]) -> Result<Transport, Fault> {
         let header = bytes.get(self.transport..).unwrap_or_default();
         let (checksum, min_len) = match (self.protocol, self.is_v4) {
-            (TCP, _) => (16, 20),
-            (UDP, _) => (6, 8),
-            (ICMP, true) | (ICMPV6, false) => (2, 8),
+            (IpProtocol::TCP, _) => (16, 20),
+            (IpProtocol::UDP, _) => (6, 8),
+            (IpProtocol::ICMP, true) | (IpProtocol::ICMPV6, false) => (2, 8),
             _ => return Err(Fault::Protocol),
         };
         if matches!(self.fragment, Fragment::Later) {
             return Err(Fault::Fragment);
         }
         let len = match (self.protocol, header.get(12)) {
-            (TCP, Some(offset)) => usize::from(offset >> 4) * 4,
+            (IpProtocol::TCP, Some(offset)) => usize::from(offset >> 4) * 4,
             _ => min_len,
         };
         if len < min_len || len > header.len() {
@@ -621,8 +612,8 @@ impl Ip {
         }
     }
 
-    const fn has_pseudo_header(&self) -> bool {
-        self.protocol != ICMP
+    fn has_pseudo_header(&self) -> bool {
+        self.protocol != IpProtocol::ICMP
     }
 
     fn pseudo_header_sum(&self, packet: &[u8]) -> u16 {
@@ -632,7 +623,7 @@ impl Ip {
         let addrs = if self.is_v4 { 12..20 } else { 8..40 };
         let addrs = sum(0, packet.get(addrs).unwrap_or_default());
         let len = be16(packet.len() - self.transport);
-        add(add(addrs, self.protocol.into()), len)
+        add(add(addrs, self.protocol.0.into()), len)
     }
 
     const fn error(&self, fault: Fault) -> RewriteError {
@@ -734,10 +725,10 @@ pub enum RewriteError {
     /// For an unknown protocol, or one that forbids changes (AH), only the TTL and the traffic
     /// class can be set. With unfinished checksums nothing can be set: turn
     /// [`ConfigFlags::GSO`](crate::ConfigFlags::GSO) off to receive finished ones.
-    #[error("protocol {protocol} does not support this")]
+    #[error("{protocol} does not support this")]
     Protocol {
-        /// The number of the protocol behind the IP header and its extension headers
-        protocol: u8,
+        /// The protocol behind the IP header and its extension headers
+        protocol: IpProtocol,
     },
     /// The packet ends within its transport header: only the TTL and the traffic class can be set
     #[error("the transport header is incomplete")]

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use crate::conntrack::ConntrackUpdate;
+use crate::conntrack::{ConntrackUpdate, write_mark};
 use crate::consts::{
     ATTR_HEADER_LEN, ATTRS_OFFSET, MAX_PAYLOAD, NF_ACCEPT, NF_DROP, NF_QUEUE, NF_REPEAT, NF_STOLEN,
     NF_STOP, NF_VERDICT_FLAG_QUEUE_BYPASS, NF_VERDICT_QBITS, NFQA_CT, NFQA_EXP, NFQA_L2HDR,
@@ -461,13 +461,18 @@ impl<'p> Decision<'p> {
         }
         let mut message = self.plain.begin(NFQNL_MSG_VERDICT, buf, queue, id, header);
         if let Some(Vlan { proto, tci }) = self.vlan {
-            message.nested_be16(NFQA_VLAN, [(NFQA_VLAN_PROTO, proto), (NFQA_VLAN_TCI, tci)]);
+            message.nested(NFQA_VLAN, |message| {
+                message.attr(NFQA_VLAN_PROTO, &proto.to_be_bytes());
+                message.attr(NFQA_VLAN_TCI, &tci.to_be_bytes());
+            });
         }
         match self.conntrack {
             Some(CtChange::Mark { value, mask }) => {
-                ConntrackUpdate::only_mark(value, mask).write(&mut message);
+                message.nested(NFQA_CT, |message| write_mark(message, value, mask));
             }
-            Some(CtChange::Update(update)) => update.write(&mut message),
+            Some(CtChange::Update(update)) => {
+                message.nested(NFQA_CT, |message| update.write(message))
+            }
             Some(CtChange::Raw(_)) | None => {}
         }
         for (kind, value) in [

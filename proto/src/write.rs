@@ -111,15 +111,18 @@ impl<'b> MessageWriter<'b> {
         self.array(attr);
     }
 
-    /// Appends an attribute with two nested ones of 16 bits
-    pub(crate) fn nested_be16(&mut self, kind: u16, members: [(u16, u16); 2]) {
-        self.attr_header(
-            kind | NLA_F_NESTED,
-            members.len() * align(ATTR_HEADER_LEN + 2),
-        );
-        for (member, value) in members {
-            self.attr(member, &value.to_be_bytes());
-            self.pad(); // part of the outer value
+    /// Appends an attribute with nested ones
+    pub(crate) fn nested(&mut self, kind: u16, members: impl FnOnce(&mut Self)) {
+        self.pad();
+        let start = self.len;
+        self.bytes(&[0; ATTR_HEADER_LEN]);
+        members(self);
+        self.pad(); // part of the outer value
+        let header = self.buf.get_mut(start..);
+        if let Some(header) = header.and_then(<[u8]>::first_chunk_mut::<ATTR_HEADER_LEN>) {
+            let len = u16::try_from(self.len - start).unwrap_or_default(); // they are few
+            NativeEndian::write_u16(&mut header[..2], len);
+            NativeEndian::write_u16(&mut header[2..], kind | NLA_F_NESTED);
         }
     }
 

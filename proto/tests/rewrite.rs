@@ -13,7 +13,7 @@ use etherparse::{
 };
 use nfqnl_proto::consts::*;
 use nfqnl_proto::rewrite::{Rewrite, RewriteError, Rewriter, complete_checksums};
-use nfqnl_proto::{Family, Packet, SkbInfo};
+use nfqnl_proto::{Family, IpProtocol, Packet, SkbInfo};
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
@@ -879,7 +879,9 @@ fn later_fragments_have_no_extension_headers() {
     let mut bytes = fragment(&over_ipv6(tcp(&[0; 64])), 24, 48);
     bytes[40] = 60;
     bytes[48] = 17;
-    let error = RewriteError::Protocol { protocol: 60 };
+    let error = RewriteError::Protocol {
+        protocol: IpProtocol(60),
+    };
     assert_refused(&bytes, |rewrite| rewrite.set_source(v6(1)), error);
 }
 
@@ -902,7 +904,9 @@ fn protocols_without_pseudo_header_get_addresses() {
             assert!(expected.apply(&Edit::Source(to)) && expected.apply(&Edit::Dscp(5)));
             let expected = other(expected.ip, protocol, &[9; 30]);
             let edit = |rewrite: &mut Rewrite<'_, '_>| {
-                let error = Err(RewriteError::Protocol { protocol });
+                let error = Err(RewriteError::Protocol {
+                    protocol: IpProtocol(protocol),
+                });
                 assert_eq!(rewrite.set_source_port(1), error);
                 assert_eq!(rewrite.replace(0..0, b""), error);
                 rewrite.set_dscp(5)?;
@@ -913,7 +917,9 @@ fn protocols_without_pseudo_header_get_addresses() {
                 rewritten(&bytes, FINISHED, edit, &mut buf),
                 Ok(&expected[..])
             );
-            let error = RewriteError::Protocol { protocol };
+            let error = RewriteError::Protocol {
+                protocol: IpProtocol(protocol),
+            };
             assert_eq!(refused(&bytes, UNFINISHED), error);
         }
     }
@@ -928,7 +934,9 @@ fn unknown_protocols_keep_their_addresses() {
     ] {
         for protocol in protocols {
             let bytes = other(ip.clone(), protocol, &[6; 30]);
-            let error = RewriteError::Protocol { protocol };
+            let error = RewriteError::Protocol {
+                protocol: IpProtocol(protocol),
+            };
             assert_refused(&bytes, |rewrite| rewrite.set_source(to), error);
             assert_refused(&bytes, |rewrite| rewrite.set_destination(to), error);
             assert_refused(&bytes, |rewrite| rewrite.set_source_port(1), error);
@@ -979,7 +987,9 @@ fn addresses_of_the_other_version_are_refused() {
 #[test]
 fn icmp_has_no_ports() {
     let bytes = icmp(b"quoted").bytes();
-    let error = RewriteError::Protocol { protocol: 1 };
+    let error = RewriteError::Protocol {
+        protocol: IpProtocol(1),
+    };
     assert_refused(&bytes, |rewrite| rewrite.set_source_port(1), error);
     assert_refused(&bytes, |rewrite| rewrite.set_destination_port(1), error);
 }

@@ -3,9 +3,12 @@
 //! A queued packet stays charged to its sender's buffer. A plain blocking sender would stop after
 //! about 250 packets without a verdict. These senders have a large buffer and do not block.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
@@ -182,6 +185,44 @@ impl Udp {
     pub fn drain(&self) -> usize {
         std::iter::from_fn(|| self.recv_within(SILENCE)).count()
     }
+}
+
+/// Sends numbered datagrams to the socket itself and receives them in any order, until `stop`;
+/// returns the number of sent and of lost ones
+///
+/// At most 100 are on their way, so that no buffer overflows. It sends nothing while another thread
+/// holds `gate`. A datagram is lost if nothing arrives for `patience`.
+///
+/// # Panics
+/// If a datagram arrives twice, or a system call fails.
+pub fn numbered(
+    udp: &Udp,
+    stop: &AtomicBool,
+    gate: &Mutex<()>,
+    patience: Duration,
+) -> (u32, usize) {
+    const AT_ONCE: usize = 100;
+    let mut missing: VecDeque<u32> = VecDeque::new();
+    let (mut number, mut lost, mut last) = (0_u32, 0, Instant::now());
+    while !stop.load(Relaxed) || !missing.is_empty() {
+        while !stop.load(Relaxed) && missing.len() < AT_ONCE {
+            let _open = gate.lock().expect("no thread panics with it");
+            let sent = udp.send(&number.to_be_bytes(), udp.address());
+            sent.expect("the buffer has room");
+            missing.push_back(number);
+            number += 1;
+        }
+        if let Some(payload) = udp.recv_within(Duration::from_millis(5)) {
+            let number = payload.try_into().map(u32::from_be_bytes);
+            let place = missing.iter().position(|&missing| Ok(missing) == number);
+            missing.remove(place.expect("each arrives once"));
+            last = Instant::now();
+        } else if last.elapsed() > patience {
+            lost += missing.len();
+            missing.clear();
+        }
+    }
+    (number, lost)
 }
 
 /// Accepts one TCP connection, echoes all data, and returns their total length at the end

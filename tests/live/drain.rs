@@ -1,6 +1,5 @@
 //! Stopping a queue without losing a packet
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, mpsc};
 use std::thread;
@@ -12,10 +11,12 @@ use nfqnl::{
 };
 use nfqnl_testkit::netns::{Namespace, is_rootless, isolated};
 use nfqnl_testkit::rules::{Hook, QueueOptions, Rule};
-use nfqnl_testkit::traffic::TIMEOUT;
+use nfqnl_testkit::traffic::{self, TIMEOUT};
 
 use crate::lab::{Lab, PORT, QUEUE, WHOLE_PACKETS, is_free, next_keys, next_packet};
 
+/// Longer than any datagram needs
+const PATIENCE: Duration = Duration::from_millis(500);
 const BYPASS: QueueOptions = QueueOptions {
     bypass: true,
     fanout: false,
@@ -33,49 +34,14 @@ fn accept(event: Event<'_>, verdicts: &mut SendBatch) -> Result<()> {
     }
 }
 
-/// Sends and receives numbered datagrams until `stop`; returns the number of lost ones
-///
-/// At most 100 are on their way, so that no socket's buffer overflows. It sends nothing while
-/// another thread holds `gate`.
-fn traffic(lab: &Lab, stop: &AtomicBool, gate: &Mutex<()>) -> u32 {
-    const ON_THEIR_WAY: u32 = 100;
-    let mut missing: VecDeque<u32> = VecDeque::new();
-    let mut number = 0_u32;
-    let mut lost = 0;
-    let mut last = Instant::now();
-    while !stop.load(Relaxed) || !missing.is_empty() {
-        while !stop.load(Relaxed) && missing.len() < ON_THEIR_WAY as usize {
-            let _open = gate.lock().unwrap();
-            lab.send(&number.to_be_bytes());
-            missing.push_back(number);
-            number += 1;
-        }
-        match lab.v4.recv_within(Duration::from_millis(5)) {
-            Some(payload) => {
-                last = Instant::now();
-                let number = u32::from_be_bytes(payload.try_into().unwrap());
-                // New packets overtake waiting ones.
-                let place = missing.iter().position(|&missing| missing == number);
-                missing.remove(place.expect("each arrives once"));
-            }
-            None if last.elapsed() > Duration::from_millis(500) => {
-                lost += u32::try_from(missing.len()).unwrap();
-                missing.clear();
-            }
-            None => {}
-        }
-    }
-    lost
-}
-
 /// Binds, filters for some packets, and stops, again and again; returns the number lost
-fn lost_in_stops(stops: u32, stop_queue: impl Fn(&Socket, nfqnl::Queue, &mut RecvBatch)) -> u32 {
+fn lost_in_stops(stops: u32, stop_queue: impl Fn(&Socket, nfqnl::Queue, &mut RecvBatch)) -> usize {
     let lab = with_bypass();
     let socket = Socket::open().unwrap();
     let (is_over, gate) = (AtomicBool::new(false), Mutex::new(()));
     let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     thread::scope(|scope| {
-        let traffic = scope.spawn(|| traffic(&lab, &is_over, &gate));
+        let traffic = scope.spawn(|| traffic::numbered(&lab.v4, &is_over, &gate, PATIENCE));
         for _ in 0..stops {
             // The kernel may drop a packet during a bind: see `Socket::bind_with`.
             let closed = gate.lock().unwrap();
@@ -92,7 +58,8 @@ fn lost_in_stops(stops: u32, stop_queue: impl Fn(&Socket, nfqnl::Queue, &mut Rec
             stop_queue(&socket, queue, &mut batch);
         }
         is_over.store(true, Relaxed);
-        traffic.join().unwrap()
+        let (_sent, lost) = traffic.join().unwrap();
+        lost
     })
 }
 

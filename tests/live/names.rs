@@ -1,8 +1,9 @@
 //! Names of interfaces, in the namespace of the socket
 
+use std::net::IpAddr;
 use std::thread;
 
-use nfqnl::{RecvBatch, Socket, Verdict};
+use nfqnl::{InterfaceName, Packet, RecvBatch, Socket, Verdict};
 use nfqnl_testkit::hosts::Router;
 use nfqnl_testkit::link;
 use nfqnl_testkit::netns::{Namespace, isolated};
@@ -11,27 +12,40 @@ use nfqnl_testkit::traffic::Udp;
 
 use crate::lab::{PORT, QUEUE, bridge, next_packet};
 
+/// Queues a datagram that this host passes on; calls `check` with the packet and a way to name its
+/// devices
+fn with_passing_datagram(
+    from: (&Namespace, IpAddr),
+    to: IpAddr,
+    check: impl FnOnce(Packet<'_>, &dyn Fn(Option<u32>) -> InterfaceName),
+) {
+    let socket = Socket::open().unwrap();
+    let _queue = socket.bind(QUEUE).unwrap();
+    let table = Table::new(rules::Family::Ip, "t").unwrap();
+    let chain = table.chain("forward", Hook::Forward, 0).unwrap();
+    let rule = Rule::new().udp().dport(PORT).queue(QUEUE);
+    chain.add(&rule).unwrap();
+    let (namespace, address) = from;
+    let sender = namespace.run(|| Udp::bind(address, 0).unwrap());
+    sender.send(b"named", (to, PORT).into()).unwrap();
+    let mut batch = RecvBatch::default();
+    let packet = next_packet(&socket, &mut batch);
+    let name = |index: Option<u32>| socket.interface_name(index.unwrap()).unwrap().unwrap();
+    check(packet, &name);
+    socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
+}
+
 #[test]
 fn a_forwarded_packet_names_both_devices() {
     isolated(|| {
         let Router { client, server } = Router::new().unwrap();
-        let socket = Socket::open().unwrap();
-        let _queue = socket.bind(QUEUE).unwrap();
-        let table = Table::new(rules::Family::Ip, "t").unwrap();
-        let chain = table.chain("forward", Hook::Forward, 0).unwrap();
-        chain
-            .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
-            .unwrap();
-        let sender = client.namespace.run(|| Udp::bind(client.v4, 0).unwrap());
-        sender.send(b"named", (server.v4, PORT).into()).unwrap();
-        let mut batch = RecvBatch::default();
-        let packet = next_packet(&socket, &mut batch);
-        let name = |index: Option<u32>| socket.interface_name(index.unwrap()).unwrap().unwrap();
-        assert_eq!(name(packet.indev()), "to-client");
-        assert_eq!(name(packet.outdev()), "to-server");
-        assert_eq!(name(packet.indev()).to_string(), "to-client");
-        assert_eq!(format!("{:?}", name(packet.indev())), "\"to-client\"");
-        socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
+        let from = (&client.namespace, client.v4);
+        with_passing_datagram(from, server.v4, |packet, name| {
+            assert_eq!(name(packet.indev()), "to-client");
+            assert_eq!(name(packet.outdev()), "to-server");
+            assert_eq!(name(packet.indev()).to_string(), "to-client");
+            assert_eq!(format!("{:?}", name(packet.indev())), "\"to-client\"");
+        });
     });
 }
 
@@ -40,23 +54,12 @@ fn a_bridged_packet_names_the_ports() {
     isolated(|| {
         let Some(bridge) = bridge() else { return };
         let (left, right) = (&bridge.left, &bridge.right);
-        let socket = Socket::open().unwrap();
-        let _queue = socket.bind(QUEUE).unwrap();
-        let table = Table::new(rules::Family::Ip, "t").unwrap();
-        let chain = table.chain("forward", Hook::Forward, 0).unwrap();
-        chain
-            .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
-            .unwrap();
-        let sender = left.namespace.run(|| Udp::bind(left.v4, 0).unwrap());
-        sender.send(b"named", (right.v4, PORT).into()).unwrap();
-        let mut batch = RecvBatch::default();
-        let packet = next_packet(&socket, &mut batch);
-        let name = |index: Option<u32>| socket.interface_name(index.unwrap()).unwrap().unwrap();
-        assert_eq!(name(packet.physindev()), left.link);
-        assert_eq!(name(packet.physoutdev()), right.link);
-        assert_eq!(name(packet.indev()), "br0");
-        assert_eq!(name(packet.outdev()), "br0");
-        socket.set_verdict(packet.key(), Verdict::Accept).unwrap();
+        with_passing_datagram((&left.namespace, left.v4), right.v4, |packet, name| {
+            assert_eq!(name(packet.physindev()), left.link);
+            assert_eq!(name(packet.physoutdev()), right.link);
+            assert_eq!(name(packet.indev()), "br0");
+            assert_eq!(name(packet.outdev()), "br0");
+        });
     });
 }
 

@@ -5,21 +5,18 @@
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
-use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nfqnl::{Event, RecvBatch, Result, SendBatch, Socket, Verdict};
 use nfqnl_testkit::netns;
 use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
-use nfqnl_testkit::traffic::{Udp, V4};
+use nfqnl_testkit::traffic::{self, Udp, V4};
 
 const PORT: u16 = 5000;
 const QUEUE: u16 = 1;
-/// Datagrams on their way at once; they fit the buffers of an ordinary user
-const AT_ONCE: usize = 100;
 /// Longer than any datagram needs
 const STUCK: Duration = Duration::from_secs(10);
 
@@ -28,28 +25,6 @@ fn accept(event: Event<'_>, verdicts: &mut SendBatch) -> Result<()> {
         Event::Packet(packet) => verdicts.push(packet.key(), Verdict::Accept),
         other => panic!("{other:?}"),
     }
-}
-
-/// Sends and receives numbered datagrams until `stop`; returns the numbers sent and lost
-fn traffic(udp: &Udp, stop: &AtomicBool, gate: &Mutex<()>) -> (u32, usize) {
-    let mut missing: VecDeque<u32> = VecDeque::new();
-    let (mut number, mut last) = (0_u32, Instant::now());
-    while !stop.load(Relaxed) || (!missing.is_empty() && last.elapsed() < STUCK) {
-        while !stop.load(Relaxed) && missing.len() < AT_ONCE {
-            let _open = gate.lock().unwrap();
-            udp.send(&number.to_be_bytes(), udp.address()).unwrap();
-            missing.push_back(number);
-            number += 1;
-        }
-        if let Some(payload) = udp.recv_within(Duration::from_millis(5)) {
-            let number = u32::from_be_bytes(payload.try_into().unwrap());
-            // New packets overtake waiting ones.
-            let place = missing.iter().position(|&missing| missing == number);
-            missing.remove(place.expect("each arrives once"));
-            last = Instant::now();
-        }
-    }
-    (number, missing.len())
 }
 
 fn main() {
@@ -70,7 +45,7 @@ fn main() {
     let (is_over, gate) = (AtomicBool::new(false), Mutex::new(()));
     let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     let (sent, lost) = thread::scope(|scope| {
-        let traffic = scope.spawn(|| traffic(&udp, &is_over, &gate));
+        let traffic = scope.spawn(|| traffic::numbered(&udp, &is_over, &gate, STUCK));
         for _ in 0..stops {
             // The kernel may drop a packet during a bind: see `Socket::bind_with`.
             let closed = gate.lock().unwrap();
