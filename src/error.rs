@@ -247,9 +247,9 @@ pub enum Operation {
     SetRecvBuffer,
     /// Reading the receive buffer's size
     GetRecvBuffer,
-    /// [`Socket::interface_name`](crate::Socket::interface_name)
+    /// Reading an interface's name: [`Socket::interface_name`](crate::Socket::interface_name)
     GetInterfaceName,
-    /// [`Socket::takes_conntrack`](crate::Socket::takes_conntrack)
+    /// Probing conntrack support: [`Socket::takes_conntrack`](crate::Socket::takes_conntrack)
     ProbeConntrack,
     /// Registering the descriptor with an asynchronous runtime
     Register,

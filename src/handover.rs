@@ -134,19 +134,20 @@ impl SocketBuilder {
     ///
     /// Of the settings only [`merge_verdicts`](Self::merge_verdicts) counts, and
     /// [`report_overruns`](Self::report_overruns) must be as it was; the socket keeps its receive
-    /// buffer, and its queues keep their settings. `queues` names the queues to serve, and what
-    /// becomes of the packets that the process before received and did not answer. Queues of the
-    /// handover that are not in `queues` are unbound.
+    /// buffer, and its queues keep their settings. `queues` names the queues to serve, and the fate
+    /// of their orphans: the packets that the process before received and did not answer. Queues of
+    /// the handover that are not in `queues` are unbound.
     ///
     /// With a handover the orphans get their verdict at once. Without one (the process died, and
-    /// a supervisor kept the descriptor) they wait for the first packet of their queue: its id
-    /// shows which packets are older. They wait as long as no packet comes.
+    /// a supervisor kept the descriptor) they wait for the next packet of their queue: its id
+    /// shows which packets are older.
     ///
     /// # Errors
     /// [`Error::Refused`] with [`NotBound`](crate::ErrorKind::NotBound) or
     /// [`NoCapability`](crate::ErrorKind::NoCapability) if this socket has not bound a queue, with
-    /// [`AlreadyBound`](crate::ErrorKind::AlreadyBound) if `queues` names one twice. [`Error::NotNetfilter`]; [`Error::NoAck`]; [`Error::Io`]. The
-    /// descriptor is closed then, and its queues are unbound.
+    /// [`AlreadyBound`](crate::ErrorKind::AlreadyBound) if `queues` names one twice.
+    /// [`Error::NotNetfilter`]; [`Error::NoAck`]; [`Error::Io`]. The descriptor is closed then, and
+    /// its queues are unbound.
     pub fn adopt(
         self,
         fd: OwnedFd,

@@ -40,7 +40,7 @@ struct Input<'a> {
     payload: &'a [u8],
 }
 
-/// The end of a text that is not kept
+/// A writer that drops the text
 struct Nowhere;
 
 impl std::fmt::Write for Nowhere {

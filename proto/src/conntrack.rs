@@ -577,7 +577,7 @@ impl fmt::Debug for TcpInfo<'_> {
 pub struct TcpState(pub u8);
 
 impl TcpState {
-    /// No packet has been taken in yet
+    /// The kernel has accepted no packet yet
     #[doc(alias = "TCP_CONNTRACK_NONE")]
     pub const NONE: Self = Self(0);
     /// A SYN was seen

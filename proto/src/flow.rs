@@ -145,7 +145,7 @@ impl FlowKey {
         self.protocol
     }
 
-    /// The ports, or what the protocol has instead
+    /// The ports, or the fields of a protocol without ports
     #[must_use]
     pub const fn transport(&self) -> Transport {
         self.transport

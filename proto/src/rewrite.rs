@@ -673,7 +673,7 @@ fn be16(len: usize) -> u16 {
     u16::try_from(len).unwrap_or(u16::MAX)
 }
 
-/// A reason why a packet cannot be rewritten, or not so
+/// The reason why a packet cannot be rewritten, or why a change is refused
 ///
 /// The packet can still have any verdict without a payload, and
 /// [`Decision::with_payload`](crate::Decision::with_payload) takes any bytes.
