@@ -1,4 +1,5 @@
-//! The cost of the wire format: parsing packets, reading attributes, encoding verdicts and settings
+//! The cost of the wire format: parsing packets, reading attributes, encoding verdicts and settings;
+//! and of packets held for later
 //!
 //! ```text
 //! cargo bench --bench codec [-- FILTER]
@@ -16,6 +17,7 @@
 
 use std::hint::black_box;
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
@@ -27,8 +29,8 @@ use nfqnl::consts::{
 };
 use nfqnl::proto::{ConfigRequest, Message, Messages, PlainVerdict, RequestHeader, encode_noop};
 use nfqnl::{
-    ConfigFlags, CopyMode, CtState, Decision, Direction, Packet, PacketKey, QueueConfig, SendBatch,
-    Verdict,
+    ConfigFlags, CopyMode, CtState, Decision, Direction, Packet, PacketKey, Pending, QueueConfig,
+    SendBatch, Verdict,
 };
 
 macro_rules! golden {
@@ -67,6 +69,7 @@ fn main() {
     conntrack(&mut criterion);
     verdicts(&mut criterion);
     requests(&mut criterion);
+    pending(&mut criterion);
     criterion.final_summary();
 }
 
@@ -430,4 +433,46 @@ fn requests(criterion: &mut Criterion) {
         b.iter(|| encode_noop(&mut buf, black_box(HEADER)).unwrap());
     });
     group.finish();
+}
+
+/// Holding, answering and expiring a full queue of held packets, per packet and without the send
+fn pending(criterion: &mut Criterion) {
+    const HELD: u32 = 65_536;
+    let timeout = Duration::from_secs(1);
+    let mut group = criterion.benchmark_group("pending");
+    group.throughput(Throughput::Elements(HELD.into()));
+    let mut verdicts = SendBatch::new();
+    let mut pending = Pending::new(timeout, Verdict::Drop);
+    let mut next = 0_u32;
+    let mut measure = |work: fn(&mut Pending, u32, Instant, &mut SendBatch), is_hold, n| {
+        let mut total = Duration::ZERO;
+        for _ in 0..n {
+            let now = Instant::now();
+            let first = next;
+            next = first.wrapping_add(HELD);
+            (0..HELD).for_each(|id| pending.hold(key(first.wrapping_add(id)), now));
+            let held = now.elapsed();
+            let begin = Instant::now();
+            work(&mut pending, first, now + timeout, &mut verdicts);
+            total += if is_hold { held } else { begin.elapsed() };
+            assert!(pending.is_empty());
+            verdicts.clear();
+        }
+        total
+    };
+    let expire: fn(&mut Pending, u32, Instant, &mut SendBatch) =
+        |pending, _, now, verdicts| assert_eq!(pending.expired(now, verdicts), 65_536);
+    group.bench_function("hold", |b| b.iter_custom(|n| measure(expire, true, n)));
+    group.bench_function("expire", |b| b.iter_custom(|n| measure(expire, false, n)));
+    group.bench_function("take", |b| {
+        let take = |pending: &mut Pending, first: u32, _, _: &mut SendBatch| {
+            (0..HELD).for_each(|id| assert!(pending.take(key(first.wrapping_add(id)))));
+        };
+        b.iter_custom(|n| measure(take, false, n));
+    });
+    group.finish();
+}
+
+fn key(id: u32) -> PacketKey {
+    PacketKey::new(QUEUE, id)
 }

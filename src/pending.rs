@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use nfqnl_proto::{PacketKey, PlainVerdict};
 
-use crate::error::Result;
 use crate::verdict::SendBatch;
 
 /// Packets held for a later verdict: each gets a default verdict after a time
@@ -36,7 +35,7 @@ use crate::verdict::SendBatch;
 ///             verdicts.push(key, verdict)?;
 ///         }
 ///     }
-///     pending.expired(Instant::now(), &mut verdicts)?;
+///     pending.expired(Instant::now(), &mut verdicts);
 ///     socket.send(&mut verdicts)?;
 /// #   break;
 /// }
@@ -81,23 +80,19 @@ impl Pending {
     }
 
     /// Adds the default verdict of each packet whose time is over; returns their number
-    ///
-    /// # Errors
-    /// None in this version; the result is that of [`SendBatch::push`].
-    pub fn expired(&mut self, now: Instant, verdicts: &mut SendBatch) -> Result<usize> {
+    pub fn expired(&mut self, now: Instant, verdicts: &mut SendBatch) -> usize {
         let mut expired = 0;
         while let Some(&(since, key)) = self.order.front() {
             if now.saturating_duration_since(since) < self.timeout {
                 break;
             }
-            if self.held.contains(&key) {
-                verdicts.push(key, self.default)?;
-                self.held.remove(&key);
+            if self.held.remove(&key) {
+                verdicts.push_plain(key, self.default);
                 expired += 1;
             }
             self.order.pop_front();
         }
-        Ok(expired)
+        expired
     }
 
     /// Returns the time at which the next packet expires, for a poll timeout
@@ -162,7 +157,7 @@ mod tests {
             (pending.len(), pending.oldest()),
             (3, Some(begin + SECOND / 10))
         );
-        let mut expired = |after| pending.expired(begin + after, &mut verdicts).unwrap();
+        let mut expired = |after| pending.expired(begin + after, &mut verdicts);
         assert_eq!(expired(SECOND), 0);
         assert_eq!(expired(SECOND + SECOND / 10), 1);
         assert_eq!(expired(SECOND + SECOND / 2), 2);
@@ -193,11 +188,8 @@ mod tests {
         pending.hold(key(2), begin);
         assert!(pending.take(key(2)));
         pending.hold(key(2), begin + SECOND / 2);
-        assert_eq!(pending.expired(begin + SECOND, &mut verdicts).unwrap(), 2);
-        assert_eq!(
-            pending.expired(begin + 2 * SECOND, &mut verdicts).unwrap(),
-            0
-        );
+        assert_eq!(pending.expired(begin + SECOND, &mut verdicts), 2);
+        assert_eq!(pending.expired(begin + 2 * SECOND, &mut verdicts), 0);
     }
 
     #[test]
@@ -210,7 +202,7 @@ mod tests {
             let now = begin + SECOND * round;
             (0..1000).for_each(|id| pending.hold(key(round * 1000 + id), now));
             (0..500).for_each(|id| assert!(pending.take(key(round * 1000 + id))));
-            assert_eq!(pending.expired(now + SECOND, &mut verdicts).unwrap(), 500);
+            assert_eq!(pending.expired(now + SECOND, &mut verdicts), 500);
             verdicts.clear();
             let now = pending.order.capacity();
             assert_eq!(*capacity.get_or_insert(now), now);

@@ -74,6 +74,10 @@ impl Example {
         assert_eq!(self.expect(whole), whole);
     }
 
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.process)
+    }
+
     /// Waits for the end of the process; fails if it does not end in time
     fn wait(mut self) -> ExitStatus {
         let deadline = Instant::now() + TIMEOUT;
@@ -137,7 +141,7 @@ fn print_packets_survives_overruns() {
         let [(socket, _), _] = sockets_into(1);
         let example = Example::start("print_packets", &[]);
         example.expect("queue 1 is bound");
-        let process = Pid::from_child(&example.process);
+        let process = example.pid();
         kill_process(process, Signal::STOP).unwrap();
         // Several senders, because a waiting packet counts against the buffer of its sender.
         for _ in 0..16 {
@@ -551,6 +555,62 @@ fn upgrade_delivers_every_datagram_once() {
         for _ in 0..3 {
             example.expect("queue 1 is taken over");
         }
+        assert!(example.wait().success());
+    });
+}
+
+#[test]
+fn daemon_reloads_reports_and_stops() {
+    isolated(|| {
+        const N: u32 = 2000;
+        let table = Table::new(Family::Ip, "t").unwrap();
+        let chain = table.chain("in", Hook::Input, 0).unwrap();
+        let bypass = QueueOptions {
+            bypass: true,
+            fanout: false,
+        };
+        let rule = Rule::new().udp().dport(PORT);
+        chain.add(&rule.queue_with(1..=1, bypass)).unwrap();
+        let socket = Udp::bind(V4, PORT).unwrap();
+        let send = |payload: &[u8]| socket.send(payload, socket.address()).unwrap();
+        let words = std::env::temp_dir().join(format!("nfqnl-words-{}", std::process::id()));
+        std::fs::write(&words, "evil worm").unwrap();
+
+        let example = Example::start("daemon", &[words.to_str().unwrap()]);
+        example.expect("queue 1 is bound");
+        send(b"an evil packet");
+        send(b"");
+        send(b"a good packet");
+        let received = [socket.recv().unwrap(), socket.recv().unwrap()];
+        assert!(received.contains(&b"".to_vec()) && received.contains(&b"a good packet".to_vec()));
+        assert!(socket.is_silent());
+        example.expect("0 waiting, Stats { packets: 3, missing_packets: 0");
+
+        std::fs::write(&words, "good").unwrap();
+        kill_process(example.pid(), Signal::HUP).unwrap();
+        example.expect_line("1 words");
+        send(b"a good packet");
+        send(b"an evil packet");
+        assert_eq!(socket.recv().unwrap(), b"an evil packet");
+        std::fs::remove_file(&words).unwrap();
+        kill_process(example.pid(), Signal::HUP).unwrap();
+        example.expect_line("1 words"); // they stay
+
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for number in 0..N {
+                    send(&number.to_be_bytes());
+                    thread::sleep(Duration::from_micros(20));
+                }
+            });
+            let mut received: Vec<_> = (0..N / 4).map(|_| socket.recv().unwrap()).collect();
+            kill_process(example.pid(), Signal::TERM).unwrap();
+            received.extend((N / 4..N).map(|_| socket.recv().unwrap()));
+            received.sort_unstable();
+            assert!(received.into_iter().eq((0..N).map(u32::to_be_bytes)));
+        });
+        let stopped = example.lines.iter().find(|line| line.contains("stopped"));
+        assert_eq!(stopped.unwrap(), "stopped; 0 packets lost");
         assert!(example.wait().success());
     });
 }

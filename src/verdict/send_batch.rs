@@ -150,6 +150,11 @@ impl SendBatch {
         Ok(())
     }
 
+    /// [`push`](Self::push) for a verdict that cannot fail
+    pub(crate) fn push_plain(&mut self, key: PacketKey, verdict: PlainVerdict) {
+        self.add(key, Form::Plain(verdict));
+    }
+
     #[inline]
     fn add(&mut self, key: PacketKey, form: Form) {
         self.len += 1;

@@ -1,6 +1,9 @@
 //! A socket with its queues goes to another process, and no packet is lost
 
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +14,10 @@ use nfqnl::{
 use nfqnl_testkit::netns::isolated;
 use nfqnl_testkit::process::fork;
 use nfqnl_testkit::traffic::TIMEOUT;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
 use crate::lab::{
     Lab, QUEUE, WHOLE_PACKETS, is_free, is_silent, next_events, next_keys, next_packet, number,
@@ -317,5 +324,50 @@ fn orphans_can_be_dropped() {
                 .unwrap(),
             0
         );
+    });
+}
+
+/// Over a Unix socket, from a process that ends
+#[test]
+fn a_socket_goes_over_by_scm_rights() {
+    isolated(|| {
+        let lab = Lab::new();
+        let (there, here) = UnixStream::pair().unwrap();
+        let old = fork(|| {
+            let socket = Socket::open().unwrap();
+            let _queue = socket.bind(QUEUE).unwrap();
+            lab.send_numbered(0..10);
+            let _in_hand = next_keys(&socket, &mut RecvBatch::new(4, 4096), 4);
+            let (fd, handover) = socket.into_fd().unwrap();
+            let (text, fds) = (handover.to_string(), [fd.as_fd()]);
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+            let flags = SendFlags::empty();
+            sendmsg(
+                &there,
+                &[IoSlice::new(text.as_bytes())],
+                &mut control,
+                flags,
+            )
+            .unwrap();
+        })
+        .unwrap();
+        let mut text = [0; 100];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let buffers = &mut [IoSliceMut::new(&mut text)];
+        let received = recvmsg(&here, buffers, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+        let mut fds = control.drain().flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => fds,
+            _ => panic!("only descriptors"),
+        });
+        let text = std::str::from_utf8(&text[..received.bytes]).unwrap();
+        let handover = text.parse().unwrap();
+        assert!(old.wait().unwrap());
+
+        let (socket, _queue) = adopted(fds.next().unwrap(), Some(&handover), Orphans::Again);
+        assert_eq!(accept(&socket, 10), [4, 5, 6, 7, 8, 9, 0, 1, 2, 3]);
+        lab.expect_numbered([4, 5, 6, 7, 8, 9, 0, 1, 2, 3]);
     });
 }
