@@ -1,5 +1,4 @@
-//! The cost of the wire format: parsing packets, reading attributes, encoding verdicts and settings;
-//! and of packets held for later
+//! The cost of the wire format (packets, attributes, verdicts, settings) and of held packets
 //!
 //! ```text
 //! cargo bench --bench codec [-- FILTER]
