@@ -178,11 +178,11 @@ fn main() {
     netns::enter().unwrap();
     let table = Table::new(Family::Ip, "throughput").unwrap();
     let chain = table.chain("queue", Hook::Input, 0).unwrap();
-    let rule = Rule::new().udp().dport(PORT).queue(QUEUE);
+    let rule = Rule::new().udp_dport(PORT).queue(QUEUE);
     chain.add(&rule).unwrap();
     let later = table.chain("later", Hook::Input, 10).unwrap();
     later
-        .add(&Rule::new().mark(MARK).counted("marked"))
+        .add(&Rule::new().mark(MARK, u32::MAX).counter("marked"))
         .unwrap();
 
     let mut criterion = Criterion::default()
@@ -217,14 +217,14 @@ struct Lab<'t> {
     socket: Udp,
     size: Size,
     /// Counts the marked packets
-    later: &'t Chain<'t>,
+    later: &'t Chain,
     /// Number of the next packet, and its packet id
     next: u32,
     buf: Vec<u8>,
 }
 
 impl<'t> Lab<'t> {
-    fn new(size: Size, later: &'t Chain<'t>) -> Self {
+    fn new(size: Size, later: &'t Chain) -> Self {
         const SEGMENT: u16 = 1372;
         let socket = Udp::bind(V4, PORT).unwrap();
         if size == Size::Large {

@@ -314,28 +314,28 @@ fn alone() -> Result<bool> {
 }
 
 /// Adds the rules for queueing the jobs' packets; returns the later chain, which counts and drops
-fn install_rules(table: &Table) -> std::io::Result<Chain<'_>> {
+fn install_rules(table: &Table) -> std::io::Result<Chain> {
     let queue = table.chain("queue", Hook::Input, 0)?;
     let later = table.chain("later", Hook::Input, 10)?;
-    later.add(&Rule::new().mark(MARK).counted("marked"))?;
+    later.add(&Rule::new().mark(MARK, u32::MAX).counter("marked"))?;
     for job in &JOBS {
         match job.traffic {
             Traffic::Udp(port, fate) => {
-                let udp = Rule::new().udp().dport(port);
-                queue.add(&udp.clone().mark_not(REPEATED).queue(FIRST))?;
+                let udp = Rule::new().udp_dport(port);
+                queue.add(&udp.clone().mark_not(REPEATED, u32::MAX).queue(FIRST))?;
                 match fate {
-                    Fate::Repeat => queue.add(&udp.mark(REPEATED).queue(SECOND))?,
+                    Fate::Repeat => queue.add(&udp.mark(REPEATED, u32::MAX).queue(SECOND))?,
                     Fate::Stop => later.add(&udp.drop())?,
                     _ => {}
                 }
             }
             Traffic::Tcp(port) => {
-                queue.add(&Rule::new().tcp().dport(port).queue(FIRST))?;
-                queue.add(&Rule::new().tcp().sport(port).queue(FIRST))?;
+                queue.add(&Rule::new().tcp_dport(port).queue(FIRST))?;
+                queue.add(&Rule::new().tcp_sport(port).queue(FIRST))?;
             }
             Traffic::Icmp => {
-                queue.add(&Rule::new().icmp().queue(FIRST))?;
-                queue.add(&Rule::new().icmp6().queue(FIRST))?;
+                queue.add(&Rule::new().protocol(IpProtocol::ICMP).queue(FIRST))?;
+                queue.add(&Rule::new().protocol(IpProtocol::ICMPV6).queue(FIRST))?;
             }
         }
     }

@@ -281,6 +281,20 @@ pub enum Operation {
     Receive,
     /// Reading the kernel's counters
     ReadStats,
+    /// Entering a network namespace: [`Netns`](crate::Netns)
+    EnterNetns,
+    /// Making a table of rules
+    AddTable,
+    /// Removing a table of rules
+    RemoveTable,
+    /// Making a chain of rules
+    AddChain,
+    /// Adding a rule
+    AddRule,
+    /// Replacing the rules of a chain; the number is the place of the rule, from 0
+    ReplaceRules(usize),
+    /// Reading a rule's counter
+    ReadCounter,
 }
 
 impl Operation {
@@ -328,6 +342,13 @@ impl fmt::Display for Operation {
             Self::Sync => f.write_str("sync"),
             Self::Receive => f.write_str("receive"),
             Self::ReadStats => f.write_str("read nfnetlink_queue counters"),
+            Self::EnterNetns => f.write_str("enter network namespace"),
+            Self::AddTable => f.write_str("add table"),
+            Self::RemoveTable => f.write_str("remove table"),
+            Self::AddChain => f.write_str("add chain"),
+            Self::AddRule => f.write_str("add rule"),
+            Self::ReplaceRules(rule) => write!(f, "replace rules: rule {rule}"),
+            Self::ReadCounter => f.write_str("read rule counter"),
         }
     }
 }
@@ -485,6 +506,8 @@ pub enum ErrorKind {
     NoBuffers,
     /// `ENOMEM`
     OutOfMemory,
+    /// `EPERM`, or `EOPNOTSUPP` before Linux 6.9: another program owns the table of this name
+    TableInUse,
     /// `ERANGE`: an attribute of the request is too short for this kernel: a bug of this library
     OutOfRange,
     /// Any other number
@@ -549,6 +572,7 @@ impl fmt::Display for ErrorKind {
             Self::NoSuchPacket => "the packet does not wait any more",
             Self::NoBuffers => "no buffer space",
             Self::OutOfMemory => "the kernel has no memory left",
+            Self::TableInUse => "another program owns the table",
             Self::OutOfRange => "an attribute is too short for this kernel",
             Self::Other => "refused by the kernel",
         })
@@ -566,6 +590,8 @@ fn io_cause(op: Operation, error: &io::Error) -> &'static str {
             "only root of the initial user namespace may"
         }
         (Some(libc::ENOENT), Operation::ReadStats) => "not available in /proc",
+        (Some(libc::EPERM), Operation::EnterNetns) => "no CAP_SYS_ADMIN in its user namespace",
+        (Some(libc::ENOENT), Operation::EnterNetns) => "no such namespace",
         _ => "system call failed",
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::os::fd::AsFd;
+use std::str::FromStr;
 
 use crate::error::{Error, Operation, Result};
 use crate::socket::Socket;
@@ -21,7 +22,32 @@ impl InterfaceName {
         let mut parts = self.padded.split(|&byte| byte == 0);
         parts.next().unwrap_or_default()
     }
+
+    #[cfg(feature = "rules")]
+    pub(crate) const fn padded(&self) -> &[u8] {
+        &self.padded
+    }
 }
+
+impl FromStr for InterfaceName {
+    type Err = ParseInterfaceNameError;
+
+    fn from_str(name: &str) -> Result<Self, ParseInterfaceNameError> {
+        let is_valid = |byte: u8| !matches!(byte, 0 | b'/' | b':') && !byte.is_ascii_whitespace();
+        if name.is_empty() || name.len() >= libc::IFNAMSIZ || !name.bytes().all(is_valid) {
+            return Err(ParseInterfaceNameError);
+        }
+        let mut bytes = name.bytes();
+        let padded = std::array::from_fn(|_| bytes.next().unwrap_or(0));
+        Ok(Self { padded })
+    }
+}
+
+/// A text that cannot be the name of an interface: 1 to 15 bytes, without `/`, `:` and spaces
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not the name of an interface")]
+#[non_exhaustive]
+pub struct ParseInterfaceNameError;
 
 impl fmt::Display for InterfaceName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -122,10 +122,13 @@ mod event;
 mod handle;
 mod handover;
 mod interface_name;
+mod netns;
 mod owned_packet;
 mod pending;
 mod queue;
 mod recv_batch;
+#[cfg(feature = "rules")]
+pub mod rules;
 mod socket;
 mod stats;
 mod sys;
@@ -144,7 +147,8 @@ pub use error::{Error, ErrorKind, Operation, Refusal, Result};
 pub use event::Event;
 pub use handle::{Handle, HandleRef, open};
 pub use handover::{Handover, Orphans, ParseHandoverError};
-pub use interface_name::InterfaceName;
+pub use interface_name::{InterfaceName, ParseInterfaceNameError};
+pub use netns::Netns;
 pub use nfqnl_proto::{
     ConfigFlags, Conntrack, ConntrackStatus, ConntrackUpdate, ConntrackUpdateError, CopyMode,
     Counters, CtState, Decision, Direction, EtherType, Family, FlowKey, Hook, HwAddr, IpProtocol,

@@ -12,6 +12,7 @@ use nfqnl_proto::{ConfigFlags, CopyMode, Decision, PacketKey, PlainVerdict, Queu
 use crate::engine::{Engine, Wait, Waker};
 use crate::error::{Error, Operation, Result};
 use crate::event::Event;
+use crate::netns::{Netns, open_in};
 use crate::queue::Queue;
 use crate::recv_batch::{Events, RecvBatch};
 use crate::stats::Stats;
@@ -45,6 +46,7 @@ pub struct SocketBuilder {
     recv_buffer: Option<usize>,
     report_overruns: bool,
     merge_verdicts: bool,
+    netns: Option<Netns>,
 }
 
 impl Default for SocketBuilder {
@@ -53,6 +55,7 @@ impl Default for SocketBuilder {
             recv_buffer: None,
             report_overruns: true,
             merge_verdicts: true,
+            netns: None,
         }
     }
 }
@@ -107,14 +110,24 @@ impl SocketBuilder {
         self
     }
 
-    /// Opens a socket in the calling thread's network namespace
+    /// Opens the socket in another network namespace than the calling thread's
+    ///
+    /// Interface names ([`Socket::interface_name`]) and the kernel's counters ([`Queue::stats`])
+    /// are those of this namespace. See [`Netns`] for privileges.
+    pub fn netns(mut self, netns: &Netns) -> Self {
+        self.netns = Some(netns.clone());
+        self
+    }
+
+    /// Opens a socket in the calling thread's network namespace, or in that of
+    /// [`netns`](Self::netns)
     ///
     /// # Errors
-    /// [`Error::Io`] if the kernel has no netfilter, or no descriptor is left. The kernel checks
-    /// privileges at the first request.
+    /// [`Error::Io`] if the kernel has no netfilter, no descriptor is left, or the namespace
+    /// cannot be entered. The kernel checks other privileges at the first request.
     pub fn open(self) -> Result<Socket> {
-        let socket =
-            Netlink::new(isize::from(NETLINK_NETFILTER)).map_err(Error::io(Operation::Open))?;
+        let open = || Netlink::new(isize::from(NETLINK_NETFILTER));
+        let socket = open_in(self.netns.as_ref(), open)?;
         self.set_up(socket)
     }
 

@@ -7,6 +7,7 @@ use std::os::fd::BorrowedFd;
 use nfqnl_proto::CopyMode;
 
 use crate::error::{Error, Operation, Result};
+use crate::netns::Netns;
 use crate::sys;
 
 /// The counters of a [`Socket`](crate::Socket)
@@ -94,7 +95,7 @@ impl QueueStats {
 
     /// Reads the counters of a queue in the network namespace of a socket
     pub(crate) fn read_of(socket: BorrowedFd<'_>, queue: u16) -> Result<Option<Self>> {
-        let read = sys::in_namespace_of(socket, || Self::read(queue));
+        let read = Netns::of_socket(socket)?.enter(|| Self::read(queue));
         read.map_err(Error::io(Operation::ReadStats))?
     }
 

@@ -52,7 +52,7 @@ impl Lab {
         let sockets = queues.iter().map(|&queue| {
             let port = PORT + queue;
             chain
-                .add(&Rule::new().udp().dport(port).queue(queue))
+                .add(&Rule::new().udp_dport(port).queue(queue))
                 .unwrap();
             Udp::bind(V4, port).unwrap()
         });

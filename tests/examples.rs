@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nfqnl::{Event, RecvBatch, Socket, Verdict};
 use nfqnl_testkit::netns::isolated;
-use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
+use nfqnl_testkit::rules::{Family, Hook, Queues, Rule, Table};
 use nfqnl_testkit::traffic::{SILENCE, TIMEOUT, Udp, V4, V6};
 use nfqnl_testkit::{cpu, queue};
 use rustix::process::{Pid, Signal, kill_process};
@@ -104,7 +104,7 @@ fn sockets_into(queue: u16) -> [(Udp, &'static str); 2] {
         let table = Table::new(family, "t").unwrap();
         let chain = table.chain("in", Hook::Input, 0).unwrap();
         chain
-            .add(&Rule::new().udp().dport(PORT).queue(queue))
+            .add(&Rule::new().udp_dport(PORT).queue(queue))
             .unwrap();
         (Udp::bind(address, PORT).unwrap(), shown)
     })
@@ -197,10 +197,10 @@ fn batch_drops_marks_and_accepts() {
         let input = table.chain("in", Hook::Input, 0).unwrap();
         input.add(&Rule::new().udp().queue(7)).unwrap();
         let later = table.chain("later", Hook::Input, 10).unwrap();
-        let marked = Rule::new().udp().dport(DNS).mark(1);
-        later.add(&marked.counted("marked")).unwrap();
-        let any_marked = Rule::new().udp().mark(1);
-        later.add(&any_marked.counted("any marked")).unwrap();
+        let marked = Rule::new().udp_dport(DNS).mark(1, u32::MAX);
+        later.add(&marked.counter("marked")).unwrap();
+        let any_marked = Rule::new().udp().mark(1, u32::MAX);
+        later.add(&any_marked.counter("any marked")).unwrap();
         let sockets = [DISCARD, DNS, PORT].map(|port| Udp::bind(V4, port).unwrap());
         let example = Example::start("batch", &["--queue", "7", "--count", "30"]);
         example.expect("queue 7 is bound");
@@ -260,7 +260,7 @@ fn tokio_accepts_at_once_and_after_a_look_up() {
 
         let table = Table::new(Family::Ip, "more").unwrap();
         let input = table.chain("in", Hook::Input, 0).unwrap();
-        let rule = |port| Rule::new().udp().dport(port).queue(8);
+        let rule = |port| Rule::new().udp_dport(port).queue(8);
         for port in [DNS, PORT + 1] {
             input.add(&rule(port)).unwrap();
         }
@@ -284,13 +284,11 @@ fn threads_serve_a_range_and_a_shared_queue() {
         const TO_WORKERS: u16 = PORT + 1;
         let table = Table::new(Family::Ip, "t").unwrap();
         let input = table.chain("in", Hook::Input, 0).unwrap();
-        let options = QueueOptions {
-            bypass: false,
-            fanout: true,
-        };
-        let spread = Rule::new().udp().dport(PORT).queue_with(3..=4, options);
+        let spread = Rule::new()
+            .udp_dport(PORT)
+            .queue(Queues::range(3..=4).fanout());
         input.add(&spread).unwrap();
-        let to_workers = Rule::new().udp().dport(TO_WORKERS).queue(5);
+        let to_workers = Rule::new().udp_dport(TO_WORKERS).queue(5);
         input.add(&to_workers).unwrap();
 
         let cpus = cpu::allowed().unwrap();
@@ -373,7 +371,7 @@ fn rewrite_changes_and_describes_packets() {
     isolated(|| {
         for (family, address) in [(Family::Ip, V4), (Family::Ip6, V6)] {
             let table = Table::new(family, "t").unwrap();
-            let rule = || Rule::new().udp().dport(PORT);
+            let rule = || Rule::new().udp_dport(PORT);
             let chain = table.chain("out", Hook::Output, 0).unwrap();
             chain.add(&rule().queue(1)).unwrap();
             let chain = table.chain("in", Hook::Input, 0).unwrap();
@@ -414,10 +412,11 @@ fn first_bytes_inspects_only_the_first_bytes() {
         const LONG: usize = 8 << 20;
         let table = Table::new(Family::Ip, "t").unwrap();
         let inspect = table.chain("inspect", Hook::Input, 0).unwrap();
-        let rule = Rule::new().tcp().dport(PORT).ct_mark_not(1);
-        inspect.add(&rule.counted("queued").queue(1)).unwrap();
+        let rule = Rule::new().tcp_dport(PORT).ct_mark_not(1, u32::MAX);
+        inspect.add(&rule.counter("queued").queue(1)).unwrap();
         let save = table.chain("save", Hook::Input, 10).unwrap();
-        save.add(&Rule::new().tcp().mark(1).save_mark()).unwrap();
+        save.add(&Rule::new().tcp().mark(1, u32::MAX).save_mark())
+            .unwrap();
         let example = Example::start("first_bytes", &[]);
         example.expect("queue 1 is bound");
         let listener = TcpListener::bind((V4, PORT)).unwrap();
@@ -509,7 +508,7 @@ fn dns_filter_hides_names_from_a_resolver() {
         for (family, address) in [(Family::Ip, V4), (Family::Ip6, V6)] {
             let table = Table::new(family, "t").unwrap();
             let chain = table.chain("in", Hook::Input, 0).unwrap();
-            chain.add(&Rule::new().udp().sport(53).queue(1)).unwrap();
+            chain.add(&Rule::new().udp_sport(53).queue(1)).unwrap();
             let example = Example::start("dns_filter", &["ads.example"]);
             example.expect("queue 1 is bound");
             let server = UdpSocket::bind((address, 53)).unwrap();
@@ -565,12 +564,8 @@ fn daemon_reloads_reports_and_stops() {
         const N: u32 = 2000;
         let table = Table::new(Family::Ip, "t").unwrap();
         let chain = table.chain("in", Hook::Input, 0).unwrap();
-        let bypass = QueueOptions {
-            bypass: true,
-            fanout: false,
-        };
-        let rule = Rule::new().udp().dport(PORT);
-        chain.add(&rule.queue_with(1..=1, bypass)).unwrap();
+        let rule = Rule::new().udp_dport(PORT);
+        chain.add(&rule.queue(Queues::new(1).bypass())).unwrap();
         let socket = Udp::bind(V4, PORT).unwrap();
         let send = |payload: &[u8]| socket.send(payload, socket.address()).unwrap();
         let words = std::env::temp_dir().join(format!("nfqnl-words-{}", std::process::id()));

@@ -61,7 +61,7 @@ impl Lab {
         let table = Table::new(Family::Ip, "t").unwrap();
         let chain = table.chain("c", Hook::Input, 0).unwrap();
         chain
-            .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
+            .add(&Rule::new().udp_dport(PORT).queue(QUEUE))
             .unwrap();
         let socket = Socket::builder().recv_buffer(1 << 25).open().unwrap();
         let queue = socket.bind_with(QUEUE, config);

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nfqnl_testkit::netns::isolated;
-use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
+use nfqnl_testkit::rules::{Family, Hook, Queues, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -172,9 +172,15 @@ fn with_rule(bypass: bool, run: impl FnOnce(&Udp)) {
     let table = Table::new(Family::Ip, "t").unwrap();
     let input = table.chain("in", Hook::Input, 0).unwrap();
     let fanout = false;
-    let options = QueueOptions { bypass, fanout };
-    let rule = Rule::new().udp().dport(PORT);
-    input.add(&rule.queue_with(QUEUE..=QUEUE, options)).unwrap();
+    let mut queues = Queues::new(QUEUE);
+    if bypass {
+        queues = queues.bypass();
+    }
+    if fanout {
+        queues = queues.fanout();
+    }
+    let rule = Rule::new().udp_dport(PORT);
+    input.add(&rule.queue(queues)).unwrap();
     run(&Udp::bind(V4, PORT).unwrap());
     table.delete().unwrap();
 }
@@ -281,10 +287,10 @@ fn the_ported_programs_mark_and_accept() {
     isolated(|| {
         let table = Table::new(Family::Ip, "later").unwrap();
         let later = table.chain("in", Hook::Input, 10).unwrap();
-        let marked = Rule::new().udp().dport(PORT).mark(7);
-        later.add(&marked.counted("marked")).unwrap();
+        let marked = Rule::new().udp_dport(PORT).mark(7, u32::MAX);
+        later.add(&marked.counter("marked")).unwrap();
         later
-            .add(&Rule::new().udp().dport(PORT).counted("all"))
+            .add(&Rule::new().udp_dport(PORT).counter("all"))
             .unwrap();
         for number in 1..=programs(DOCUMENTS[1].1).len() {
             with_rule(false, |socket| {

@@ -64,7 +64,7 @@ fn two_for_32_packets_at_saturation() {
         let table = Table::new(Family::Ip, "t").unwrap();
         let chain = table.chain("c", Hook::Input, 0).unwrap();
         chain
-            .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
+            .add(&Rule::new().udp_dport(PORT).queue(QUEUE))
             .unwrap();
         for (name, style) in Style::ALL {
             let begin = Instant::now();

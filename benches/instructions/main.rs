@@ -154,7 +154,7 @@ fn count(profile: Option<&Path>) -> Result<()> {
     netns::enter()?;
     let table = Table::new(Family::Ip, "instructions")?;
     let chain = table.chain("c", Hook::Input, 0)?;
-    chain.add(&Rule::new().udp().dport(PORT).queue(QUEUE))?;
+    chain.add(&Rule::new().udp_dport(PORT).queue(QUEUE))?;
     let socket = Udp::bind(V4, PORT)?;
     let each = |style| -> Result<f64> {
         let few = instructions(&socket, style, FEW_ROUNDS, None)?;

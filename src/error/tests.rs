@@ -190,6 +190,7 @@ const fn errno_of(kind: ErrorKind) -> i32 {
         ErrorKind::NoBuffers => libc::ENOBUFS,
         ErrorKind::OutOfMemory => libc::ENOMEM,
         ErrorKind::OutOfRange => libc::ERANGE,
+        ErrorKind::TableInUse => libc::EPERM,
         ErrorKind::Other => libc::EXDEV,
     }
 }

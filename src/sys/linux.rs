@@ -176,13 +176,9 @@ pub(crate) fn set_recv_buffer(fd: BorrowedFd<'_>, bytes: libc::c_int) -> io::Res
     set_option(fd, libc::SO_RCVBUFFORCE, bytes).or_else(|_| set_option(fd, libc::SO_RCVBUF, bytes))
 }
 
-/// Calls a function in the network namespace of a socket: in this thread if it is there, else in a
-/// thread that enters the namespace
-pub(crate) fn in_namespace_of<T: Send>(
-    socket: BorrowedFd<'_>,
-    f: impl FnOnce() -> T + Send,
-) -> io::Result<T> {
-    /// Returns a descriptor of a socket's network namespace (`linux/sockios.h`)
+/// Returns a descriptor of a socket's network namespace
+pub(crate) fn namespace_of(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    /// `linux/sockios.h`
     const SIOCGSKNS: libc::c_int = 0x894c;
     // SAFETY: no memory is involved.
     let namespace = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS as _) };
@@ -190,10 +186,17 @@ pub(crate) fn in_namespace_of<T: Send>(
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel has just made the descriptor for this call.
-    let namespace = unsafe { OwnedFd::from_raw_fd(namespace) };
-    let namespace = File::from(namespace);
-    let here = File::open(format!("/proc/self/task/{}/ns/net", thread_id()))?;
-    let [here, there] = [here.metadata()?, namespace.metadata()?];
+    Ok(unsafe { OwnedFd::from_raw_fd(namespace) })
+}
+
+/// Calls a function in a network namespace: in this thread if it is there, else in a thread that
+/// enters the namespace
+pub(crate) fn in_namespace<T: Send>(
+    namespace: BorrowedFd<'_>,
+    f: impl FnOnce() -> T + Send,
+) -> io::Result<T> {
+    let there = File::from(namespace.try_clone_to_owned()?).metadata()?;
+    let here = std::fs::metadata(format!("/proc/self/task/{}/ns/net", thread_id()))?;
     if (here.dev(), here.ino()) == (there.dev(), there.ino()) {
         return Ok(f());
     }

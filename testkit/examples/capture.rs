@@ -100,7 +100,7 @@ impl Capture {
 fn until_times_are(taken: bool, capture: &mut Capture) -> Result<(), Box<dyn Error>> {
     const PROBE: u16 = QUEUE + 1;
     let table = Table::new(Family::Ip, "probe")?;
-    let rule = Rule::new().udp().dport(PROBE).queue(PROBE);
+    let rule = Rule::new().udp_dport(PROBE).queue(PROBE);
     table.chain("c", Hook::Input, 0)?.add(&rule)?;
     let config = QueueConfig::new().copy_mode(CopyMode::Meta, 0);
     capture.configure(&ConfigRequest::bind(PROBE, config))?;
@@ -160,7 +160,7 @@ fn replies(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
 
 fn local(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
     until_times_are(false, capture)?;
-    let rule = Rule::new().udp().dport(PORT).queue(QUEUE);
+    let rule = Rule::new().udp_dport(PORT).queue(QUEUE);
     let packet = QueueConfig::new().copy_mode(CopyMode::Packet, 0);
     capture.configure(&ConfigRequest::update(QUEUE, packet))?;
     let cases = [
@@ -197,7 +197,7 @@ fn local(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
 fn routed(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
     let router = Router::new()?;
     let table = Table::new(Family::Ip, "routed")?;
-    let rule = Rule::new().udp().dport(PORT + 1).queue(QUEUE);
+    let rule = Rule::new().udp_dport(PORT + 1).queue(QUEUE);
     table.chain("c", Hook::Forward, 0)?.add(&rule)?;
     let receiver = router
         .server
@@ -217,7 +217,7 @@ fn bridged(capture: &mut Capture) -> Result<(), Box<dyn Error>> {
     until_times_are(false, capture)?; // the router's receiver is gone
     let bridge = Bridge::new()?;
     let table = Table::new(Family::Ip6, "bridged")?;
-    let rule = Rule::new().udp().dport(PORT + 2).queue(QUEUE);
+    let rule = Rule::new().udp_dport(PORT + 2).queue(QUEUE);
     table.chain("c", Hook::Forward, 0)?.add(&rule)?;
     let receiver = bridge
         .right

@@ -48,9 +48,9 @@ fn main() -> Result<()> {
     netns::enter()?;
     let table = Table::new(Family::Ip, "t")?;
     let output = table.chain("out", Hook::Output, 0)?;
-    output.add(&Rule::new().udp().dport(PORT).queue(QUEUE))?;
+    output.add(&Rule::new().udp_dport(PORT).queue(QUEUE))?;
     let later = table.chain("later", Hook::Output, 10)?;
-    later.add(&Rule::new().udp().dport(PORT).counted("came").drop())?;
+    later.add(&Rule::new().udp_dport(PORT).counter("came").drop())?;
 
     let mut program = Program(Command::new(name).args(arguments).spawn()?);
     wait_until("the program binds the queue", is_bound)?;
@@ -94,7 +94,7 @@ fn is_bound() -> Result<bool> {
     Ok(numbers.any(|number| number == QUEUE.to_string()))
 }
 
-fn came(chain: &Chain<'_>, sent: u64) -> Result<bool> {
+fn came(chain: &Chain, sent: u64) -> Result<bool> {
     Ok(chain.count("came")? == sent)
 }
 

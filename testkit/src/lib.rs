@@ -11,7 +11,7 @@
 //! let table = Table::new(Family::Ip, "demo")?;
 //! table
 //!     .chain("in", Hook::Input, 0)?
-//!     .add(&Rule::new().udp().dport(5000).queue(1))?;
+//!     .add(&Rule::new().udp_dport(5000).queue(1))?;
 //! let socket = Udp::bind(traffic::V4, 5000)?;
 //! socket.send(b"to be held in queue 1", socket.address())?;
 //! # Ok(())

@@ -9,7 +9,6 @@ pub(crate) const NLM_F_ACK: u16 = 0x4;
 pub(crate) const NLM_F_DUMP: u16 = 0x300;
 pub(crate) const NLM_F_CREATE: u16 = 0x400;
 pub(crate) const NLM_F_EXCL: u16 = 0x200;
-pub(crate) const NLM_F_APPEND: u16 = 0x800;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLA_F_NESTED: u16 = 1 << 15;
@@ -78,6 +77,13 @@ impl Message {
         self.bytes[8..12].copy_from_slice(&seq.to_ne_bytes());
         self.bytes
     }
+}
+
+/// Returns encoded attributes
+pub(crate) fn attributes(write: impl FnOnce(&mut Message)) -> Vec<u8> {
+    let mut message = Message::new(0, 0, &[]);
+    write(&mut message);
+    message.bytes.split_off(HEADER_LEN)
 }
 
 /// Returns `struct nfgenmsg`, the fixed header of netfilter's messages

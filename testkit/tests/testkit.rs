@@ -8,7 +8,7 @@ use std::thread;
 
 use nfqnl_testkit::hosts::Router;
 use nfqnl_testkit::netns::{Namespace, isolated};
-use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
+use nfqnl_testkit::rules::{Family, Hook, Queues, Rule, Table};
 use nfqnl_testkit::traffic::{self, SILENCE, TIMEOUT, Udp, V4, V6};
 use nfqnl_testkit::{link, user};
 
@@ -80,10 +80,10 @@ fn rules_match_count_drop_and_end() {
         for (family, address) in BOTH {
             let table = Table::new(family, "t").unwrap();
             let chain = table.chain("c", Hook::Input, 0).unwrap();
-            let marked = Rule::new().udp().dport(PORT).mark(7);
-            chain.add(&marked.counted("marked").accept()).unwrap();
-            let others = Rule::new().udp().dport(PORT).mark_not(8);
-            chain.add(&others.counted("others").drop()).unwrap();
+            let marked = Rule::new().udp_dport(PORT).mark(7, u32::MAX);
+            chain.add(&marked.counter("marked").accept()).unwrap();
+            let others = Rule::new().udp_dport(PORT).mark_not(8, u32::MAX);
+            chain.add(&others.counter("others").drop()).unwrap();
 
             let udp = Udp::bind(address, PORT).unwrap();
             udp.send(b"unmarked", udp.address()).unwrap();
@@ -112,13 +112,11 @@ fn an_unbound_queue_drops_or_bypasses_packets() {
         for (family, address) in BOTH {
             let table = Table::new(family, "t").unwrap();
             let chain = table.chain("c", Hook::Output, 0).unwrap();
-            let bypass = QueueOptions {
-                bypass: true,
-                fanout: true,
-            };
-            let to = Rule::new().udp().dport(PORT + 1);
-            chain.add(&to.queue_with(4..=5, bypass)).unwrap();
-            chain.add(&Rule::new().udp().sport(PORT).queue(1)).unwrap();
+            let to = Rule::new().udp_dport(PORT + 1);
+            chain
+                .add(&to.queue(Queues::range(4..=5).bypass().fanout()))
+                .unwrap();
+            chain.add(&Rule::new().udp_sport(PORT).queue(1)).unwrap();
 
             let held = Udp::bind(address, PORT).unwrap();
             let passing = Udp::bind(address, PORT + 1).unwrap();

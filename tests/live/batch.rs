@@ -91,10 +91,10 @@ fn verdicts_keep_their_order_across_queues() {
     isolated(|| {
         const N: u32 = 30;
         const OTHER: u16 = 2;
-        let rule = Rule::new().udp().dport(PORT);
-        let lab = Lab::with(Hook::Output, &rule.clone().mark(1).queue(QUEUE));
+        let rule = Rule::new().udp_dport(PORT);
+        let lab = Lab::with(Hook::Output, &rule.clone().mark(1, u32::MAX).queue(QUEUE));
         let chain = lab.tables()[0].chain("other", Hook::Output, 1).unwrap();
-        chain.add(&rule.mark(2).queue(OTHER)).unwrap();
+        chain.add(&rule.mark(2, u32::MAX).queue(OTHER)).unwrap();
         for merge in [true, false] {
             let socket = Socket::builder().merge_verdicts(merge).open().unwrap();
             let _queues = [QUEUE, OTHER].map(|num| socket.bind(num).unwrap());

@@ -101,7 +101,7 @@ fn published_calls_in_published_order() {
 #[test]
 fn the_getters_mirror_the_packet() {
     isolated(|| {
-        let lab = Lab::with(Hook::Output, &Rule::new().udp().dport(PORT).queue(QUEUE));
+        let lab = Lab::with(Hook::Output, &Rule::new().udp_dport(PORT).queue(QUEUE));
         let mut looping = Loop::new();
         let lo = link::index("lo").unwrap();
         let queue = looping.create_queue(QUEUE, move |data| {
@@ -143,7 +143,7 @@ fn the_getters_report_the_ports_of_a_bridge() {
         let table = Table::new(rules::Family::Ip, "t").unwrap();
         let chain = table.chain("c", Hook::Forward, 0).unwrap();
         chain
-            .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
+            .add(&Rule::new().udp_dport(PORT).queue(QUEUE))
             .unwrap();
         let mut looping = Loop::new();
         let (send, seen) = mpsc::channel();
@@ -173,7 +173,7 @@ fn the_getters_report_a_forwarded_packet() {
         let table = Table::new(rules::Family::Ip, "t").unwrap();
         let chain = table.chain("c", Hook::Forward, 0).unwrap();
         chain
-            .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
+            .add(&Rule::new().udp_dport(PORT).queue(QUEUE))
             .unwrap();
         let mut looping = Loop::new();
         let (send, seen) = mpsc::channel();
@@ -234,7 +234,10 @@ fn a_mark_set_in_a_callback_stays() {
     isolated(|| {
         let lab = Lab::with(
             Hook::Input,
-            &Rule::new().udp().dport(PORT).mark_not(3).queue(QUEUE),
+            &Rule::new()
+                .udp_dport(PORT)
+                .mark_not(3, u32::MAX)
+                .queue(QUEUE),
         );
         let mut looping = Loop::new();
         let (send, marks) = mpsc::channel();
@@ -309,11 +312,11 @@ fn a_decision_has_mark_priority_and_payload() {
         const MARK: u32 = 0xdead_beef;
         const PRIORITY: u32 = 6;
         const LATER: u16 = 2;
-        let lab = Lab::with(Hook::Output, &Rule::new().udp().dport(PORT).queue(QUEUE));
+        let lab = Lab::with(Hook::Output, &Rule::new().udp_dport(PORT).queue(QUEUE));
         for table in lab.tables() {
             let chain = table.chain("later", Hook::Postrouting, 0).unwrap();
             chain
-                .add(&Rule::new().udp().dport(PORT).queue(LATER))
+                .add(&Rule::new().udp_dport(PORT).queue(LATER))
                 .unwrap();
         }
         let mut looping = Loop::new();

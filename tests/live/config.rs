@@ -377,7 +377,7 @@ fn conntrack_is_reported_or_refused() {
         /// `IP_CT_NEW` (`linux/netfilter/nf_conntrack_common.h`)
         const NEW: u32 = 2;
         // The kernel tracks every packet matched by this rule.
-        let rule = Rule::new().udp().dport(PORT).new_connection().queue(QUEUE);
+        let rule = Rule::new().udp_dport(PORT).ct_new().queue(QUEUE);
         let lab = Lab::with(Hook::Input, &rule);
         let socket = Socket::open().unwrap();
         let queue = socket.bind(QUEUE).unwrap();

@@ -15,7 +15,7 @@ use nfqnl::{
 };
 use nfqnl_testkit::hosts::Router;
 use nfqnl_testkit::netns::isolated;
-use nfqnl_testkit::rules::{self, Hook, Rule, Table};
+use nfqnl_testkit::rules::{self, Hook, Rule, RuleExt as _, Table};
 use nfqnl_testkit::traffic::{self, Udp, V4, V6};
 use nfqnl_testkit::{kernel, user};
 
@@ -46,9 +46,7 @@ fn queue_at(hook: Hook, priority: i32, rule: Rule) {
     for family in rules::Family::ALL {
         let table = Table::new(family, "queue").unwrap();
         let chain = table.chain("track", hook, priority - 1).unwrap();
-        chain
-            .add(&Rule::new().new_connection().counted("new"))
-            .unwrap();
+        chain.add(&Rule::new().ct_new().counter("new")).unwrap();
         let chain = table.chain("queue", hook, priority).unwrap();
         chain.add(&rule.clone().queue(QUEUE)).unwrap();
     }
@@ -174,7 +172,11 @@ fn a_rule_passes_connections_with_the_mark() {
         let Some((socket, _queue)) = tracked() else {
             return;
         };
-        queue_at(Hook::Input, 0, Rule::new().udp().dport(PORT).ct_mark_not(7));
+        queue_at(
+            Hook::Input,
+            0,
+            Rule::new().udp_dport(PORT).ct_mark_not(7, u32::MAX),
+        );
         let mut batch = RecvBatch::default();
         let server = Udp::bind(V4, PORT).unwrap();
         let clients = [(), ()].map(|()| Udp::bind(V4, 0).unwrap());
@@ -327,7 +329,10 @@ fn a_ping_has_the_same_key_as_its_tuple() {
         let Some((socket, _queue)) = tracked() else {
             return;
         };
-        for (address, rule) in [(V4, Rule::new().icmp()), (V6, Rule::new().icmp6())] {
+        for (address, rule) in [
+            (V4, Rule::new().protocol(IpProtocol::ICMP)),
+            (V6, Rule::new().protocol(IpProtocol::ICMPV6)),
+        ] {
             queue_at(Hook::Input, 0, rule);
             let ping = thread::spawn(move || traffic::ping(address, b"ping", TIMEOUT).unwrap());
             let mut batch = RecvBatch::default();
@@ -354,7 +359,7 @@ fn an_untracked_packet_has_no_entry() {
         let table = Table::new(rules::Family::Ip, "raw").unwrap();
         for hook in [Hook::Output, Hook::Prerouting] {
             let chain = table.chain(&format!("{hook:?}"), hook, -300).unwrap();
-            chain.add(&Rule::new().udp().dport(PORT).untrack()).unwrap();
+            chain.add(&Rule::new().udp_dport(PORT).notrack()).unwrap();
         }
         let mut batch = RecvBatch::default();
         let server = Udp::bind(V4, PORT).unwrap();

@@ -10,21 +10,17 @@ use nfqnl::{
     Verdict,
 };
 use nfqnl_testkit::netns::{Namespace, is_rootless, isolated};
-use nfqnl_testkit::rules::{Hook, QueueOptions, Rule};
+use nfqnl_testkit::rules::{Hook, Queues, Rule};
 use nfqnl_testkit::traffic::{self, TIMEOUT};
 
 use crate::lab::{Lab, PORT, QUEUE, WHOLE_PACKETS, is_free, next_keys, next_packet};
 
 /// Longer than any datagram needs
 const PATIENCE: Duration = Duration::from_millis(500);
-const BYPASS: QueueOptions = QueueOptions {
-    bypass: true,
-    fanout: false,
-};
 
 fn with_bypass() -> Lab {
-    let rule = Rule::new().udp().dport(PORT);
-    Lab::with(Hook::Output, &rule.queue_with(QUEUE..=QUEUE, BYPASS))
+    let rule = Rule::new().udp_dport(PORT);
+    Lab::with(Hook::Output, &rule.queue(Queues::new(QUEUE).bypass()))
 }
 
 fn accept(event: Event<'_>, verdicts: &mut SendBatch) -> Result<()> {

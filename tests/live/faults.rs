@@ -18,7 +18,7 @@ use nfqnl::{
 use nfqnl_testkit::hosts::Router;
 use nfqnl_testkit::ledger::{Ledger, number};
 use nfqnl_testkit::netns::{Namespace, is_rootless, isolated};
-use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
+use nfqnl_testkit::rules::{Family, Hook, Queues, Rule, Table};
 use nfqnl_testkit::traffic::{TIMEOUT, Udp, V4};
 use nfqnl_testkit::{kernel, link, process, signal, socket, user};
 
@@ -194,7 +194,7 @@ fn expect_kernel_drops(full_queue: u64, full_socket: u64) {
 
 /// Queues packets to [`PORT`]
 fn queueing_rule() -> Rule {
-    Rule::new().udp().dport(PORT).queue(QUEUE)
+    Rule::new().udp_dport(PORT).queue(QUEUE)
 }
 
 /// Queues packets as they leave, within the send: at INPUT a busy machine queues them later, in a
@@ -372,11 +372,8 @@ fn acknowledgements_lost_in_an_overrun() {
 fn a_consumer_is_killed_and_another_takes_over() {
     isolated(|| {
         for bypass in [false, true] {
-            let options = QueueOptions {
-                bypass,
-                ..QueueOptions::default()
-            };
-            let rule = queueing_rule().queue_with(QUEUE..=QUEUE, options);
+            let queues = Queues::new(QUEUE);
+            let rule = queueing_rule().queue(if bypass { queues.bypass() } else { queues });
             let lab = Lab::with(Hook::Output, &rule);
             let books = Books::new(&lab.v4);
             let (mut here, mut there) = UnixStream::pair().unwrap();

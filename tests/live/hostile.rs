@@ -275,8 +275,12 @@ fn sockets_opened_under_fire_hear_only_the_kernel() {
         if forge() {
             return;
         }
+        // The first netlink socket of a process gets the process id as its port. It is this one,
+        // and not that of the rules.
+        let mut first = netfilter_socket();
+        first.bind_auto().unwrap();
         let lab = Lab::new();
-        // The first netlink socket of a process gets the process id as its port.
+        drop(first);
         let port = std::process::id();
         let mut forgers = [(); 2].map(|()| forger("for ever", port, Stdio::null()));
         let end = Instant::now() + Duration::from_secs(1);

@@ -52,7 +52,7 @@ impl Lab {
     }
 
     fn at(hook: Hook) -> Self {
-        Self::with(hook, &Rule::new().udp().dport(PORT).queue(QUEUE))
+        Self::with(hook, &Rule::new().udp_dport(PORT).queue(QUEUE))
     }
 
     pub(crate) fn with(hook: Hook, rule: &Rule) -> Self {
@@ -93,9 +93,7 @@ impl Lab {
         let chain = self.tables[0]
             .chain(&format!("queue{num}"), self.hook, 0)
             .unwrap();
-        chain
-            .add(&Rule::new().udp().dport(port).queue(num))
-            .unwrap();
+        chain.add(&Rule::new().udp_dport(port).queue(num)).unwrap();
         Udp::bind(V4, port).unwrap()
     }
 

@@ -23,7 +23,7 @@ fn with_passing_datagram(
     let _queue = socket.bind(QUEUE).unwrap();
     let table = Table::new(rules::Family::Ip, "t").unwrap();
     let chain = table.chain("forward", Hook::Forward, 0).unwrap();
-    let rule = Rule::new().udp().dport(PORT).queue(QUEUE);
+    let rule = Rule::new().udp_dport(PORT).queue(QUEUE);
     chain.add(&rule).unwrap();
     let (namespace, address) = from;
     let sender = namespace.run(|| Udp::bind(address, 0).unwrap());

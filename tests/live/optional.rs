@@ -37,7 +37,7 @@ fn the_bridge_family_reads_and_sets_l2_and_vlan() {
         for hook in [forward, postrouting] {
             // Before `br_netfilter`
             let chain = table.chain(&format!("{hook:?}"), hook, -300).unwrap();
-            let rule = Rule::new().udp().dport(PORT).queue(hook.number().into());
+            let rule = Rule::new().udp_dport(PORT).queue(u16::from(hook.number()));
             match (chain.add(&rule), kernel::has_function("nft_queue_eval")) {
                 (Ok(()), Some(true) | None) => {}
                 (Err(error), Some(false) | None) => {

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use etherparse::{SlicedPacket, TransportSlice};
 use nfqnl::consts::NFQA_PACKET_HDR;
 use nfqnl::{
-    ConfigFlags, CopyMode, Event, Family, QueueConfig, QueueStats, RecvBatch, SendBatch, SkbInfo,
-    Socket, Verdict,
+    ConfigFlags, CopyMode, Event, Family, IpProtocol, QueueConfig, QueueStats, RecvBatch,
+    SendBatch, SkbInfo, Socket, Verdict,
 };
 use nfqnl_testkit::hosts::{Bridge, Router};
 use nfqnl_testkit::netns::{is_rootless, isolated};
-use nfqnl_testkit::rules::{self, Hook, QueueOptions, Rule, Table};
+use nfqnl_testkit::rules::{self, Hook, Queues, Rule, Table};
 use nfqnl_testkit::traffic::{self, TIMEOUT, Udp, V4, V6};
 use nfqnl_testkit::{alloc, cpu, link, rules::Chain, socket};
 
@@ -35,7 +35,7 @@ fn a_local_packet_has_family_devices_and_protocol() {
         let lo = link::index("lo").unwrap();
         for hook in Hook::ALL.into_iter().filter(|hook| *hook != Hook::Forward) {
             let comes_in = matches!(hook, Hook::Prerouting | Hook::Input);
-            let lab = Lab::with(hook, &Rule::new().udp().dport(PORT).queue(QUEUE));
+            let lab = Lab::with(hook, &Rule::new().udp_dport(PORT).queue(QUEUE));
             let socket = Socket::open().unwrap();
             let _queue = socket.bind(QUEUE).unwrap();
             let mut batch = RecvBatch::default();
@@ -83,7 +83,7 @@ fn a_forwarded_packet_has_both_devices_and_a_mac() {
             let table = Table::new(family, "t").unwrap();
             for hook in hooks {
                 let chain = table.chain(&format!("{hook:?}"), hook, 0).unwrap();
-                let rule = Rule::new().udp().dport(PORT).queue(hook.number().into());
+                let rule = Rule::new().udp_dport(PORT).queue(u16::from(hook.number()));
                 chain.add(&rule).unwrap();
             }
         }
@@ -131,7 +131,7 @@ fn a_bridged_packet_has_the_ports_of_the_bridge() {
         ];
         for (family, source, destination) in families {
             let table = Table::new(family, "t").unwrap();
-            let rule = Rule::new().udp().dport(PORT).queue(QUEUE);
+            let rule = Rule::new().udp_dport(PORT).queue(QUEUE);
             for hook in [Hook::Prerouting, Hook::Forward] {
                 let chain = table.chain(&format!("{hook:?}"), hook, 0).unwrap();
                 chain.add(&rule).unwrap();
@@ -372,8 +372,8 @@ fn the_longest_packet_is_truncated_but_delivered() {
 
 fn queue_everything_from(listener: &TcpListener, table: &Table) {
     let port = listener.local_addr().unwrap().port();
-    let chain: Chain<'_> = table.chain("in", Hook::Input, 0).unwrap();
-    for rule in [Rule::new().tcp().dport(port), Rule::new().tcp().sport(port)] {
+    let chain: Chain = table.chain("in", Hook::Input, 0).unwrap();
+    for rule in [Rule::new().tcp_dport(port), Rule::new().tcp_sport(port)] {
         chain.add(&rule.queue(QUEUE)).unwrap();
     }
 }
@@ -461,8 +461,16 @@ fn gso_hands_over_packets_larger_than_the_mtu() {
 fn icmp_is_held_and_answered() {
     isolated(|| {
         let families = [
-            (rules::Family::Ip, V4, Rule::new().icmp()),
-            (rules::Family::Ip6, V6, Rule::new().icmp6()),
+            (
+                rules::Family::Ip,
+                V4,
+                Rule::new().protocol(IpProtocol::ICMP),
+            ),
+            (
+                rules::Family::Ip6,
+                V6,
+                Rule::new().protocol(IpProtocol::ICMPV6),
+            ),
         ];
         for (family, address, rule) in families {
             let table = Table::new(family, "t").unwrap();
@@ -486,11 +494,8 @@ fn icmp_is_held_and_answered() {
 #[test]
 fn a_rule_spreads_addresses_over_queues() {
     isolated(|| {
-        let rule = Rule::new().udp().dport(PORT);
-        let lab = Lab::with(
-            Hook::Output,
-            &rule.queue_with(10..=13, QueueOptions::default()),
-        );
+        let rule = Rule::new().udp_dport(PORT);
+        let lab = Lab::with(Hook::Output, &rule.queue(Queues::range(10..=13)));
         let socket = Socket::open().unwrap();
         let _queues = [10, 11, 12, 13].map(|num| socket.bind(num).unwrap());
         let mut batch = RecvBatch::default();
@@ -517,12 +522,8 @@ fn a_rule_spreads_addresses_over_queues() {
 fn with_fan_out_the_cpu_of_the_sender_decides() {
     isolated(|| {
         const QUEUES: [u16; 3] = [10, 11, 12];
-        let options = QueueOptions {
-            bypass: false,
-            fanout: true,
-        };
-        let rule = Rule::new().udp().dport(PORT);
-        let lab = Lab::with(Hook::Output, &rule.queue_with(10..=12, options));
+        let rule = Rule::new().udp_dport(PORT);
+        let lab = Lab::with(Hook::Output, &rule.queue(Queues::range(10..=12).fanout()));
         let socket = Socket::open().unwrap();
         let _queues = QUEUES.map(|num| socket.bind(num).unwrap());
         let mut batch = RecvBatch::default();
@@ -663,7 +664,7 @@ fn a_bulk_tcp_stream_loses_nothing_by_default() {
         let port = listener.local_addr().unwrap().port();
         let chain = table.chain("out", Hook::Output, 0).unwrap();
         chain
-            .add(&Rule::new().tcp().dport(port).queue(QUEUE))
+            .add(&Rule::new().tcp_dport(port).queue(QUEUE))
             .unwrap();
         let socket = Socket::open().unwrap();
         let _queue = socket.bind(QUEUE).unwrap();

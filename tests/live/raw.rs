@@ -178,8 +178,8 @@ fn a_batch_verdict_releases_all_up_to_its_packet() {
         const MARK: u32 = 5;
         let lab = Lab::new();
         let later = lab.tables()[0].chain("later", Hook::Input, 10).unwrap();
-        let marked = Rule::new().udp().dport(PORT).mark(MARK);
-        later.add(&marked.counted("marked")).unwrap();
+        let marked = Rule::new().udp_dport(PORT).mark(MARK, u32::MAX);
+        later.add(&marked.counter("marked")).unwrap();
         let socket = Socket::open().unwrap();
         let queue = socket.bind(QUEUE).unwrap();
         let sender = socket.verdict_sender();

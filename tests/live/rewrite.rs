@@ -207,7 +207,7 @@ fn a_tcp_stream_is_changed_with_gso() {
             (Hook::Input, here),
             (Hook::Output, [V4, V6]),
         ] {
-            let tables = queue_at(hook, &Rule::new().tcp().dport(PORT));
+            let tables = queue_at(hook, &Rule::new().tcp_dport(PORT));
             link::set_mtu("lo", 1500).unwrap();
             for address in [v4, v6] {
                 let to = SocketAddr::new(address, PORT);

@@ -55,7 +55,7 @@ fn stop_skips_the_chains_that_accept_goes_on_to() {
         let lab = Lab::at_input();
         let later = lab.tables()[0].chain("later", Hook::Input, 10).unwrap();
         later
-            .add(&Rule::new().udp().dport(PORT).counted("seen"))
+            .add(&Rule::new().udp_dport(PORT).counter("seen"))
             .unwrap();
         let socket = Socket::open().unwrap();
         let _queue = socket.bind(QUEUE).unwrap();
@@ -75,7 +75,10 @@ fn stop_skips_the_chains_that_accept_goes_on_to() {
 fn repeat_runs_the_chain_again_with_a_new_id() {
     isolated(|| {
         const DONE: u32 = 9;
-        let rule = Rule::new().udp().dport(PORT).mark_not(DONE).queue(QUEUE);
+        let rule = Rule::new()
+            .udp_dport(PORT)
+            .mark_not(DONE, u32::MAX)
+            .queue(QUEUE);
         let lab = Lab::with(Hook::Input, &rule);
         let socket = Socket::open().unwrap();
         let _queue = socket.bind(QUEUE).unwrap();
@@ -161,10 +164,10 @@ fn later_hooks_see_mark_and_priority_of_a_verdict() {
         const MARK: u32 = 0xdead_beef;
         const PRIORITY: u32 = 6;
         const LATER: u16 = 2;
-        let lab = Lab::with(Hook::Output, &Rule::new().udp().dport(PORT).queue(QUEUE));
+        let lab = Lab::with(Hook::Output, &Rule::new().udp_dport(PORT).queue(QUEUE));
         for table in lab.tables() {
             let chain = table.chain("later", Hook::Postrouting, 0).unwrap();
-            let marked = Rule::new().udp().dport(PORT).mark(MARK);
+            let marked = Rule::new().udp_dport(PORT).mark(MARK, u32::MAX);
             chain.add(&marked.queue(LATER)).unwrap();
         }
         let socket = Socket::open().unwrap();
@@ -221,7 +224,7 @@ fn a_rewritten_packet_leaves_by_a_real_link() {
     isolated(|| {
         let router = Router::new().unwrap();
         let server = &router.server;
-        let rule = Rule::new().udp().dport(PORT).queue(QUEUE);
+        let rule = Rule::new().udp_dport(PORT).queue(QUEUE);
         for family in Family::ALL {
             let table = Table::new(family, "t").unwrap();
             let chain = table.chain("c", Hook::Postrouting, 0).unwrap();
@@ -465,7 +468,7 @@ fn a_decision_with_every_part_is_accepted() {
 fn the_last_queue_number_works_like_any_other() {
     isolated(|| {
         const LAST: u16 = u16::MAX;
-        let lab = Lab::with(Hook::Input, &Rule::new().udp().dport(PORT).queue(0));
+        let lab = Lab::with(Hook::Input, &Rule::new().udp_dport(PORT).queue(0));
         let socket = Socket::open().unwrap();
         let _queues = [0, LAST].map(|queue| socket.bind(queue).unwrap());
         let mut batch = RecvBatch::default();

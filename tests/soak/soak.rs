@@ -52,11 +52,11 @@ fn main() {
     let table = Table::new(Family::Ip, "soak").unwrap();
     let chain = table.chain("queue", Hook::Input, 0).unwrap();
     chain
-        .add(&Rule::new().udp().dport(PORT).queue(QUEUE))
+        .add(&Rule::new().udp_dport(PORT).queue(QUEUE))
         .unwrap();
     let later = table.chain("later", Hook::Input, 10).unwrap();
     later
-        .add(&Rule::new().mark(MARK).counted("marked"))
+        .add(&Rule::new().mark(MARK, u32::MAX).counter("marked"))
         .unwrap();
     let udp = Udp::bind(V4, PORT).unwrap();
     let socket = Socket::open().unwrap();

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use nfqnl::{Event, RecvBatch, Result, SendBatch, Socket, Verdict};
 use nfqnl_testkit::netns;
-use nfqnl_testkit::rules::{Family, Hook, QueueOptions, Rule, Table};
+use nfqnl_testkit::rules::{Family, Hook, Queues, Rule, Table};
 use nfqnl_testkit::traffic::{self, Udp, V4};
 
 const PORT: u16 = 5000;
@@ -34,12 +34,8 @@ fn main() {
     });
     let table = Table::new(Family::Ip, "soak").unwrap();
     let chain = table.chain("queue", Hook::Output, 0).unwrap();
-    let options = QueueOptions {
-        bypass: true,
-        fanout: false,
-    };
-    let rule = Rule::new().udp().dport(PORT);
-    chain.add(&rule.queue_with(QUEUE..=QUEUE, options)).unwrap();
+    let rule = Rule::new().udp_dport(PORT);
+    chain.add(&rule.queue(Queues::new(QUEUE).bypass())).unwrap();
     let udp = Udp::bind(V4, PORT).unwrap();
     let socket = Socket::open().unwrap();
     let (is_over, gate) = (AtomicBool::new(false), Mutex::new(()));

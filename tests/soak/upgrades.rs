@@ -224,7 +224,7 @@ fn soak(seconds: u32) {
         chain.add(&Rule::new().tcp().queue(QUEUE)).unwrap();
         let later = table.chain("later", Hook::Input, 10).unwrap();
         later
-            .add(&Rule::new().mark(MARK).counted("marked"))
+            .add(&Rule::new().mark(MARK, u32::MAX).counter("marked"))
             .unwrap();
         later
     });

@@ -318,7 +318,7 @@ struct Bench<'a> {
     options: &'a Options,
     built: &'a Path,
     programs: &'a [Program],
-    chain: &'a Chain<'a>,
+    chain: &'a Chain,
     run: (usize, Placement),
     figures: &'a mut Figures,
 }
@@ -429,7 +429,7 @@ impl Bench<'_> {
                         kind: "accept",
                         recv_buffer,
                         wants_gso,
-                        rule: Rule::new().tcp(),
+                        rule: &|port| Rule::new().tcp_dport(port),
                     };
                     let side = self.start(self.chain, program, 0, &queue)?;
                     rates.push(side.tcp_rate(amount.seconds)?);
@@ -456,18 +456,21 @@ impl Bench<'_> {
         let chain = table.chain("inspect", Hook::Input, 0)?;
         // This rule turns on connection tracking for all ways.
         let save = table.chain("save", Hook::Input, 10)?;
-        save.add(&Rule::new().tcp().mark(1).save_mark())?;
+        save.add(&Rule::new().tcp().mark(1, u32::MAX).save_mark())?;
         let mut ways = WAYS.map(|way| (way, Vec::new(), Vec::new()));
         for round in 0..amount.first_bytes_rounds {
             let n = ways.len();
             for place in 0..n {
                 let ((name, style), rates, queued) =
                     ways.get_mut((place + round) % n).ok_or("no way")?;
-                let rule = match *name {
-                    EVERY_SEGMENT => Rule::new().tcp(),
-                    _ => Rule::new().tcp().ct_mark_not(1),
+                let rule = |port| {
+                    let rule = Rule::new().tcp_dport(port);
+                    let rule = match *name {
+                        EVERY_SEGMENT => rule,
+                        _ => rule.ct_mark_not(1, u32::MAX),
+                    };
+                    rule.counter(FIRST_BYTES)
                 };
-                let rule = rule.counted(FIRST_BYTES);
                 if let Some(style) = style {
                     let program = Program {
                         name,
@@ -478,13 +481,13 @@ impl Bench<'_> {
                         kind: "accept",
                         recv_buffer: 0,
                         wants_gso: true,
-                        rule,
+                        rule: &rule,
                     };
                     let side = self.start(&chain, &program, 0, &queue)?;
                     rates.push(side.tcp_rate(amount.first_bytes_seconds)?);
                     queued.push(chain.count(FIRST_BYTES)? as f64);
                 } else {
-                    chain.add(&rule.dport(FIRST_PORT))?;
+                    chain.add(&rule(FIRST_PORT))?;
                     rates.push(tcp_rate(FIRST_PORT, amount.first_bytes_seconds)?);
                     queued.push(0.0);
                 }
@@ -553,7 +556,7 @@ impl Bench<'_> {
             kind,
             recv_buffer: 0,
             wants_gso: false,
-            rule: Rule::new().udp(),
+            rule: &|port| Rule::new().udp_dport(port),
         };
         let start = |(index, program): (usize, &Program)| {
             self.start(self.chain, program, u16::try_from(index)?, &queue)
@@ -563,10 +566,10 @@ impl Bench<'_> {
 
     fn start(
         &self,
-        chain: &Chain<'_>,
+        chain: &Chain,
         program: &Program,
         num: u16,
-        queue: &QueueOptions,
+        queue: &QueueOptions<'_>,
     ) -> Result<Side> {
         let placement = self.run.1;
         let place = |command: &mut Command| -> Result<Child> {
@@ -593,14 +596,14 @@ pub(crate) const WAYS: [(&str, Option<&str>); 3] = [
 pub(crate) const RECV_BUFFERS: [(usize, &str); 2] = [(0, "default"), (1 << 20, "1 MiB")];
 
 /// The options of a side's queue
-struct QueueOptions {
+struct QueueOptions<'r> {
     /// One of [`KINDS`]
     kind: &'static str,
     /// In bytes; 0 for the default
     recv_buffer: usize,
     wants_gso: bool,
-    /// The rule for its packets, without the port
-    rule: Rule,
+    /// Returns the rule for packets to its port
+    rule: &'r dyn Fn(u16) -> Rule,
 }
 
 /// A packet-handling process, the sending socket, and the times
@@ -621,14 +624,14 @@ struct Side {
 impl Side {
     /// Starts a side, by a function that spawns its process
     fn start(
-        chain: &Chain<'_>,
+        chain: &Chain,
         program: &Program,
         spawn: impl FnOnce(&mut Command) -> Result<Child>,
         num: u16,
-        queue: &QueueOptions,
+        queue: &QueueOptions<'_>,
     ) -> Result<Self> {
         let port = FIRST_PORT + num;
-        chain.add(&queue.rule.clone().dport(port).queue(num))?;
+        chain.add(&(queue.rule)(port).queue(num))?;
         let [executable, leading @ ..] = &program.command[..] else {
             return Err("no command".into());
         };
