@@ -9,8 +9,8 @@
 //!
 //! The daemon drops packets that contain a word of the file, and accepts the others. One thread
 //! receives. It accepts packets of at most 28 bytes at once: they have no contents. A worker
-//! thread searches the others. A packet that makes the worker panic is dropped. Each second with
-//! packets the daemon prints its counters.
+//! thread searches the others. A packet that makes the worker panic is dropped. Each second the
+//! daemon prints its counters.
 //!
 //! To stop, the daemon lets new packets pass by, and decides the waiting ones. After its end the
 //! rule's `--queue-bypass` lets packets pass.
@@ -39,22 +39,19 @@ fn main() -> Result<()> {
     let path = std::env::args().nth(1).ok_or("usage: daemon FILE")?;
     let words = read_words(&path)?;
     let socket = Socket::open()?;
+    let (send, signals) = mpsc::channel();
     let waker = socket.waker();
-    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
-    let end_of_signals = signals.handle();
+    let mut caught = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+    thread::spawn(move || {
+        for signal in &mut caught {
+            let _ = send.send(signal);
+            waker.wake(); // ends the receive call of the one thread that receives
+        }
+    });
+    let (work, packets) = mpsc::channel();
     thread::scope(|scope| {
-        let (send, received) = mpsc::channel();
-        scope.spawn(move || {
-            for signal in &mut signals {
-                let _ = send.send(signal);
-                waker.wake(); // ends the receive call
-            }
-        });
-        let (work, packets) = mpsc::channel();
         scope.spawn(|| work_off(packets));
-        let result = serve(&socket, &path, words, &work, &received);
-        end_of_signals.close();
-        result
+        serve(&socket, &path, words, work, &signals)
     })
 }
 
@@ -94,7 +91,7 @@ fn serve(
     socket: &Socket,
     path: &str,
     mut words: Words,
-    work: &Sender<Work>,
+    work: Sender<Work>,
     signals: &Receiver<i32>,
 ) -> Result<()> {
     let queue = socket.bind(NUMBER)?;
@@ -115,7 +112,7 @@ fn serve(
         }
     };
     let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
-    let (mut printed, mut shown) = (Instant::now(), 0);
+    let mut printed = Instant::now();
     loop {
         for event in socket.recv_timeout(&mut batch, SECOND)? {
             decide(event, &words, &mut verdicts)?;
@@ -135,10 +132,9 @@ fn serve(
             }
             println!("{} words", words.len());
         }
-        let stats = socket.stats();
-        if printed.elapsed() >= SECOND && stats.packets > shown {
-            println!("{} waiting, {stats:?}", queue.waiting());
-            (printed, shown) = (Instant::now(), stats.packets);
+        if printed.elapsed() >= SECOND {
+            println!("{:?}", socket.stats());
+            printed = Instant::now();
         }
     }
 }

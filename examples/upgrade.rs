@@ -8,11 +8,17 @@
 //! The program accepts packets. After each `--packets N` (100) it starts its program file again
 //! with exec(2), as a daemon does for an upgrade, `--upgrades N` times (3). The new process gets
 //! the socket as its standard input, and the handover in an environment variable. Each time a few
-//! packets are in hand, without a verdict: the new process receives them again.
+//! packets are in hand, without a verdict: the new process receives them again. If the file cannot
+//! be started, the old process goes on.
+//!
+//! A daemon that does this at a signal blocks the signal before exec, and unblocks it when the new
+//! process has its handler: exec resets handlers.
 
 use std::error::Error;
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 use nfqnl::{Event, Handover, Orphans, Queue, RecvBatch, SendBatch, Socket, Verdict};
@@ -25,27 +31,51 @@ const NUMBER: u16 = 1;
 const HANDOVER: &str = "NFQNL_HANDOVER";
 
 /// Takes over from the process before, or begins
-fn start() -> Result<(Socket, Queue)> {
+fn start() -> Result<(Socket, Vec<Queue>)> {
     let Ok(handover) = std::env::var(HANDOVER) else {
         let socket = Socket::open()?;
         let queue = socket.bind(NUMBER)?;
         println!("queue {NUMBER} is bound");
-        return Ok((socket, queue));
+        return Ok((socket, vec![queue]));
     };
     let handover: Handover = handover.parse()?;
     let fd = std::io::stdin().as_fd().try_clone_to_owned()?;
-    let queues = [(NUMBER, Orphans::Again)];
-    let (socket, mut queues) = Socket::adopt(fd, Some(&handover), &queues)?;
+    // Programs that this one starts would inherit the socket.
+    rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+    let adopted = Socket::adopt(fd, Some(&handover), &[(NUMBER, Orphans::Again)])?;
     println!("queue {NUMBER} is taken over");
-    Ok((socket, queues.pop().ok_or("no queue")?))
+    Ok(adopted)
+}
+
+/// Gives the socket to a new process; returns it if there is none
+fn upgrade(
+    program: &Path,
+    socket: Socket,
+    [packets, upgrades]: [usize; 2],
+) -> Result<(Socket, Vec<Queue>)> {
+    let (fd, handover) = socket.into_fd()?;
+    let error = Command::new(program)
+        .args(["--packets", &packets.to_string()])
+        .args(["--upgrades", &upgrades.to_string()])
+        .env(HANDOVER, handover.to_string())
+        .stdin(fd.try_clone()?)
+        .exec();
+    // exec returns only if it fails.
+    eprintln!("{}: {error}", program.display());
+    Ok(Socket::adopt(
+        fd,
+        Some(&handover),
+        &[(NUMBER, Orphans::Again)],
+    )?)
 }
 
 fn main() -> Result<()> {
-    let [packets, upgrades] = support::numbers([("--packets", 100), ("--upgrades", 3)])?;
-    let (socket, _queue) = start()?;
+    let [packets, mut upgrades] = support::numbers([("--packets", 100), ("--upgrades", 3)])?;
+    let program = std::env::current_exe()?; // now: a later file may have this name
+    let (mut socket, mut _queues) = start()?;
     let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     let mut accepted = 0;
-    while accepted < packets {
+    loop {
         for event in socket.recv(&mut batch)? {
             match event {
                 Event::Packet(packet) if accepted < packets => {
@@ -57,16 +87,13 @@ fn main() -> Result<()> {
             }
         }
         socket.send(&mut verdicts)?;
+        if accepted == packets {
+            if upgrades == 0 {
+                return Ok(());
+            }
+            upgrades -= 1;
+            (socket, _queues) = upgrade(&program, socket, [packets, upgrades])?;
+            (batch, accepted) = (RecvBatch::default(), 0);
+        }
     }
-    if upgrades == 0 {
-        return Ok(());
-    }
-    let (fd, handover) = socket.into_fd()?;
-    let error = Command::new(std::env::current_exe()?)
-        .args(["--packets", &packets.to_string()])
-        .args(["--upgrades", &(upgrades - 1).to_string()])
-        .env(HANDOVER, handover.to_string())
-        .stdin(fd)
-        .exec();
-    Err(error.into()) // exec returns only if it fails
 }

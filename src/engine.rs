@@ -65,6 +65,8 @@ pub(crate) struct Engine {
     /// The maximum number of unread answers to sends; above it, a send reads the socket
     max_unread: u32,
     reports_overruns: bool,
+    /// Dropped queues are unbound
+    pub(crate) unbinds_on_drop: bool,
     /// Equal verdicts are merged
     merges: AtomicBool,
     /// The program may receive on the descriptor itself and pass datagrams on
@@ -127,6 +129,8 @@ struct State {
     last_seq: u32,
     /// Bytes of all datagrams read so far
     bytes_read: u64,
+    /// The socket belongs to another process: see [`Engine::give_away`]
+    is_given_away: bool,
     /// An overrun was reported, and the socket was not seen empty since
     is_in_overrun: bool,
     stats: Stats,
@@ -153,6 +157,7 @@ impl Engine {
             max_send: send_buffer.saturating_sub(SEND_OVERHEAD).min(MAX_SEND),
             max_unread: u32::try_from(max_unread).unwrap_or(u32::MAX),
             reports_overruns,
+            unbinds_on_drop: true,
             merges: AtomicBool::new(merges),
             may_be_read_outside: AtomicBool::new(false),
             forks: sys::forks(),
@@ -228,7 +233,15 @@ impl Engine {
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        self.state().stats
+        let state = self.state();
+        let waiting = state
+            .bindings
+            .iter()
+            .map(|binding| binding.outstanding().waiting());
+        Stats {
+            waiting: waiting.sum(),
+            ..state.stats
+        }
     }
 
     pub(crate) fn count(&self, count: impl FnOnce(&mut Stats)) {

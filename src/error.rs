@@ -271,6 +271,8 @@ pub enum Operation {
     SetFlags(u16),
     /// Setting a queue's maximum length
     SetMaxlen(u16),
+    /// Letting new packets pass by a queue
+    PassBy(u16),
     /// Answering a packet
     Verdict(PacketKey),
     /// Answering all packets up to this one
@@ -307,7 +309,8 @@ impl Operation {
             | Self::Unbind(queue)
             | Self::SetMode(queue)
             | Self::SetFlags(queue)
-            | Self::SetMaxlen(queue) => Some(queue),
+            | Self::SetMaxlen(queue)
+            | Self::PassBy(queue) => Some(queue),
             Self::Verdict(key) | Self::BatchVerdict(key) => Some(key.queue()),
             _ => None,
         }
@@ -332,6 +335,7 @@ impl fmt::Display for Operation {
             Self::SetMode(queue) => write!(f, "set copy mode of queue {queue}"),
             Self::SetFlags(queue) => write!(f, "set flags of queue {queue}"),
             Self::SetMaxlen(queue) => write!(f, "set maximum length of queue {queue}"),
+            Self::PassBy(queue) => write!(f, "let packets pass by queue {queue}"),
             Self::Verdict(key) => {
                 write!(f, "verdict on packet {} of queue {}", key.id(), key.queue())
             }

@@ -17,7 +17,7 @@ use crate::error::{Error, Operation, Result};
 use crate::event::{Event, decode};
 use crate::queue::Queue;
 use crate::recv_batch::RecvBatch;
-use crate::socket::{Socket, drain, wait_for};
+use crate::socket::{Deadline, Socket, drain, wait_for};
 use crate::sys;
 use crate::verdict::SendBatch;
 
@@ -88,7 +88,8 @@ impl<'cb> Callbacks<'cb> {
             binding: Arc::clone(binding),
             callback: Mutex::new(callback),
         };
-        lock(&self.entries).insert(binding.id, Arc::new(entry));
+        let before = lock(&self.entries).insert(binding.id, Arc::new(entry));
+        drop(before); // after unlocking: its captures may use the handle
     }
 
     /// Drops the callbacks of queues that have ended
@@ -224,6 +225,8 @@ impl<'cb> Handle<'cb> {
 
     /// Returns the socket without its callbacks, for instance to give it away
     /// ([`Socket::into_fd`])
+    ///
+    /// The callbacks are dropped. A [`Queue`] that a callback owns is unbound then.
     #[must_use]
     pub fn into_socket(self) -> Socket {
         self.socket
@@ -348,7 +351,7 @@ impl<'cb> Handle<'cb> {
     pub fn try_run_once(&self, batch: &mut RecvBatch) -> Result<usize> {
         // Packets may follow a batch that has only other events.
         loop {
-            let (had_events, packets) = self.turn_of(batch, Wait::No)?;
+            let (had_events, packets) = self.turn_of(batch, Wait::No, Deadline::NEVER)?;
             if packets > 0 || !had_events {
                 return Ok(packets);
             }
@@ -361,19 +364,25 @@ impl<'cb> Handle<'cb> {
     /// As [`Queue::set_flags`], [`run_once`](Self::run_once) and [`Queue::destroy`]. The queue is
     /// unbound then, and its packets are lost.
     pub fn drain(&self, queue: Queue, batch: &mut RecvBatch, timeout: Duration) -> Result<u64> {
-        drain(&self.socket.engine, queue, timeout, |wait| {
-            let (is_read, _) = self.turn_of(batch, wait)?;
-            Ok(is_read)
+        self.socket.check_owner(&queue)?;
+        drain(queue, timeout, |wait, deadline| {
+            self.turn_of(batch, wait, deadline).map(|_| ())
         })
     }
 
     fn run(&self, batch: &mut RecvBatch, wait: Wait) -> Result<usize> {
-        self.turn_of(batch, wait).map(|(_, packets)| packets)
+        let (_, packets) = self.turn_of(batch, wait, Deadline::NEVER)?;
+        Ok(packets)
     }
 
-    /// Fills the batch and handles its events; returns true if it had any, and the number of
-    /// packets
-    fn turn_of(&self, batch: &mut RecvBatch, wait: Wait) -> Result<(bool, usize)> {
+    /// Fills the batch, and handles its events until the deadline; returns true if it had any, and
+    /// the number of packets
+    fn turn_of(
+        &self,
+        batch: &mut RecvBatch,
+        wait: Wait,
+        deadline: Deadline,
+    ) -> Result<(bool, usize)> {
         let inside = Inside::enter(self.socket.engine.id)?;
         let mut wait = wait;
         if !batch.verdicts.is_empty() && batch.owner() == Some(self.socket.engine.id) {
@@ -381,9 +390,12 @@ impl<'cb> Handle<'cb> {
             wait = Wait::No; // the send may have read what the descriptor reported
         }
         let filled = self.socket.fill(batch, wait)?;
-        let (events, verdicts) = batch.parts();
+        let (mut events, verdicts) = batch.parts();
         let packets = self.turn(inside, verdicts, false, |turn| {
-            events.for_each(|event| turn.dispatch(event));
+            while !deadline.is_over() {
+                let Some(event) = events.next() else { break };
+                turn.dispatch(event);
+            }
         });
         packets.map(|packets| (filled, packets))
     }

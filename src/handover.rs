@@ -3,9 +3,11 @@
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use nfqnl_proto::{ConfigFlags, ConfigRequest, PlainVerdict, Verdict};
 
+use crate::engine::Engine;
 use crate::error::{Error, Operation, Result};
 use crate::queue::Queue;
 use crate::socket::{Socket, SocketBuilder};
@@ -79,6 +81,11 @@ impl FromStr for Handover {
 #[non_exhaustive]
 pub enum Orphans {
     /// This process receives them again, with new ids, behind the packets that wait in the socket
+    ///
+    /// The rules do not see them again. The receive buffer and the queue need room for all of them
+    /// at once; the kernel drops the others. With
+    /// [`FAIL_OPEN`](ConfigFlags::FAIL_OPEN) it accepts them. The time that they have waited
+    /// already is not known: a [`Pending`](crate::Pending) begins anew.
     Again,
     /// All get this verdict
     Answer(PlainVerdict),
@@ -103,12 +110,16 @@ impl Socket {
     /// receive buffer hold.
     ///
     /// Packets that this process has received and not answered, also those left in a batch, are
-    /// orphans: the new process decides about them. Verdicts on them are [`Error::Unbound`] here.
-    /// Send everything that is decided first. All threads must have left their calls, so the
-    /// socket is not shared any more.
+    /// orphans: the new process decides about them. Send everything that is decided first.
+    /// [`VerdictSender`](crate::VerdictSender)s, guards and wakers may live on in other threads:
+    /// their verdicts are [`Error::Unbound`], and their packets are orphans.
+    ///
+    /// Keep every [`Queue`] until this call returns, because a queue dropped before is unbound.
+    /// Afterwards a drop does nothing. If the new process cannot be started, this process adopts
+    /// the descriptor again.
     ///
     /// # Errors
-    /// [`Error::Io`] if no descriptor is left.
+    /// [`Error::Io`] if no descriptor is left; the queues are unbound then.
     pub fn into_fd(self) -> Result<(OwnedFd, Handover)> {
         let fd = self.engine.as_fd().try_clone_to_owned();
         let fd = fd.map_err(Error::io(Operation::HandOver))?;
@@ -132,22 +143,26 @@ impl Socket {
 impl SocketBuilder {
     /// Takes over a socket with bound queues, from [`Socket::into_fd`] or from a process that died
     ///
-    /// Of the settings only [`merge_verdicts`](Self::merge_verdicts) counts, and
-    /// [`report_overruns`](Self::report_overruns) must be as it was; the socket keeps its receive
-    /// buffer, and its queues keep their settings. `queues` names the queues to serve, and the fate
-    /// of their orphans: the packets that the process before received and did not answer. Queues of
-    /// the handover that are not in `queues` are unbound.
+    /// Of the settings only [`merge_verdicts`](Self::merge_verdicts) and
+    /// [`unbind_on_drop`](Self::unbind_on_drop) count. The socket keeps its receive buffer and its
+    /// reports of overruns, and its queues keep their settings. The descriptor gets close-on-exec.
     ///
-    /// With a handover the orphans get their verdict at once. Without one (the process died, and
-    /// a supervisor kept the descriptor) they wait for the next packet of their queue: its id
-    /// shows which packets are older.
+    /// `queues` names the queues to serve, and the fate of their orphans: the packets that the
+    /// process before received and did not answer. Queues of the handover that are not in `queues`
+    /// are unbound. Without a handover, name all: the others stay bound, and no process answers
+    /// their packets.
+    ///
+    /// With a handover the orphans get their verdict at once. It is good for one call: after a
+    /// crash of this process the next one gets `None`. Without a handover the orphans wait for the
+    /// next packet of their queue, because its id shows which packets are older. A sender that
+    /// repeats its packet ends this wait. [`Queue::pass_by`] and [`Socket::drain`] end it too.
     ///
     /// # Errors
     /// [`Error::Refused`] with [`NotBound`](crate::ErrorKind::NotBound) or
     /// [`NoCapability`](crate::ErrorKind::NoCapability) if this socket has not bound a queue, with
     /// [`AlreadyBound`](crate::ErrorKind::AlreadyBound) if `queues` names one twice.
-    /// [`Error::NotNetfilter`]; [`Error::NoAck`]; [`Error::Io`]. The descriptor is closed then, and
-    /// its queues are unbound.
+    /// [`Error::NotNetfilter`]; [`Error::NoAck`]; [`Error::Io`]. The descriptor is closed then: if
+    /// it was the last copy, the kernel unbinds the queues.
     pub fn adopt(
         self,
         fd: OwnedFd,
@@ -155,34 +170,45 @@ impl SocketBuilder {
         queues: &[(u16, Orphans)],
     ) -> Result<(Socket, Vec<Queue>)> {
         let socket = self.wrap(fd)?;
-        let engine = &socket.engine;
-        let before = |num| {
-            let queues = handover.map_or(&[][..], |handover| &handover.queues);
-            queues.iter().find(|(before, ..)| *before == num)
-        };
-        // All are registered before the first message is read.
-        let bindings: Result<Vec<_>> = queues
-            .iter()
-            .map(|&(num, orphans)| {
-                let newest = before(num).and_then(|&(_, newest, _)| newest);
-                let flags = before(num).map_or(ConfigFlags::empty(), |&(.., flags)| flags);
-                engine.adopt(num, newest, flags, orphans.verdict(num))
-            })
-            .collect();
-        let bindings = bindings?;
-        for binding in &bindings {
-            engine.check_adopted(binding)?;
-        }
-        for num in handover.into_iter().flat_map(Handover::queues) {
-            if !queues.iter().any(|(adopted, _)| *adopted == num) {
-                let request = ConfigRequest::unbind(num);
-                engine.configure(Operation::Unbind(num), &request)?;
+        match adopt_queues(&socket.engine, handover, queues) {
+            Ok(queues) => Ok((socket, queues)),
+            Err(error) => {
+                // Copies of the descriptor keep the queues.
+                socket.engine.give_away();
+                Err(error)
             }
         }
-        let queues = bindings
-            .into_iter()
-            .map(|binding| Queue::new(engine, binding));
-        let queues = queues.collect();
-        Ok((socket, queues))
     }
+}
+
+fn adopt_queues(
+    engine: &Arc<Engine>,
+    handover: Option<&Handover>,
+    queues: &[(u16, Orphans)],
+) -> Result<Vec<Queue>> {
+    let before = |num| {
+        let queues = handover.map_or(&[][..], |handover| &handover.queues);
+        queues.iter().find(|(before, ..)| *before == num)
+    };
+    // All are registered before the first message is read.
+    let bindings: Result<Vec<_>> = queues
+        .iter()
+        .map(|&(num, orphans)| {
+            let newest = before(num).and_then(|&(_, newest, _)| newest);
+            let flags = before(num).map_or(ConfigFlags::empty(), |&(.., flags)| flags);
+            engine.adopt(num, newest, flags, orphans.verdict(num))
+        })
+        .collect();
+    let bindings = bindings?;
+    for binding in &bindings {
+        engine.check_adopted(binding)?;
+    }
+    for num in handover.into_iter().flat_map(Handover::queues) {
+        if !queues.iter().any(|(adopted, _)| *adopted == num) {
+            let request = ConfigRequest::unbind(num);
+            engine.configure_twice(Operation::Unbind(num), &request)?;
+        }
+    }
+    let queues = bindings.into_iter();
+    Ok(queues.map(|binding| Queue::new(engine, binding)).collect())
 }

@@ -68,7 +68,9 @@
 //! * `demo` brings its own namespace, rules and traffic; `print_packets` prints every attribute.
 //! * `batch` sends different verdicts and marks together; `accept_all` is the smallest program.
 //! * `rewrite` and `dns_filter` change packets; `first_bytes` inspects the first bytes of each TCP
-//!   connection; `upgrade` replaces itself and loses no packet.
+//!   connection.
+//! * `daemon` has signals, a worker and a clean stop; `upgrade` replaces itself and loses no
+//!   packet.
 //! * `threads` gives each thread a queue, and answers one queue from many threads.
 //! * `mio`, `async_io` and `tokio` drive a socket by a runtime.
 //! * `nf_queue` has the command line of the kernel's own test program.

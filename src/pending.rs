@@ -1,6 +1,7 @@
 //! Packets held for a later verdict, with a verdict for those that are forgotten
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use nfqnl_proto::{PacketKey, PlainVerdict};
@@ -14,8 +15,8 @@ use crate::verdict::SendBatch;
 /// verdicts of the forgotten packets to a batch. Call it in each turn of the loop. All packets of
 /// one `Pending` have the same time; use several for several times.
 ///
-/// Holding and taking a key takes constant time. The memory is used again: it grows to the largest
-/// number of keys held within the time.
+/// Holding and taking a key takes constant time. The memory is used again: it grows with the
+/// largest number of keys held at once.
 ///
 /// ```
 /// use std::time::{Duration, Instant};
@@ -25,9 +26,12 @@ use crate::verdict::SendBatch;
 /// let mut pending = Pending::new(Duration::from_secs(2), Verdict::Drop);
 /// let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
 /// loop {
-///     for event in socket.recv_timeout(&mut batch, Duration::from_millis(100))? {
+///     let deadline = pending.next_deadline().unwrap_or(Instant::now() + Duration::from_secs(1));
+///     let timeout = deadline.saturating_duration_since(Instant::now());
+///     for event in socket.recv_timeout(&mut batch, timeout)? {
 ///         if let Event::Packet(packet) = event {
-///             pending.hold(packet.key(), Instant::now()); // and ask another thread
+///             pending.hold(packet.key(), Instant::now());
+///             // Here another thread gets the work. It sends an answer, and wakes this thread.
 ///         }
 ///     }
 ///     for (key, verdict) in answers.try_iter() {
@@ -46,9 +50,9 @@ use crate::verdict::SendBatch;
 pub struct Pending {
     timeout: Duration,
     default: PlainVerdict,
-    /// The keys in the order of their deadlines; some may be answered
+    /// The keys in the order of their deadlines; some are answered, or held again since
     order: VecDeque<(Instant, PacketKey)>,
-    held: HashSet<PacketKey>,
+    held: HashMap<PacketKey, Instant>,
 }
 
 impl Pending {
@@ -58,7 +62,7 @@ impl Pending {
             timeout,
             default: default.into(),
             order: VecDeque::new(),
-            held: HashSet::new(),
+            held: HashMap::new(),
         }
     }
 
@@ -66,7 +70,8 @@ impl Pending {
     ///
     /// `now` must not be earlier than in the call before.
     pub fn hold(&mut self, key: PacketKey, now: Instant) {
-        if self.held.insert(key) {
+        if let Entry::Vacant(place) = self.held.entry(key) {
+            place.insert(now);
             self.order.push_back((now, key));
         }
     }
@@ -74,25 +79,45 @@ impl Pending {
     /// Takes a packet out, to answer it; returns false if it is not held, or not any more
     #[must_use = "a packet that is not held has its verdict"]
     pub fn take(&mut self, key: PacketKey) -> bool {
-        let is_held = self.held.remove(&key);
+        let is_held = self.held.remove(&key).is_some();
         self.forget_answered();
         is_held
     }
 
     /// Adds the default verdict of each packet whose time is over; returns their number
     pub fn expired(&mut self, now: Instant, verdicts: &mut SendBatch) -> usize {
-        let mut expired = 0;
+        let timeout = self.timeout;
+        self.answer_while(verdicts, |since| {
+            now.saturating_duration_since(since) >= timeout
+        })
+    }
+
+    /// Adds the default verdict of every packet, for instance before [`Socket::drain`]; returns
+    /// their number
+    ///
+    /// [`Socket::drain`]: crate::Socket::drain
+    pub fn answer_all(&mut self, verdicts: &mut SendBatch) -> usize {
+        self.answer_while(verdicts, |_| true)
+    }
+
+    fn answer_while(
+        &mut self,
+        verdicts: &mut SendBatch,
+        is_over: impl Fn(Instant) -> bool,
+    ) -> usize {
+        let before = self.held.len();
         while let Some(&(since, key)) = self.order.front() {
-            if now.saturating_duration_since(since) < self.timeout {
+            if !is_over(since) {
                 break;
             }
-            if self.held.remove(&key) {
+            if self.held.get(&key) == Some(&since) {
+                self.held.remove(&key);
                 verdicts.push_plain(key, self.default);
-                expired += 1;
             }
             self.order.pop_front();
         }
-        expired
+        self.forget_answered();
+        before - self.held.len()
     }
 
     /// Returns the time at which the next packet expires, for a poll timeout
@@ -120,13 +145,16 @@ impl Pending {
         self.held.is_empty()
     }
 
-    /// Removes answered keys from the front, so that the first one is held
+    /// Removes answered keys from the front, so that the first one is held; and all, once they are
+    /// the greater part
     fn forget_answered(&mut self) {
-        while let Some((_, key)) = self.order.front() {
-            if self.held.contains(key) {
-                return;
-            }
+        let held = &self.held;
+        let is_held = |(since, key): &(Instant, PacketKey)| held.get(key) == Some(since);
+        while self.order.front().is_some_and(|entry| !is_held(entry)) {
             self.order.pop_front();
+        }
+        if self.order.len() > 64 + 2 * held.len() {
+            self.order.retain(is_held);
         }
     }
 }
@@ -178,9 +206,8 @@ mod tests {
         assert_eq!(pending.next_deadline(), Some(begin + 2 * SECOND));
     }
 
-    /// A key is held again after its verdict, for instance a key made from an id
     #[test]
-    fn a_key_can_be_held_again() {
+    fn a_key_held_again_begins_anew() {
         let begin = Instant::now();
         let mut pending = Pending::new(SECOND, Verdict::Accept);
         let mut verdicts = SendBatch::new();
@@ -188,8 +215,37 @@ mod tests {
         pending.hold(key(2), begin);
         assert!(pending.take(key(2)));
         pending.hold(key(2), begin + SECOND / 2);
-        assert_eq!(pending.expired(begin + SECOND, &mut verdicts), 2);
-        assert_eq!(pending.expired(begin + 2 * SECOND, &mut verdicts), 0);
+        assert_eq!(pending.expired(begin + SECOND, &mut verdicts), 1);
+        assert_eq!(pending.oldest(), Some(begin + SECOND / 2));
+        assert_eq!(pending.expired(begin + 2 * SECOND, &mut verdicts), 1);
+        assert_eq!((pending.oldest(), verdicts.len()), (None, 2));
+    }
+
+    #[test]
+    fn an_answered_key_is_no_deadline() {
+        let begin = Instant::now();
+        let mut pending = Pending::new(SECOND, Verdict::Accept);
+        let mut verdicts = SendBatch::new();
+        pending.hold(key(1), begin);
+        pending.hold(key(2), begin + SECOND / 2);
+        assert!(pending.take(key(2)));
+        assert_eq!(pending.expired(begin + SECOND, &mut verdicts), 1);
+        assert_eq!((pending.oldest(), pending.next_deadline()), (None, None));
+        pending.hold(key(3), begin + SECOND);
+        assert_eq!(pending.answer_all(&mut verdicts), 1);
+        assert!(pending.is_empty() && pending.oldest().is_none());
+    }
+
+    #[test]
+    fn one_slow_packet_keeps_no_answered_keys() {
+        let begin = Instant::now();
+        let mut pending = Pending::new(SECOND, Verdict::Accept);
+        pending.hold(key(0), begin);
+        for id in 1..10_000 {
+            pending.hold(key(id), begin);
+            assert!(pending.take(key(id)));
+        }
+        assert!(pending.order.capacity() < 1000);
     }
 
     #[test]

@@ -21,6 +21,9 @@ use crate::stats::QueueStats;
 /// After a fork(2) a drop unbinds nothing, in parent and child: the other process may serve the
 /// queue with its copy of the socket. [`destroy`](Self::destroy) unbinds it in either process.
 /// `std::process::Command` forks if it sets a user, a group or `pre_exec`.
+///
+/// With [`SocketBuilder::unbind_on_drop`](crate::SocketBuilder::unbind_on_drop) set to `false` a
+/// drop unbinds nothing either.
 #[must_use = "dropping a queue unbinds it"]
 #[doc(alias = "nfq_q_handle")]
 pub struct Queue {
@@ -34,6 +37,10 @@ impl Queue {
             engine: Arc::downgrade(engine),
             binding,
         }
+    }
+
+    pub(crate) fn belongs_to(&self, engine: &Arc<Engine>) -> bool {
+        std::ptr::eq(self.engine.as_ptr(), Arc::as_ptr(engine))
     }
 
     pub(crate) const fn binding(&self) -> &Arc<Binding> {
@@ -65,9 +72,11 @@ impl Queue {
     /// Returns the number of packets that this process has received and not answered
     ///
     /// It counts packets in hand, in a batch, and read by earlier requests; packets in the socket
-    /// are not received yet. A second verdict on a packet is not counted while verdicts are merged
-    /// ([`SendBatch`](crate::SendBatch)), and makes the number too small afterwards. A packet that
-    /// the kernel drops while it waits counts until it is answered.
+    /// are not received yet. A packet that the kernel drops while it waits counts until it is
+    /// answered. If packets are passed on out of order ([`Handle::handle_packet`]), or more than
+    /// 65,536 separate ones wait, a second verdict on a packet makes the number too small.
+    ///
+    /// [`Handle::handle_packet`]: crate::Handle::handle_packet
     #[must_use]
     pub fn waiting(&self) -> u64 {
         self.binding.outstanding().waiting()
@@ -75,20 +84,36 @@ impl Queue {
 
     /// Lets new packets pass by: the kernel accepts them, and they do not enter the queue
     ///
-    /// The waiting packets stay. When this call returns, the socket has all packets that entered
-    /// the queue: receive until it is empty, answer them, and unbind. [`Socket::drain`] does all
-    /// this. New packets overtake the waiting ones. To undo it, set a maximum length
-    /// ([`set_maxlen`](Self::set_maxlen)), and clear
+    /// The waiting packets stay. When this call returns, the library has received all packets of
+    /// the queue: receive and answer them until [`waiting`](Self::waiting) is 0, and unbind.
+    /// [`Socket::drain`] does all this. New packets overtake the waiting ones. To undo it, set a
+    /// maximum length ([`set_maxlen`](Self::set_maxlen)), and clear
     /// [`FAIL_OPEN`](ConfigFlags::FAIL_OPEN).
+    ///
+    /// In an adopted queue, orphans that still wait for the next packet get their verdict now; with
+    /// [`Orphans::Again`](crate::Orphans::Again) they pass by.
     ///
     /// Since Linux 3.6.
     ///
     /// # Errors
-    /// As [`set_flags`](Self::set_flags).
+    /// As [`set_flags`](Self::set_flags). After a lost acknowledgement the call repeats the
+    /// request.
     pub fn pass_by(&self) -> Result<()> {
+        let op = Operation::PassBy(self.num());
+        let engine = self.engine.upgrade().ok_or(Error::Unbound { op })?;
         // In one message the kernel would set the length first, and drop packets before the flag.
-        self.set_flags(ConfigFlags::FAIL_OPEN, ConfigFlags::FAIL_OPEN)?;
-        self.set_maxlen(0)
+        for config in [
+            QueueConfig::new().enable(ConfigFlags::FAIL_OPEN),
+            QueueConfig::new().maxlen(0),
+        ] {
+            // A full receive buffer loses the first answer. The wait for it empties the buffer.
+            match engine.update(op, &self.binding, config) {
+                Err(Error::NoAck { .. }) => engine.update(op, &self.binding, config)?,
+                result => result?,
+            }
+        }
+        engine.wait_for_reader();
+        engine.answer_all_orphans(&self.binding)
     }
 
     /// Reads the kernel's counters of this queue, in the socket's network namespace
@@ -177,7 +202,7 @@ impl Queue {
 impl Drop for Queue {
     fn drop(&mut self) {
         if let Some(engine) = self.engine.upgrade() {
-            match self.binding.is_shared() {
+            match self.binding.is_shared() || !engine.unbinds_on_drop {
                 true => engine.end_here(self.binding.id),
                 false => engine.post_unbind(self.binding.id),
             }

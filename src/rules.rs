@@ -32,9 +32,9 @@
 //! target `NFQUEUE` (`CONFIG_NFT_COMPAT`), as iptables-nft does; a chain for both IP versions is
 //! then a chain in each of two tables.
 //!
-//! Before Linux 5.12 tables have no owner. The name of the table then contains the process, dropping
-//! the table removes it, and a table that a killed process has left is removed when a table of
-//! this name is made again.
+//! Before Linux 5.12 tables have no owner. The name of the table then contains the process, and
+//! dropping the table removes it. A table that a killed process has left is removed when a table
+//! of this name is made again.
 //!
 //! Every call needs `CAP_NET_ADMIN` in the user namespace that owns the network namespace.
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use netlink_sys::{Socket as Netlink, SocketAddr};
 use nfqnl_proto::consts::NETLINK_NETFILTER;
@@ -46,6 +46,7 @@ pub struct SocketBuilder {
     recv_buffer: Option<usize>,
     report_overruns: bool,
     merge_verdicts: bool,
+    unbind_on_drop: bool,
     netns: Option<Netns>,
 }
 
@@ -55,6 +56,7 @@ impl Default for SocketBuilder {
             recv_buffer: None,
             report_overruns: true,
             merge_verdicts: true,
+            unbind_on_drop: true,
             netns: None,
         }
     }
@@ -110,6 +112,18 @@ impl SocketBuilder {
         self
     }
 
+    /// Unbinds queues when they or the socket are dropped; `true` by default
+    ///
+    /// With `false` a queue ends only by [`Queue::destroy`], [`Socket::drain`], or when the last
+    /// copy of the descriptor is closed. Use it if a supervisor keeps a copy: the queues then stay
+    /// bound also after a panic, or after an error that ends the program, and the next process can
+    /// [`adopt`](Self::adopt) them. A dropped queue of a socket that lives on gets packets, and no
+    /// process answers them.
+    pub const fn unbind_on_drop(mut self, unbind: bool) -> Self {
+        self.unbind_on_drop = unbind;
+        self
+    }
+
     /// Opens the socket in another network namespace than the calling thread's
     ///
     /// Interface names ([`Socket::interface_name`]) and the kernel's counters ([`Queue::stats`])
@@ -134,7 +148,7 @@ impl SocketBuilder {
     /// Takes over a netfilter netlink socket without queues, for instance one opened in another
     /// network namespace
     ///
-    /// If the socket has bound queues before, their packets are counted in
+    /// If the socket still has queues, their packets are counted in
     /// [`Stats::after_unbind`](crate::Stats::after_unbind), and the kernel refuses to bind these
     /// queues again.
     ///
@@ -193,14 +207,19 @@ impl SocketBuilder {
     fn engine_over(self, socket: Netlink) -> Result<Socket> {
         sys::watch_forks();
         let engine = Engine::new(socket, self.merge_verdicts, self.report_overruns);
-        let engine = Arc::new(engine.map_err(Error::io(Operation::Open))?);
+        let mut engine = engine.map_err(Error::io(Operation::Open))?;
+        engine.unbinds_on_drop = self.unbind_on_drop;
+        let engine = Arc::new(engine);
         Ok(Socket { engine })
     }
 
     /// Wraps a netfilter socket of another process without reading from it
-    pub(crate) fn wrap(self, fd: OwnedFd) -> Result<Socket> {
+    pub(crate) fn wrap(mut self, fd: OwnedFd) -> Result<Socket> {
         check_netfilter(fd.as_fd())?;
-        self.engine_over(sys::netlink_from(fd))
+        let socket = sys::netlink_from(fd);
+        let hides_overruns = socket.get_no_enobufs();
+        self.report_overruns = !hides_overruns.map_err(Error::io(Operation::Open))?;
+        self.engine_over(socket)
     }
 
     /// Wraps a descriptor without setting its options, for a fuzz target's kernel
@@ -409,16 +428,18 @@ impl Socket {
     /// and unbinds the queue when all are answered; returns the number of packets lost
     ///
     /// `decide` gets each event, also of other queues, and a batch for its verdicts, which the
-    /// call sends. Other threads may answer packets that they hold. The call ends when the socket
-    /// is empty and every packet of the queue is answered ([`Queue::waiting`]), or after
-    /// `timeout`. The packets that still wait then are lost, because the kernel drops the waiting
-    /// packets of an unbound queue. The number is 0 if nothing was lost.
+    /// call sends. It runs only for events: answer the packets of a [`Pending`](crate::Pending)
+    /// before ([`answer_all`](crate::Pending::answer_all)), and hold no new ones. Other threads may
+    /// answer packets that they hold. The call ends when every packet of the queue is answered
+    /// ([`Queue::waiting`]), or after `timeout`. The packets that still wait then are lost, because
+    /// the kernel drops the waiting packets of an unbound queue. The number is 0 if nothing was
+    /// lost.
     ///
     /// New packets overtake the waiting ones. After the unbind, a rule with `bypass` lets packets
-    /// pass; without it the kernel drops them. Calls for several queues follow one another.
+    /// pass; without it the kernel drops them. To stop several queues, call it for each in turn.
     ///
     /// ```no_run
-    /// # use std::time::Duration;
+    /// # use std::time::{Duration, Instant};
     /// # use nfqnl::{Event, Queue, RecvBatch, Result, Socket, Verdict};
     /// # fn f(socket: &Socket, queue: Queue, batch: &mut RecvBatch) -> Result<()> {
     /// let lost = socket.drain(queue, batch, Duration::from_secs(5), |event, verdicts| {
@@ -442,15 +463,25 @@ impl Socket {
         timeout: Duration,
         mut decide: impl FnMut(Event<'_>, &mut SendBatch) -> Result<()>,
     ) -> Result<u64> {
+        self.check_owner(&queue)?;
         let mut verdicts = SendBatch::new();
-        drain(&self.engine, queue, timeout, |wait| {
-            let is_read = self.fill(batch, wait)?;
-            batch
-                .events()
-                .try_for_each(|event| decide(event, &mut verdicts))?;
-            self.send(&mut verdicts)?;
-            Ok(is_read)
+        drain(queue, timeout, |wait, deadline| {
+            self.fill(batch, wait)?;
+            let mut events = batch.events();
+            while !deadline.is_over() {
+                let Some(event) = events.next() else { break };
+                decide(event, &mut verdicts)?;
+            }
+            self.send(&mut verdicts)
         })
+    }
+
+    pub(crate) fn check_owner(&self, queue: &Queue) -> Result<()> {
+        let op = Operation::PassBy(queue.num());
+        match queue.belongs_to(&self.engine) {
+            true => Ok(()),
+            false => Err(Error::WrongSocket { op }),
+        }
     }
 
     /// Returns a waker: other threads and signal handlers end receive calls with it
@@ -462,34 +493,37 @@ impl Socket {
 
 /// Lets new packets pass by a queue, takes turns until every packet is answered, and unbinds it
 ///
-/// `turn` receives and answers, and returns true if it received something. Returns the number of
-/// packets that are not answered.
+/// `turn` receives, and answers until the deadline. Returns the number of packets that are not
+/// answered.
 pub(crate) fn drain(
-    engine: &Engine,
     queue: Queue,
     timeout: Duration,
-    mut turn: impl FnMut(Wait) -> Result<bool>,
+    mut turn: impl FnMut(Wait, Deadline) -> Result<()>,
 ) -> Result<u64> {
     /// The time between two looks for packets that other threads have answered
     const PAUSE: Duration = Duration::from_millis(5);
-    queue.pass_by()?;
-    let begin = sys::now();
-    let mut wait = Wait::No; // all packets are in the socket
-    let mut has_no_reader = false;
+    let deadline = Deadline(sys::now().checked_add(timeout));
+    queue.pass_by()?; // all packets of the queue are received when it returns
+    let mut wait = Wait::No;
     loop {
-        let is_read = turn(wait)?;
         let waiting = queue.waiting();
-        let left = timeout.saturating_sub(begin.elapsed());
-        wait = Wait::No;
-        match (is_read, waiting) {
-            (false, 0) if has_no_reader => return queue.destroy().map(|()| 0),
-            // A thread blocked in the receive call may have received packets.
-            (false, 0) => engine.wait_for_reader(),
-            _ if left.is_zero() => return queue.destroy().map(|()| waiting),
-            (false, _) => wait = wait_for(left.min(PAUSE)),
-            (true, _) => {}
+        if waiting == 0 || deadline.is_over() {
+            return queue.destroy().map(|()| waiting);
         }
-        has_no_reader = !is_read && waiting == 0;
+        turn(wait, deadline)?;
+        wait = wait_for(PAUSE);
+    }
+}
+
+/// The end of a drain; `None` never comes
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deadline(Option<Instant>);
+
+impl Deadline {
+    pub(crate) const NEVER: Self = Self(None);
+
+    pub(crate) fn is_over(self) -> bool {
+        self.0.is_some_and(|end| sys::now() >= end)
     }
 }
 
@@ -575,7 +609,7 @@ impl Socket {
 impl Drop for Socket {
     fn drop(&mut self) {
         for binding in self.engine.present_bindings().iter() {
-            if !binding.is_shared() {
+            if !binding.is_shared() && self.engine.unbinds_on_drop {
                 self.engine.post_unbind(binding.id);
             }
         }

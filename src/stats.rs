@@ -21,6 +21,9 @@ pub struct Stats {
     /// Packets received; each one becomes an event, unless [`after_unbind`](Self::after_unbind)
     /// counts it
     pub packets: u64,
+    /// Packets received and not answered, of all queues
+    /// ([`Queue::waiting`](crate::Queue::waiting))
+    pub waiting: u64,
     /// Packets with an id from the kernel that this socket did not receive: id gaps, counted at
     /// the next packet
     ///

@@ -6,8 +6,8 @@ use nfqnl_proto::{ConfigFlags, ConfigRequest, PacketKey, PlainVerdict, QueueConf
 
 use super::bindings::Binding;
 use super::{Engine, State};
-use crate::error::{Operation, Refusal, Result};
-use crate::verdict::Outstanding;
+use crate::error::{Error, Operation, Refusal, Result};
+use crate::verdict::{Orphans, Outstanding};
 
 impl Engine {
     /// Registers a queue that the socket has bound already
@@ -32,34 +32,81 @@ impl Engine {
         Ok(binding)
     }
 
-    /// Fails if the socket has not bound this queue; answers the orphans if the newest is known
+    /// Fails if the socket has not bound this queue; answers the orphans that the handover names
     pub(crate) fn check_adopted(&self, binding: &Binding) -> Result<()> {
+        let orphans = binding.outstanding().orphans();
+        // This may read packets of this process: then all orphans count as answered already.
         let request = ConfigRequest::update(binding.id.queue, QueueConfig::new());
-        self.configure(Operation::Adopt(binding.id.queue), &request)?;
-        self.answer_orphans(binding, None, &mut self.state().orphans)
+        self.configure_twice(Operation::Adopt(binding.id.queue), &request)?;
+        match orphans.and_then(|orphans| Some((orphans.answered?, orphans.verdict))) {
+            Some((newest, verdict)) => {
+                let sent = &mut self.state().orphans;
+                self.answer_orphans(binding, newest, verdict, sent)
+            }
+            None => Ok(()),
+        }
     }
 
-    /// Answers the packets of the process before, if the newest one is known; `first` is the first
-    /// packet of this process, and `sent` gets the key of the verdict
-    pub(super) fn answer_orphans(
+    /// Sends a request that may be repeated; a full receive buffer loses the first answer, and the
+    /// wait for the answer empties the buffer
+    pub(crate) fn configure_twice(&self, op: Operation, request: &ConfigRequest) -> Result<()> {
+        match self.configure(op, request) {
+            Err(Error::NoAck { .. }) => self.configure(op, request),
+            result => result,
+        }
+    }
+
+    /// Answers the packets of the process before; `first` is the first packet of this process, or
+    /// a later one if the send failed then
+    pub(super) fn answer_before(
         &self,
         binding: &Binding,
-        first: Option<u32>,
+        first: u32,
         sent: &mut Vec<PacketKey>,
     ) -> Result<()> {
-        let Some((newest, verdict)) = binding.outstanding().orphans(first) else {
-            return Ok(());
-        };
+        let due = binding.outstanding().orphans_due(first);
+        if let Some((newest, verdict)) = due {
+            self.answer_orphans(binding, newest, verdict, sent)?;
+        }
+        binding.outstanding().answer_orphans();
+        Ok(())
+    }
+
+    /// Answers all packets of the process before, whatever their ids
+    ///
+    /// The caller has recorded all packets of the queue, and the kernel sends no more.
+    pub(crate) fn answer_all_orphans(&self, binding: &Binding) -> Result<()> {
+        let mut state = self.state();
+        let orphans = binding.outstanding().orphans();
+        if let Some(Orphans { verdict, .. }) = orphans {
+            // The kernel compares ids as a 32-bit sequence: each message covers one half.
+            for newest in [u32::MAX / 2, u32::MAX] {
+                self.answer_orphans(binding, newest, verdict, &mut state.orphans)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers the packets of the process before up to this one; `sent` gets the key of the verdict
+    fn answer_orphans(
+        &self,
+        binding: &Binding,
+        newest: u32,
+        verdict: PlainVerdict,
+        sent: &mut Vec<PacketKey>,
+    ) -> Result<()> {
         let key = binding.key(newest);
         self.send_plain(Operation::BatchVerdict(key), key, verdict, true)?;
         sent.push(key);
-        binding.outstanding().answer_orphans();
         Ok(())
     }
 
     /// Ends all bindings in this process, and keeps them in the kernel; returns number, newest id
     /// and flags of each
     pub(crate) fn give_away(&self) -> Vec<(u16, Option<u32>, ConfigFlags)> {
+        // A verdict being sent by another thread must not read packets that the other process
+        // would not know as orphans.
+        self.state().is_given_away = true;
         let bindings = self.present_bindings();
         let given = bindings.iter().map(|binding| {
             self.end_here(binding.id);

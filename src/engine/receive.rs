@@ -291,9 +291,8 @@ impl Engine {
         let mut outstanding = binding.outstanding();
         if outstanding.has_orphans() {
             drop(outstanding);
-            let first = Some(stretch.first.id());
             // After a failure the next packets try again.
-            let _ = self.answer_orphans(binding, first, &mut state.orphans);
+            let _ = self.answer_before(binding, stretch.first.id(), &mut state.orphans);
             outstanding = binding.outstanding();
         }
         let did_merge = outstanding.merges();
@@ -400,6 +399,9 @@ impl Engine {
 
     /// Reads one datagram to the stash; returns true if something was read
     pub(super) fn read_to_stash(&self, state: &mut State, buf: &mut [u8]) -> Result<bool> {
+        if state.is_given_away {
+            return Ok(false);
+        }
         let read = sys::recv_one(self.as_fd(), Block::No, buf);
         self.stash(state, read.map(|len| buf.get(..len).unwrap_or_default()))
     }

@@ -143,7 +143,9 @@ impl Engine {
                 answer => return (state, Ok(answer)),
             }
             let is_read_unlocked = state.is_read_unlocked();
-            if !is_read_unlocked || has_waited {
+            // The first packet after a crash shows which packets are older, so it is read in order.
+            let waits_for_first = is_read_unlocked && state.has_orphans();
+            if (!is_read_unlocked || has_waited) && !waits_for_first {
                 // A thread blocked in the receive call does not run. It may have messages from
                 // before those that are read here.
                 match self.read_to_stash(&mut state, &mut buf) {
@@ -237,6 +239,12 @@ impl Engine {
 }
 
 impl State {
+    fn has_orphans(&self) -> bool {
+        self.bindings
+            .iter()
+            .any(|binding| binding.outstanding().has_orphans())
+    }
+
     /// Takes the answer to a request, if it has come
     fn take_answer(&mut self, seq: u32) -> Answer {
         let bytes_read = self.bytes_read;
@@ -288,7 +296,7 @@ mod tests {
     use std::os::unix::net::UnixDatagram;
 
     use nfqnl_proto::consts::NLMSG_ERROR;
-    use nfqnl_proto::{Message, Messages};
+    use nfqnl_proto::{ConfigFlags, Message, Messages, PlainVerdict, Verdict};
 
     use std::sync::atomic::Ordering::Relaxed;
 
@@ -398,6 +406,27 @@ mod tests {
                 assert_eq!(there.recv(&mut [0; 64]).unwrap(), 16);
             }
             engine.state().reader = None;
+        });
+    }
+
+    /// A packet read out of order would not show which packets are older
+    #[test]
+    fn a_request_waits_while_orphans_are_not_known() {
+        let (engine, there) = engine();
+        let orphans = PlainVerdict::new(Verdict::Drop);
+        engine
+            .adopt(7, None, ConfigFlags::empty(), orphans)
+            .unwrap();
+        engine.state().reader = blocked_reader();
+        std::thread::scope(|scope| {
+            let request = scope.spawn(|| engine.sync(Operation::Sync));
+            while there.recv(&mut [0; 64]).is_err() {}
+            there.send(b"a message").unwrap();
+            std::thread::sleep(4 * READER_GRACE);
+            assert_eq!(engine.state().bytes_read, 0);
+            engine.state().reader = None;
+            assert!(matches!(request.join().unwrap(), Err(Error::NoAck { .. })));
+            assert_eq!(engine.state().bytes_read, 9);
         });
     }
 

@@ -207,8 +207,11 @@ pub(crate) fn in_namespace<T: Send>(
             _ => Err(io::Error::last_os_error()),
         }
     };
-    let entered = std::thread::scope(|scope| scope.spawn(enter).join());
-    entered.unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
+    let entered = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, enter)?;
+        Ok(thread.join())
+    });
+    entered.and_then(|entered| entered.unwrap_or_else(|_| Err(io::ErrorKind::Other.into())))
 }
 
 /// Returns the name of an interface in the socket's network namespace, padded with NULs

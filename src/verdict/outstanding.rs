@@ -47,17 +47,29 @@ const MAX_RANGES: usize = 1 << 16;
 
 #[derive(Debug)]
 pub(crate) struct Outstanding {
-    /// The outstanding ids, oldest first; empty if verdicts are not merged
+    /// The outstanding ids, oldest first; empty if packets are not listed
     ranges: VecDeque<Range>,
     /// The newest recorded id, 0 before the first
     newest: u32,
     /// The gaps up to the newest id account for the overruns up to this count
     overruns: u32,
     merges: bool,
-    /// The number of packets without a sent verdict since merging ended
+    /// Ids have come in order, and not too many wait; merging needs the list
+    is_listed: bool,
+    /// The number of packets without a sent verdict since the list ended
     unlisted: u64,
-    /// The newest id of the process before, and the verdict on its packets, until it is sent
-    orphans: Option<(Option<u32>, PlainVerdict)>,
+    /// Until the packets of the process before have their verdict
+    orphans: Option<Orphans>,
+}
+
+/// The packets of a process before this one, in an adopted queue
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Orphans {
+    pub(crate) verdict: PlainVerdict,
+    /// The newest packet of the process before, as the handover names it
+    pub(crate) answered: Option<u32>,
+    /// The packet before the first one of this process
+    due: Option<u32>,
 }
 
 /// Consecutive ids; never empty
@@ -105,6 +117,7 @@ impl Outstanding {
             newest: 0,
             overruns,
             merges,
+            is_listed: true,
             unlisted: 0,
             orphans: None,
         }
@@ -118,30 +131,41 @@ impl Outstanding {
             Some(newest) => newest,
             None => 0,
         };
-        list.orphans = Some((newest, orphans));
+        list.orphans = Some(Orphans {
+            verdict: orphans,
+            answered: newest,
+            due: None,
+        });
         list
     }
 
-    /// Returns true until the packets of the process before have their verdict
+    /// Returns true until all packets of the process before have their verdict
     #[inline]
     pub(crate) const fn has_orphans(&self) -> bool {
         self.orphans.is_some()
     }
 
-    /// Returns the newest id of the process before, if known, and the verdict on its packets
-    ///
-    /// The first packet of this process shows the id.
-    pub(crate) fn orphans(&mut self, first: Option<u32>) -> Option<(u32, PlainVerdict)> {
-        let (newest, verdict) = self.orphans?;
-        if let Some(newest) = newest {
-            return Some((newest, verdict));
-        }
-        self.newest = first?.wrapping_sub(1);
-        self.orphans = Some((Some(self.newest), verdict));
-        Some((self.newest, verdict))
+    /// Returns the packets of the process before
+    pub(crate) const fn orphans(&self) -> Option<Orphans> {
+        self.orphans
     }
 
-    /// Records that the verdict on the packets of the process before was sent
+    /// Returns the id up to which orphans have no verdict yet, and the verdict; `first` is a packet
+    /// of this process
+    ///
+    /// The first such packet shows the id: all older packets are orphans. With a handover most
+    /// have their verdict already. A process that was killed after the handover may have left more.
+    pub(crate) fn orphans_due(&mut self, first: u32) -> Option<(u32, PlainVerdict)> {
+        let orphans = self.orphans.as_mut()?;
+        let before = first.wrapping_sub(1);
+        let due = *orphans.due.get_or_insert_with(|| {
+            self.newest = orphans.answered.unwrap_or(before);
+            before
+        });
+        (orphans.answered != Some(due)).then_some((due, orphans.verdict))
+    }
+
+    /// Records that the verdict on all packets of the process before was sent
     pub(crate) const fn answer_orphans(&mut self) {
         self.orphans = None;
     }
@@ -155,7 +179,7 @@ impl Outstanding {
     /// Records packets with consecutive ids
     pub(crate) fn record(&mut self, first: u32, last: u32, seen: Seen) -> Recorded {
         let recorded = self.place(first, last, seen);
-        if self.merges {
+        if self.is_listed {
             self.append(Range { first, last });
         } else {
             self.unlisted += Range { first, last }.len();
@@ -166,7 +190,7 @@ impl Outstanding {
     /// Finds the place of packets among the earlier ones, and ends merging if the list may be wrong
     fn place(&mut self, first: u32, last: u32, seen: Seen) -> Recorded {
         if !is_before(self.newest, first) {
-            self.end_merging();
+            self.end_list();
             if seen.in_order {
                 self.newest = last;
                 return Recorded::After(0);
@@ -197,7 +221,7 @@ impl Outstanding {
             .front()
             .map_or(range.first, |oldest| oldest.first);
         if range.last.wrapping_sub(oldest) > MAX_SPAN || self.ranges.len() >= MAX_RANGES {
-            self.end_merging();
+            self.end_list();
             self.unlisted += range.len();
             return;
         }
@@ -213,8 +237,14 @@ impl Outstanding {
     }
 
     /// Sends verdicts singly from here on
-    pub(crate) fn end_merging(&mut self) {
+    pub(crate) const fn end_merging(&mut self) {
         self.merges = false;
+    }
+
+    /// Only counts packets from here on, and does not merge
+    fn end_list(&mut self) {
+        self.merges = false;
+        self.is_listed = false;
         self.unlisted = self.waiting();
         self.ranges = VecDeque::new();
     }
@@ -222,7 +252,8 @@ impl Outstanding {
     /// Returns a cursor at the oldest packet, if verdicts may be merged at this count of overruns
     pub(crate) fn oldest(&self, overruns: u32) -> Option<Cursor> {
         let oldest = self.ranges.front()?;
-        (self.overruns == overruns && self.orphans.is_none()).then_some(Cursor {
+        let is_complete = self.overruns == overruns && self.orphans.is_none();
+        (self.merges && is_complete).then_some(Cursor {
             range: 0,
             id: oldest.first,
         })
@@ -252,7 +283,7 @@ impl Outstanding {
     /// Records sent verdicts on packets with consecutive ids
     #[inline]
     pub(crate) fn answer(&mut self, first: u32, last: u32) {
-        if !self.merges {
+        if !self.is_listed {
             self.unlisted = self.unlisted.saturating_sub(Range { first, last }.len());
             return;
         }
@@ -294,7 +325,7 @@ impl Outstanding {
                 let first = id.wrapping_add(1);
                 self.ranges.insert(index + 1, Range { first, last });
                 if self.ranges.len() > MAX_RANGES {
-                    self.end_merging();
+                    self.end_list();
                 }
             }
         }
@@ -303,8 +334,12 @@ impl Outstanding {
     /// Returns the newest id that this process or the one before has received, if known
     pub(crate) const fn newest_if_known(&self) -> Option<u32> {
         match self.orphans {
-            Some((newest, _)) => newest,
-            None => Some(self.newest),
+            Some(Orphans {
+                due: None,
+                answered,
+                ..
+            }) => answered,
+            _ => Some(self.newest),
         }
     }
 

@@ -124,7 +124,8 @@ impl VerdictGuard {
     /// Answers the packet
     ///
     /// # Errors
-    /// As [`VerdictSender::set_verdict`]. The packet then gets its default verdict.
+    /// As [`VerdictSender::set_verdict`]. The packet then gets its default verdict, unless its
+    /// binding has ended.
     pub fn set_verdict<'p>(mut self, decision: impl Into<Decision<'p>>) -> Result<()> {
         self.sender.set_verdict(self.key, decision)?;
         self.default = None;
@@ -141,7 +142,8 @@ impl VerdictGuard {
 impl Drop for VerdictGuard {
     fn drop(&mut self) {
         if let Some(default) = self.default {
-            // If this fails, the socket is closed, or the queue is unbound: the packet is gone.
+            // This fails if the binding has ended, and the packet is gone; or if the kernel is out
+            // of memory, and a drop cannot try again.
             let _ = self.sender.set_verdict(self.key, default);
         }
     }

@@ -1226,3 +1226,23 @@ fn a_batch_of_another_socket_is_an_error() {
         assert_eq!(second.recv().as_deref(), Some(&b"second"[..]));
     });
 }
+
+/// Its captures may use the handle when they are dropped
+#[test]
+fn a_replaced_callback_is_dropped_without_locks() {
+    struct UsesHandle(&'static Handle<'static>);
+    impl Drop for UsesHandle {
+        fn drop(&mut self) {
+            assert!(format!("{:?}", self.0).contains("Handle"));
+        }
+    }
+    isolated(|| {
+        let handle: &'static Handle<'static> = Box::leak(Box::new(nfqnl::open().unwrap()));
+        let queue = handle.socket().bind(QUEUE).unwrap();
+        let captured = UsesHandle(handle);
+        handle.set_callback(&queue, move |_| {
+            let _ = &captured;
+        });
+        handle.set_callback(&queue, |_| {});
+    });
+}

@@ -6,8 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nfqnl::{
-    ConfigFlags, Event, PacketKey, QueueConfig, QueueStats, RecvBatch, Result, SendBatch, Socket,
-    Verdict,
+    ConfigFlags, Error, Event, PacketKey, QueueConfig, QueueStats, RecvBatch, Result, SendBatch,
+    Socket, Verdict,
 };
 use nfqnl_testkit::netns::{Namespace, is_rootless, isolated};
 use nfqnl_testkit::rules::{Hook, Queues, Rule};
@@ -63,6 +63,7 @@ fn lost_in_stops(stops: u32, stop_queue: impl Fn(&Socket, nfqnl::Queue, &mut Rec
 fn stops_under_load_lose_no_packet() {
     isolated(|| {
         let lost = lost_in_stops(200, |socket, queue, batch| {
+            queue.pass_by().unwrap(); // a drain does this first
             let dropped = QueueStats::read(QUEUE);
             if let Ok(Some(stats)) = dropped {
                 assert_eq!((stats.queue_dropped, stats.user_dropped), (0, 0));
@@ -268,5 +269,109 @@ fn a_queue_reads_its_counters_from_anywhere() {
                 Err(error) => assert!(is_rootless(), "{error}"),
             }
         }
+    });
+}
+
+/// The kernel drops the answer to a request too
+#[test]
+fn a_drain_survives_a_full_receive_buffer() {
+    isolated(|| {
+        let lab = with_bypass();
+        let socket = Socket::builder().recv_buffer(1 << 16).open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        lab.send_numbered(0..400);
+        let (mut packets, mut overruns) = (0, 0);
+        let decide = |event: Event<'_>, verdicts: &mut SendBatch| match event {
+            Event::Packet(packet) => {
+                packets += 1;
+                verdicts.push(packet.key(), Verdict::Accept)
+            }
+            _ => {
+                overruns += 1;
+                Ok(())
+            }
+        };
+        let mut batch = RecvBatch::default();
+        let lost = socket.drain(queue, &mut batch, TIMEOUT, decide).unwrap();
+        assert!((1..400).contains(&packets));
+        assert_eq!((lost, overruns, lab.v4.drain()), (0, 1, packets));
+    });
+}
+
+#[test]
+fn a_drains_deadline_holds_within_a_batch() {
+    isolated(|| {
+        let lab = with_bypass();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        lab.send_numbered(0..100);
+        let mut batch = RecvBatch::default();
+        let mut seen = 0;
+        let begin = Instant::now();
+        let decide = |event: Event<'_>, verdicts: &mut SendBatch| {
+            thread::sleep(Duration::from_millis(10));
+            seen += 1;
+            accept(event, verdicts)
+        };
+        let timeout = Duration::from_millis(50);
+        let lost = socket.drain(queue, &mut batch, timeout, decide).unwrap();
+        assert!(begin.elapsed() < Duration::from_millis(500));
+        assert_eq!(lost + seen, 100);
+    });
+}
+
+#[test]
+fn a_second_verdict_hides_no_waiting_packet() {
+    isolated(|| {
+        let lab = with_bypass();
+        let socket = Socket::builder().merge_verdicts(false).open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        lab.send_numbered(0..2);
+        let mut batch = RecvBatch::default();
+        let keys = next_keys(&socket, &mut batch, 2);
+        for _ in 0..2 {
+            socket.set_verdict(keys[0], Verdict::Accept).unwrap();
+        }
+        assert_eq!((queue.waiting(), socket.stats().waiting), (1, 1));
+        let lost = socket.drain(queue, &mut batch, Duration::ZERO, |_, _| Ok(()));
+        assert_eq!(lost.unwrap(), 1);
+        lab.expect_numbered(0..1);
+    });
+}
+
+#[test]
+fn a_drain_beside_a_busy_queue_ends() {
+    isolated(|| {
+        let lab = with_bypass();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        let other = lab.add_queue(2);
+        let _busy = socket.bind(2).unwrap();
+        lab.send_numbered(0..3);
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Relaxed) {
+                    let _ = other.send(&[1], other.address());
+                    other.drain_now().unwrap();
+                }
+            });
+            let begin = Instant::now();
+            let mut batch = RecvBatch::default();
+            let lost = socket.drain(queue, &mut batch, TIMEOUT, accept).unwrap();
+            assert!(begin.elapsed() < TIMEOUT);
+            assert_eq!(lost, 0);
+            is_over.store(true, Relaxed);
+        });
+    });
+}
+
+#[test]
+fn a_queue_of_another_socket_is_not_drained() {
+    isolated(|| {
+        let [one, other] = [(); 2].map(|()| Socket::open().unwrap());
+        let queue = other.bind(QUEUE).unwrap();
+        let drained = one.drain(queue, &mut RecvBatch::default(), TIMEOUT, accept);
+        assert!(matches!(drained, Err(Error::WrongSocket { .. })));
     });
 }

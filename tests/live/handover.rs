@@ -4,11 +4,12 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
 use nfqnl::{
-    ConfigFlags, Error, ErrorKind, Handle, Handover, Orphans, Queue, QueueConfig, RecvBatch,
+    ConfigFlags, Error, ErrorKind, Event, Handle, Handover, Orphans, Queue, QueueConfig, RecvBatch,
     SendBatch, Socket, Verdict,
 };
 use nfqnl_testkit::netns::isolated;
@@ -369,5 +370,187 @@ fn a_socket_goes_over_by_scm_rights() {
         let (socket, _queue) = adopted(fds.next().unwrap(), Some(&handover), Orphans::Again);
         assert_eq!(accept(&socket, 10), [4, 5, 6, 7, 8, 9, 0, 1, 2, 3]);
         lab.expect_numbered([4, 5, 6, 7, 8, 9, 0, 1, 2, 3]);
+    });
+}
+
+/// The kernel drops the answer to a request too
+#[test]
+fn adoption_survives_a_full_receive_buffer() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::builder().recv_buffer(1 << 16).open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
+        let (fd, handover) = socket.into_fd().unwrap();
+        lab.send_numbered(0..400);
+        let (socket, queue) = adopted(fd, Some(&handover), Orphans::Again);
+        let waiting = usize::try_from(queue.waiting()).unwrap();
+        assert!((1..400).contains(&waiting), "{waiting}");
+        let mut overruns = 0;
+        let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
+        while queue.waiting() > 0 {
+            for event in next_events(&socket, &mut batch) {
+                match event {
+                    Event::Packet(packet) => {
+                        verdicts.push(packet.key(), Verdict::Accept).unwrap();
+                    }
+                    _ => overruns += 1,
+                }
+            }
+            socket.send(&mut verdicts).unwrap();
+        }
+        assert_eq!((overruns, lab.v4.drain()), (1, waiting));
+    });
+}
+
+#[test]
+fn a_failed_adoption_keeps_the_queues() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
+        let (fd, handover) = socket.into_fd().unwrap();
+        lab.send_numbered(0..3);
+        let both = [(QUEUE, Orphans::Again), (QUEUE + 1, Orphans::Again)];
+        let failed = Socket::adopt(fd.try_clone().unwrap(), Some(&handover), &both);
+        assert_eq!(refusal(failed).kind(), ErrorKind::NotBound);
+        assert!(!is_free(QUEUE));
+        let (socket, _queue) = adopted(fd, None, Orphans::Again);
+        lab.send_numbered(3..4); // shows that the failed call has received the others
+        assert_eq!(accept(&socket, 4), [3, 0, 1, 2]);
+    });
+}
+
+/// A supervisor keeps the descriptor of a process that panics
+#[test]
+fn a_panic_leaves_the_queues_to_a_supervisor() {
+    isolated(|| {
+        for unbinds in [true, false] {
+            let socket = Socket::builder().unbind_on_drop(unbinds).open().unwrap();
+            let supervisor = socket.as_fd().try_clone_to_owned().unwrap();
+            let queue = socket.bind(QUEUE).unwrap();
+            let program = thread::spawn(move || {
+                let (_socket, _queue) = (socket, queue);
+                panic!("as intended");
+            });
+            assert!(program.join().is_err());
+            assert_eq!(is_free(QUEUE), unbinds);
+            if !unbinds {
+                let (_socket, queue) = adopted(supervisor, None, Orphans::Again);
+                queue.destroy().unwrap();
+            }
+        }
+    });
+}
+
+/// The process after the handover is killed, and its successor gets the same handover
+#[test]
+fn a_handover_used_twice_loses_no_orphans() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        let _in_hand = {
+            lab.send_numbered(0..2);
+            next_keys(&socket, &mut RecvBatch::default(), 2)
+        };
+        let (fd, handover) = socket.into_fd().unwrap();
+        drop(queue);
+        let copy = fd.try_clone().unwrap();
+        let child = fork(|| {
+            let (socket, _queue) = adopted(copy, Some(&handover), Orphans::Again);
+            lab.send_numbered(2..4);
+            let _in_hand = next_keys(&socket, &mut RecvBatch::default(), 4);
+            std::process::abort();
+        })
+        .unwrap();
+        let _ = child.wait();
+        let (socket, _queue) = adopted(fd, Some(&handover), Orphans::Again);
+        lab.send_numbered(4..5);
+        let mut numbers = accept(&socket, 5);
+        numbers.sort_unstable();
+        assert_eq!(numbers, [0, 1, 2, 3, 4]);
+    });
+}
+
+/// Their calls may read the socket
+#[test]
+fn other_threads_read_nothing_after_a_handover() {
+    isolated(|| {
+        let lab = Lab::new();
+        let mut batch = RecvBatch::default();
+        for round in 0..100 {
+            let is_small = round % 2 == 0;
+            // Few unread answers fit a small buffer, so the sends read the socket.
+            let buffer = if is_small { 6000 } else { 1 << 20 };
+            let socket = Socket::builder().recv_buffer(buffer).open().unwrap();
+            let queue = socket.bind(QUEUE).unwrap();
+            let mut keys = Vec::new();
+            for n in 0..60 {
+                lab.send_numbered(n..n + 1);
+                keys.extend(next_keys(&socket, &mut batch, 1));
+            }
+            let sender = socket.verdict_sender();
+            let has_begun = AtomicBool::new(false);
+            let (fd, handover) = thread::scope(|scope| {
+                scope.spawn(|| {
+                    has_begun.store(true, SeqCst);
+                    let send = |key| sender.set_verdict(key, Verdict::Accept);
+                    let _ = keys.iter().try_for_each(|key| send(*key));
+                });
+                scope.spawn(|| while !is_small && queue.set_maxlen(1024).is_ok() {});
+                while !has_begun.load(SeqCst) {
+                    std::hint::spin_loop()
+                }
+                lab.send_numbered(100..104);
+                thread::sleep(Duration::from_micros(round % 60));
+                socket.into_fd().unwrap()
+            });
+            drop(queue);
+            let (socket, queue) = adopted(fd, Some(&handover), Orphans::Again);
+            queue.pass_by().unwrap(); // no packet comes any more
+            let mut verdicts = SendBatch::new();
+            while queue.waiting() > 0 {
+                for event in next_events(&socket, &mut batch) {
+                    // A small buffer may have been full.
+                    if let Event::Packet(packet) = event {
+                        verdicts.push(packet.key(), Verdict::Accept).unwrap();
+                    }
+                }
+                socket.send(&mut verdicts).unwrap();
+            }
+            // Only root may read the counters.
+            if let Ok(stats) = queue.stats() {
+                assert_eq!(stats.unwrap().waiting, 0, "round {round}");
+            }
+            queue.destroy().unwrap();
+            batch = RecvBatch::default();
+            let arrived = lab.v4.drain_now().unwrap();
+            assert!(arrived == 64 || is_small, "{arrived} in round {round}");
+        }
+    });
+}
+
+/// No packet comes any more that would show which packets are older
+#[test]
+fn orphans_of_a_crash_pass_by_in_a_drain() {
+    isolated(|| {
+        for orphans in [
+            Orphans::Again,
+            Orphans::Answer(nfqnl::PlainVerdict::new(Verdict::Accept)),
+        ] {
+            let lab = Lab::new();
+            let socket = Socket::open().unwrap();
+            let _queue = socket.bind(QUEUE).unwrap();
+            lab.send_numbered(0..10);
+            let _in_hand = next_keys(&socket, &mut RecvBatch::new(4, 4096), 10);
+            let (fd, _lost) = socket.into_fd().unwrap();
+            let (socket, queue) = adopted(fd, None, orphans);
+            let mut batch = RecvBatch::default();
+            let decide = |event: Event<'_>, _: &mut SendBatch| panic!("{event}");
+            let lost = socket.drain(queue, &mut batch, TIMEOUT, decide).unwrap();
+            assert_eq!(lost, 0);
+            lab.expect_numbered(0..10);
+            lab.delete_rules();
+        }
     });
 }
