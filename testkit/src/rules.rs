@@ -7,7 +7,7 @@ use nfqnl::rules::{self, ChainConfig, ChainType, TableFamily};
 pub use nfqnl::rules::{Queues, Rule};
 
 use crate::kernel;
-use crate::netlink::attributes;
+use crate::netlink::{Message, NLM_F_ACK, attributes, nfgenmsg, transact};
 
 const NFTA_CT_KEY: u16 = 2;
 const NFTA_CT_SREG: u16 = 4;
@@ -199,4 +199,22 @@ impl RuleExt for Rule {
         });
         self.expression("immediate", &load).expression("ct", &store)
     }
+}
+
+/// Deletes all tables that this process may delete, as `nft flush ruleset` of another program
+///
+/// # Errors
+/// The kernel's error.
+pub fn flush_ruleset() -> io::Result<()> {
+    const NFNL_SUBSYS_NFTABLES: u16 = 10;
+    const NFT_MSG_DELTABLE: u16 = 2;
+    const BEGIN: u16 = 0x10;
+    const END: u16 = 0x11;
+    let kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELTABLE;
+    let bracket = |kind| Message::new(kind, 0, &nfgenmsg(0, NFNL_SUBSYS_NFTABLES));
+    let flush = Message::new(kind, NLM_F_ACK, &nfgenmsg(0, 0));
+    transact(
+        libc::NETLINK_NETFILTER,
+        vec![bracket(BEGIN), flush, bracket(END)],
+    )
 }

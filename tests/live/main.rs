@@ -20,6 +20,7 @@ mod optional;
 mod packets;
 mod raw;
 mod rewrite;
+mod rules;
 mod runtimes;
 #[cfg(target_arch = "x86_64")]
 mod seccomp;
