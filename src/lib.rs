@@ -12,6 +12,7 @@
 //! * [`Packet`] is a view of a waiting packet; its [`PacketKey`] answers it, from any thread.
 //! * [`Verdict`] and [`Decision`] are the answers. A [`SendBatch`] sends many together. A
 //!   [`VerdictSender`] sends from other threads; an [`OwnedPacket`] is a copy for them.
+//! * A [`Netns`] is another network namespace. The module `rules` (feature `rules`) adds rules.
 //! * [`Socket::drain`] stops a queue without losing a packet; [`Socket::into_fd`] and
 //!   [`Socket::adopt`] restart a program without losing one. [`Pending`] forgets no packet.
 //! * A [`Waker`] ends a receive call from another thread or a signal handler.
@@ -69,6 +70,7 @@
 //! * `batch` sends different verdicts and marks together; `accept_all` is the smallest program.
 //! * `rewrite` and `dns_filter` change packets; `first_bytes` inspects the first bytes of each TCP
 //!   connection.
+//! * `rules` brings its own rules.
 //! * `daemon` has signals, a worker and a clean stop; `upgrade` replaces itself and loses no
 //!   packet.
 //! * `threads` gives each thread a queue, and answers one queue from many threads.
@@ -101,6 +103,7 @@
 //! * `netlink-packet-core` (default): owned messages for the rust-netlink stack, in
 //!   `nfqnl::proto::interop`. They follow the versions of `netlink-packet-core`: a release of this
 //!   crate with a new version of it is not a breaking release.
+//! * `rules`: the module `rules`, for programs that bring their own rules.
 //! * `tokio`: `AsyncSocket`, with tokio's features `net` and `rt`.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 // Data from outside must not cause a panic.

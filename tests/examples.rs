@@ -567,6 +567,29 @@ fn upgrade_delivers_every_datagram_once() {
 }
 
 #[test]
+fn rules_brings_its_rules_and_removes_them() {
+    isolated(|| {
+        const N: u32 = 1000;
+        let sockets = [V4, V6].map(|address| Udp::bind(address, PORT).unwrap());
+        let example = Example::start("rules", &["--count", "500"]);
+        example.expect_line("UDP to port 5000 is queued");
+        for number in 0..N {
+            for socket in &sockets {
+                socket
+                    .send(&number.to_be_bytes(), socket.address())
+                    .unwrap();
+                assert_eq!(socket.recv().unwrap(), number.to_be_bytes());
+            }
+        }
+        let line = example.expect("the rule has seen ");
+        assert!(line.contains(" packets, "), "{line}");
+        example.expect_line("0 packets lost");
+        assert!(example.wait().success());
+        assert!(!queue::is_bound(1).unwrap());
+    });
+}
+
+#[test]
 fn daemon_reloads_reports_and_stops() {
     isolated(|| {
         const N: u32 = 2000;
