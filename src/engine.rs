@@ -38,6 +38,7 @@ use std::sync::atomic::{
     Ordering::{Acquire, Relaxed},
 };
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 use netlink_sys::Socket as Netlink;
 use nfqnl_proto::PacketKey;
@@ -65,6 +66,8 @@ pub(crate) struct Engine {
     /// The maximum number of unread answers to sends; above it, a send reads the socket
     max_unread: u32,
     reports_overruns: bool,
+    /// The time of receiving without blocking before a wait
+    pub(crate) busy_poll: Duration,
     /// Dropped queues are unbound
     pub(crate) unbinds_on_drop: bool,
     /// Equal verdicts are merged
@@ -157,6 +160,7 @@ impl Engine {
             max_send: send_buffer.saturating_sub(SEND_OVERHEAD).min(MAX_SEND),
             max_unread: u32::try_from(max_unread).unwrap_or(u32::MAX),
             reports_overruns,
+            busy_poll: Duration::ZERO,
             unbinds_on_drop: true,
             merges: AtomicBool::new(merges),
             may_be_read_outside: AtomicBool::new(false),

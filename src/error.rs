@@ -283,6 +283,8 @@ pub enum Operation {
     Receive,
     /// Reading the kernel's counters
     ReadStats,
+    /// Starting the thread of a queue: [`Workers`](crate::Workers)
+    StartWorker(u16),
     /// Entering a network namespace: [`Netns`](crate::Netns)
     EnterNetns,
     /// Making a table of rules
@@ -310,7 +312,8 @@ impl Operation {
             | Self::SetMode(queue)
             | Self::SetFlags(queue)
             | Self::SetMaxlen(queue)
-            | Self::PassBy(queue) => Some(queue),
+            | Self::PassBy(queue)
+            | Self::StartWorker(queue) => Some(queue),
             Self::Verdict(key) | Self::BatchVerdict(key) => Some(key.queue()),
             _ => None,
         }
@@ -346,6 +349,7 @@ impl fmt::Display for Operation {
             Self::Sync => f.write_str("sync"),
             Self::Receive => f.write_str("receive"),
             Self::ReadStats => f.write_str("read nfnetlink_queue counters"),
+            Self::StartWorker(queue) => write!(f, "start worker of queue {queue}"),
             Self::EnterNetns => f.write_str("enter network namespace"),
             Self::AddTable => f.write_str("add table"),
             Self::RemoveTable => f.write_str("remove table"),

@@ -10,6 +10,7 @@
 //!   packet as a callback sees it.
 //! * [`Queue`] is a bound queue: copy mode, flags, maximum length, end.
 //! * [`Packet`] is a view of a waiting packet; its [`PacketKey`] answers it, from any thread.
+//! * [`Workers`] are a thread and a socket for each queue of a range.
 //! * [`Verdict`] and [`Decision`] are the answers. A [`SendBatch`] sends many together. A
 //!   [`VerdictSender`] sends from other threads; an [`OwnedPacket`] is a copy for them.
 //! * A [`Netns`] is another network namespace. The module `rules` (feature `rules`) adds rules.
@@ -73,7 +74,7 @@
 //! * `rules` brings its own rules.
 //! * `daemon` has signals, a worker and a clean stop; `upgrade` replaces itself and loses no
 //!   packet.
-//! * `threads` gives each thread a queue, and answers one queue from many threads.
+//! * `workers` gives each CPU a queue and a thread.
 //! * `mio`, `async_io` and `tokio` drive a socket by a runtime.
 //! * `nf_queue` has the command line of the kernel's own test program.
 //!
@@ -140,6 +141,7 @@ mod sys;
 #[cfg(feature = "tokio")]
 mod tokio;
 mod verdict;
+mod workers;
 
 pub use nfqnl_proto as proto;
 pub use nfqnl_proto::rewrite;
@@ -167,6 +169,7 @@ pub use recv_batch::{Events, RecvBatch};
 pub use socket::{Socket, SocketBuilder};
 pub use stats::{QueueStats, Stats};
 pub use verdict::{SendBatch, VerdictGuard, VerdictSender};
+pub use workers::{WorkerError, Workers, WorkersBuilder};
 
 /// Only for the fuzz targets of this repository
 #[cfg(nfqnl_fuzzing)]

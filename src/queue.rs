@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::{Arc, Weak};
 
-use nfqnl_proto::{ConfigFlags, CopyMode, PacketKey, QueueConfig};
+use nfqnl_proto::{ConfigFlags, CopyMode, PacketKey, PlainVerdict, QueueConfig};
 
 use crate::engine::{Binding, Engine};
 use crate::error::{Error, Operation, Result};
@@ -114,6 +114,19 @@ impl Queue {
         }
         engine.wait_for_reader();
         engine.answer_all_orphans(&self.binding)
+    }
+
+    /// Receives all packets of the queue, and gives all waiting ones this verdict
+    pub(crate) fn answer_all(&self, verdict: PlainVerdict) -> Result<()> {
+        let op = Operation::Sync;
+        let engine = self.engine.upgrade().ok_or(Error::Unbound { op })?;
+        engine.sync(op)?; // receives what is in the socket
+        engine.wait_for_reader();
+        if self.waiting() == 0 {
+            return Ok(());
+        }
+        let newest = self.binding.outstanding().newest();
+        engine.set_plain(self.key(newest), verdict, true)
     }
 
     /// Reads the kernel's counters of this queue, in the socket's network namespace

@@ -50,6 +50,23 @@ pub struct Stats {
     pub merging_ended: u64,
 }
 
+impl std::iter::Sum for Stats {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, stats| Self {
+            packets: sum.packets + stats.packets,
+            waiting: sum.waiting + stats.waiting,
+            missing_packets: sum.missing_packets + stats.missing_packets,
+            overruns: sum.overruns + stats.overruns,
+            refused_verdicts: sum.refused_verdicts + stats.refused_verdicts,
+            late_verdicts: sum.late_verdicts + stats.late_verdicts,
+            after_unbind: sum.after_unbind + stats.after_unbind,
+            no_callback: sum.no_callback + stats.no_callback,
+            from_other_process: sum.from_other_process + stats.from_other_process,
+            merging_ended: sum.merging_ended + stats.merging_ended,
+        })
+    }
+}
+
 /// The kernel's counters of one queue, a line of `/proc/net/netfilter/nfnetlink_queue`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

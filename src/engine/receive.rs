@@ -78,6 +78,7 @@ impl Engine {
         let all = slots.all_seen;
         // If the program made the descriptor non-blocking, the receive call does not block.
         let mut can_block = wait == Wait::Forever;
+        let mut has_polled = self.busy_poll.is_zero();
         loop {
             let has_stash = !state.stash.is_empty();
             slots.stash.append(&mut state.stash);
@@ -98,6 +99,15 @@ impl Engine {
             // A wake that came before the look cleared the flag sent no message.
             if is_over || (wait != Wait::No && self.wake.take(all)) {
                 return (state, Ok(has_stash));
+            }
+            if !has_polled {
+                has_polled = true;
+                let received;
+                (state, received) = self.poll_busily(state, slots, wait);
+                match received {
+                    Ok(false) => continue,
+                    received => return (state, received),
+                }
             }
             if state.reader().is_some() {
                 state.waiting_readers += 1;
@@ -131,6 +141,36 @@ impl Engine {
                 Ok(false) => {}
                 received => return (state, received),
             }
+        }
+    }
+
+    /// Receives without blocking for a time; returns true if something was read
+    ///
+    /// Other threads may take the lock between two tries. This ends early at a wake, and when
+    /// another thread receives, or waits for an answer.
+    fn poll_busily<'s>(
+        &'s self,
+        mut state: MutexGuard<'s, State>,
+        slots: &mut Slots,
+        wait: Wait,
+    ) -> (MutexGuard<'s, State>, Result<bool>) {
+        let begin = sys::now();
+        let all = slots.all_seen;
+        loop {
+            let is_woken = self.wake.is_requested() || self.wake.all_since(all) != all;
+            let are_others = state.reader().is_some()
+                || state.waiting_readers + state.waiting_requests > 0
+                || !state.stash.is_empty();
+            if is_woken || are_others || wait.left().is_none() || begin.elapsed() > self.busy_poll {
+                return (state, Ok(false));
+            }
+            match self.receive_now(&mut state, slots) {
+                Ok(false) => {}
+                received => return (state, received),
+            }
+            drop(state);
+            std::hint::spin_loop();
+            state = self.state();
         }
     }
 

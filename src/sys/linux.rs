@@ -374,6 +374,31 @@ pub(crate) fn is_single_cpu() -> bool {
     unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) < 2 }
 }
 
+/// Keeps the calling thread on those CPUs of its mask that `is_wanted` names, if there are any
+pub(crate) fn stay_on_cpus(is_wanted: impl Fn(usize) -> bool) {
+    let size = mem::size_of::<libc::cpu_set_t>();
+    // SAFETY: a set of CPUs is an array of integers, for which all zeroes is a value.
+    let (mut allowed, mut wanted): (libc::cpu_set_t, libc::cpu_set_t) = unsafe { mem::zeroed() };
+    // SAFETY: the set is exclusive and alive during the call, and its size is given.
+    if unsafe { libc::sched_getaffinity(0, size, &raw mut allowed) } != 0 {
+        return; // more CPUs than the set has room for
+    }
+    let mut has_any = false;
+    for cpu in (0..8 * size).filter(|&cpu| is_wanted(cpu)) {
+        // SAFETY: the number is below the number of bits.
+        if unsafe { libc::CPU_ISSET(cpu, &allowed) } {
+            has_any = true;
+            // SAFETY: as above.
+            unsafe { libc::CPU_SET(cpu, &mut wanted) };
+        }
+    }
+    if has_any {
+        // SAFETY: the set is alive during the call, and its size is given. It is a part of the
+        // mask of this thread, so the call does not fail unless the mask has just changed.
+        unsafe { libc::sched_setaffinity(0, size, &raw const wanted) };
+    }
+}
+
 /// Waits for all current RCU read locks in the kernel to end (`synchronize_rcu`)
 ///
 /// The kernel refuses this with `nohz_full`, and with one CPU returns at once. Since Linux 4.3.

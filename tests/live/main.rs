@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
 
 mod batch;
+mod busy_poll;
 mod callback;
 #[path = "../../proto/tests/common/mod.rs"]
 mod common;
@@ -28,3 +29,4 @@ mod stream;
 mod threads;
 mod verdicts;
 mod waker;
+mod workers;
