@@ -200,9 +200,7 @@ fn adopt_queues(
         })
         .collect();
     let bindings = bindings?;
-    for binding in &bindings {
-        engine.check_adopted(binding)?;
-    }
+    engine.check_adopted(&bindings)?;
     for num in handover.into_iter().flat_map(Handover::queues) {
         if !queues.iter().any(|(adopted, _)| *adopted == num) {
             let request = ConfigRequest::unbind(num);

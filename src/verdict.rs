@@ -6,7 +6,7 @@ mod outstanding;
 mod send_batch;
 mod sender;
 
-pub(crate) use outstanding::{Orphans, Outstanding, Recorded, Seen};
+pub(crate) use outstanding::{Outstanding, Recorded, Seen};
 pub use send_batch::SendBatch;
 #[cfg(test)]
 pub(crate) use send_batch::{Part, send_header};

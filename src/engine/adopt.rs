@@ -7,7 +7,7 @@ use nfqnl_proto::{ConfigFlags, ConfigRequest, PacketKey, PlainVerdict, QueueConf
 use super::bindings::Binding;
 use super::{Engine, State};
 use crate::error::{Error, Operation, Refusal, Result};
-use crate::verdict::{Orphans, Outstanding};
+use crate::verdict::Outstanding;
 
 impl Engine {
     /// Registers a queue that the socket has bound already
@@ -32,19 +32,24 @@ impl Engine {
         Ok(binding)
     }
 
-    /// Fails if the socket has not bound this queue; answers the orphans that the handover names
-    pub(crate) fn check_adopted(&self, binding: &Binding) -> Result<()> {
-        let orphans = binding.outstanding().orphans();
-        // This may read packets of this process: then all orphans count as answered already.
-        let request = ConfigRequest::update(binding.id.queue, QueueConfig::new());
-        self.configure_twice(Operation::Adopt(binding.id.queue), &request)?;
-        match orphans.and_then(|orphans| Some((orphans.answered?, orphans.verdict))) {
-            Some((newest, verdict)) => {
+    /// Fails if the socket has not bound one of these queues; answers the orphans that the handover
+    /// names
+    pub(crate) fn check_adopted(&self, bindings: &[Arc<Binding>]) -> Result<()> {
+        // A request may read packets of any queue: then its orphans count as answered.
+        let orphans: Vec<_> = bindings
+            .iter()
+            .map(|binding| binding.outstanding().orphans())
+            .collect();
+        for (binding, orphans) in bindings.iter().zip(orphans) {
+            let request = ConfigRequest::update(binding.id.queue, QueueConfig::new());
+            self.configure_twice(Operation::Adopt(binding.id.queue), &request)?;
+            let named = orphans.and_then(|orphans| Some((orphans.answered?, orphans.verdict)));
+            if let Some((newest, verdict)) = named {
                 let sent = &mut self.state().orphans;
-                self.answer_orphans(binding, newest, verdict, sent)
+                self.answer_orphans(binding, newest, verdict, sent)?;
             }
-            None => Ok(()),
         }
+        Ok(())
     }
 
     /// Sends a request that may be repeated; a full receive buffer loses the first answer, and the
@@ -72,17 +77,21 @@ impl Engine {
         Ok(())
     }
 
-    /// Answers all packets of the process before, whatever their ids
+    /// Answers all packets of the process before, also if their ids are not known
     ///
     /// The caller has recorded all packets of the queue, and the kernel sends no more.
     pub(crate) fn answer_all_orphans(&self, binding: &Binding) -> Result<()> {
         let mut state = self.state();
-        let orphans = binding.outstanding().orphans();
-        if let Some(Orphans { verdict, .. }) = orphans {
-            // The kernel compares ids as a 32-bit sequence: each message covers one half.
-            for newest in [u32::MAX / 2, u32::MAX] {
-                self.answer_orphans(binding, newest, verdict, &mut state.orphans)?;
-            }
+        let Some(orphans) = binding.outstanding().orphans() else {
+            return Ok(());
+        };
+        // The kernel compares ids as a 32-bit sequence, and stops at the first newer one: the
+        // messages cover both halves, in both orders. After a packet of this process only older
+        // ones are orphans.
+        let all = [u32::MAX / 2, u32::MAX, u32::MAX / 2];
+        let up_to = orphans.due.as_ref().map_or(&all[..], std::slice::from_ref);
+        for &newest in up_to {
+            self.answer_orphans(binding, newest, orphans.verdict, &mut state.orphans)?;
         }
         Ok(())
     }
@@ -178,5 +187,37 @@ mod tests {
         assert_eq!(engine.stats().missing_packets, 0);
         assert_eq!(engine.stats().packets, 2);
         assert!(binding.outstanding().merges());
+    }
+
+    /// The kernel had no memory for the orphans' verdict when the first packet came
+    #[test]
+    fn only_older_packets_are_orphans() {
+        let (here, kernel) = UnixDatagram::pair().unwrap();
+        kernel.set_nonblocking(true).unwrap();
+        let full = here.try_clone().unwrap();
+        full.set_nonblocking(true).unwrap();
+        let engine = Engine::new(sys::netlink_from(here.into()), true, true).unwrap();
+        let orphans = PlainVerdict::new(Verdict::Drop);
+        let adopt = |queue| {
+            engine
+                .adopt(queue, None, ConfigFlags::empty(), orphans)
+                .unwrap()
+        };
+        let [binding, unseen] = [7, 8].map(adopt);
+        while full.send(&[0; 16]).is_ok() {}
+        engine.record_datagram(&mut engine.state(), &packet(5));
+        let mut buf = [0; 64];
+        while kernel.recv(&mut buf).is_ok() {}
+        let mut sent = || {
+            let mut ids = Vec::new();
+            while kernel.recv(&mut buf).is_ok() {
+                ids.push(u32::from_be_bytes(*buf[28..].first_chunk().unwrap()));
+            }
+            ids
+        };
+        engine.answer_all_orphans(&binding).unwrap();
+        assert_eq!(sent(), [4]);
+        engine.answer_all_orphans(&unseen).unwrap();
+        assert_eq!(sent(), [u32::MAX / 2, u32::MAX, u32::MAX / 2]);
     }
 }

@@ -69,7 +69,7 @@ pub(crate) struct Orphans {
     /// The newest packet of the process before, as the handover names it
     pub(crate) answered: Option<u32>,
     /// The packet before the first one of this process
-    due: Option<u32>,
+    pub(crate) due: Option<u32>,
 }
 
 /// Consecutive ids; never empty

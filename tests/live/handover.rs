@@ -554,3 +554,30 @@ fn orphans_of_a_crash_pass_by_in_a_drain() {
         }
     });
 }
+
+/// The request for one queue reads packets of another
+#[test]
+fn orphans_of_two_queues_are_answered() {
+    isolated(|| {
+        let lab = Lab::new();
+        let other = lab.add_queue(2);
+        let socket = Socket::open().unwrap();
+        let queues = [QUEUE, 2].map(|num| socket.bind(num).unwrap());
+        let mut batch = RecvBatch::default();
+        let mut send_both = |number: u32| {
+            lab.send_numbered(number..number + 1);
+            other.send(&number.to_be_bytes(), other.address()).unwrap();
+        };
+        send_both(0);
+        let _in_hand = next_keys(&socket, &mut batch, 2);
+        send_both(1);
+        let (fd, handover) = socket.into_fd().unwrap();
+        drop(queues);
+        let both = [(QUEUE, Orphans::Again), (2, Orphans::Again)];
+        let (socket, _queues) = Socket::adopt(fd, Some(&handover), &both).unwrap();
+        let mut numbers = accept(&socket, 4);
+        numbers.sort_unstable();
+        assert_eq!(numbers, [0, 0, 1, 1]);
+        assert_eq!((lab.v4.drain(), other.drain()), (2, 2));
+    });
+}
