@@ -40,11 +40,15 @@ fn start() -> Result<(Socket, Vec<Queue>)> {
     };
     let handover: Handover = handover.parse()?;
     let fd = std::io::stdin().as_fd().try_clone_to_owned()?;
-    // Programs that this one starts would inherit the socket.
-    rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+    close_stdin()?;
     let adopted = Socket::adopt(fd, Some(&handover), &[(NUMBER, Orphans::Again)])?;
     println!("queue {NUMBER} is taken over");
     Ok(adopted)
+}
+
+/// Programs that this one starts would inherit the socket.
+fn close_stdin() -> Result<()> {
+    Ok(rustix::stdio::dup2_stdin(File::open("/dev/null")?)?)
 }
 
 /// Gives the socket to a new process; returns it if there is none
@@ -60,7 +64,8 @@ fn upgrade(
         .env(HANDOVER, handover.to_string())
         .stdin(fd.try_clone()?)
         .exec();
-    // exec returns only if it fails.
+    // exec returns only if it fails. It has changed the standard input by then.
+    close_stdin()?;
     eprintln!("{}: {error}", program.display());
     Ok(Socket::adopt(
         fd,

@@ -156,6 +156,16 @@ pub enum Error {
         /// The fault
         source: EncodeError,
     },
+    /// A rule, a chain or a table that cannot be
+    #[cfg(feature = "rules")]
+    #[error("{op}: {fault}")]
+    #[non_exhaustive]
+    InvalidRule {
+        /// The operation
+        op: Operation,
+        /// The fault
+        fault: crate::rules::RuleError,
+    },
     /// The descriptor is not an `AF_NETLINK` socket of protocol `NETLINK_NETFILTER`
     #[error(
         "{}: not a netfilter netlink socket (domain {domain}, protocol {protocol})",
@@ -295,8 +305,10 @@ pub enum Operation {
     AddChain,
     /// Adding a rule
     AddRule,
-    /// Replacing the rules of a chain; the number is the place of the rule, from 0
-    ReplaceRules(usize),
+    /// Replacing or clearing the rules of a chain
+    ReplaceRules,
+    /// Adding one of the new rules of a chain; the number is its place, from 0
+    ReplaceRule(usize),
     /// Reading a rule's counter
     ReadCounter,
 }
@@ -355,7 +367,8 @@ impl fmt::Display for Operation {
             Self::RemoveTable => f.write_str("remove table"),
             Self::AddChain => f.write_str("add chain"),
             Self::AddRule => f.write_str("add rule"),
-            Self::ReplaceRules(rule) => write!(f, "replace rules: rule {rule}"),
+            Self::ReplaceRules => f.write_str("replace rules"),
+            Self::ReplaceRule(rule) => write!(f, "replace rules: rule {rule}"),
             Self::ReadCounter => f.write_str("read rule counter"),
         }
     }
@@ -440,7 +453,15 @@ impl fmt::Debug for Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.op, self.kind) {
-            (Operation::Verdict(_) | Operation::BatchVerdict(_), ErrorKind::Invalid) => {
+            (
+                Operation::Verdict(_)
+                | Operation::BatchVerdict(_)
+                | Operation::AddTable
+                | Operation::AddChain
+                | Operation::AddRule
+                | Operation::ReplaceRule(_),
+                ErrorKind::Invalid,
+            ) => {
                 write!(f, "{}: the kernel refuses it as invalid", self.op)?;
             }
             (op, kind) => write!(f, "{op}: {kind}")?,
@@ -514,7 +535,8 @@ pub enum ErrorKind {
     NoBuffers,
     /// `ENOMEM`
     OutOfMemory,
-    /// `EPERM`, or `EOPNOTSUPP` before Linux 6.9: another program owns the table of this name
+    /// `EPERM`, or `EOPNOTSUPP` before Linux 6.9: there is a table of this name already; another
+    /// program owns it, or no program does
     TableInUse,
     /// `ERANGE`: an attribute of the request is too short for this kernel: a bug of this library
     OutOfRange,
@@ -580,7 +602,7 @@ impl fmt::Display for ErrorKind {
             Self::NoSuchPacket => "the packet does not wait any more",
             Self::NoBuffers => "no buffer space",
             Self::OutOfMemory => "the kernel has no memory left",
-            Self::TableInUse => "another program owns the table",
+            Self::TableInUse => "there is a table of this name",
             Self::OutOfRange => "an attribute is too short for this kernel",
             Self::Other => "refused by the kernel",
         })

@@ -362,7 +362,8 @@ impl<'cb> Handle<'cb> {
     ///
     /// # Errors
     /// As [`Queue::set_flags`], [`run_once`](Self::run_once) and [`Queue::destroy`]. The queue is
-    /// unbound then, and its packets are lost.
+    /// dropped then: its packets are lost, except with
+    /// [`SocketBuilder::unbind_on_drop`](crate::SocketBuilder::unbind_on_drop) set to `false`.
     pub fn drain(&self, queue: Queue, batch: &mut RecvBatch, timeout: Duration) -> Result<u64> {
         self.socket.check_owner(&queue)?;
         drain(queue, timeout, |wait, deadline| {

@@ -37,8 +37,13 @@ impl Netns {
     /// Opens a namespace by its name, a file in `/run/netns`, as `ip netns` has it
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`], also if the name is a path.
     pub fn named(name: &str) -> Result<Self> {
+        if name.contains('/') || ["", ".", ".."].contains(&name) {
+            let source = io::ErrorKind::NotFound.into();
+            let op = Operation::EnterNetns;
+            return Err(Error::Io { op, source });
+        }
         Self::open(Path::new("/run/netns").join(name))
     }
 
@@ -50,7 +55,7 @@ impl Netns {
         Self::open(format!("/proc/{pid}/ns/net"))
     }
 
-    /// Opens a namespace by its file, for instance `/proc/self/ns/net`
+    /// Opens a namespace by its file, for instance `/proc/thread-self/ns/net`
     ///
     /// # Errors
     /// [`Error::Io`].

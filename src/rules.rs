@@ -43,6 +43,7 @@ mod rule;
 mod unowned;
 
 use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nfqnl_proto::{Attrs, Counters, Hook};
@@ -51,15 +52,18 @@ pub use rule::{Ports, Queues, Rule};
 
 use crate::error::{Error, ErrorKind, Operation, Result};
 use crate::netns::Netns;
+use crate::socket::check_netfilter;
+use crate::sys;
 use message::{
     Attributes, Connection, FAMILY_HEADER_LEN, NFT_MSG_DELCHAIN, NFT_MSG_DELRULE, NFT_MSG_DELTABLE,
-    NFT_MSG_GETRULE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE, NFT_MSG_NEWTABLE, NLM_F_APPEND,
-    NLM_F_CREATE, Request,
+    NFT_MSG_GETRULE, NFT_MSG_GETTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE, NFT_MSG_NEWTABLE,
+    NLM_F_APPEND, NLM_F_CREATE, Request,
 };
 use rule::{NFTA_EXPR_DATA, NFTA_EXPR_NAME, QueueExpression};
 
 const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_TABLE_FLAGS: u16 = 2;
+const NFTA_TABLE_OWNER: u16 = 7;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_CHAIN_HOOK: u16 = 4;
@@ -172,6 +176,34 @@ impl From<Hook> for ChainConfig {
     }
 }
 
+/// The fault of a rule, a chain or a table
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum RuleError {
+    /// The rule has too many conditions: its attributes are longer than 65,531 bytes
+    #[error("longer than 65,531 bytes")]
+    TooLong,
+    /// The rule has an IPv4 address in a chain of IPv6, or an IPv6 address in a chain of IPv4
+    #[error("an address of the other IP version")]
+    Family,
+    /// A name is empty, longer than 255 bytes, or contains a NUL
+    #[error("not a name")]
+    Name,
+    /// The table was removed ([`Table::remove`]) or given away ([`Table::into_fd`])
+    #[error("the table was removed")]
+    Removed,
+}
+
+fn check_name(op: Operation, name: &str) -> Result<()> {
+    match name.len() {
+        1..=255 if !name.contains('\0') => Ok(()),
+        _ => Err(Error::InvalidRule {
+            op,
+            fault: RuleError::Name,
+        }),
+    }
+}
+
 /// Settings for making a [`Table`]
 #[derive(Clone, Debug, Default)]
 #[must_use]
@@ -190,8 +222,9 @@ impl TableBuilder {
     /// Keeps the table when the program ends; the next program that makes a table of this name
     /// takes it over, with its chains and rules
     ///
-    /// So the rules survive a restart. The next program sets its rules with [`Chain::replace`].
-    /// Meanwhile the kernel drops packets whose queue has no socket, except with
+    /// So the rules survive a restart. The next program sets its rules with [`Chain::replace`];
+    /// chains that it does not make stay as they are. Meanwhile any program may change the table,
+    /// and the kernel drops packets whose queue has no socket, except with
     /// [`bypass`](Queues::bypass). [`Table::remove`] removes the table. Since Linux 6.9; older
     /// kernels refuse it.
     #[doc(alias = "NFT_TABLE_F_PERSIST")]
@@ -208,23 +241,46 @@ impl TableBuilder {
     /// [`Unsupported`](ErrorKind::Unsupported) if the kernel has no nf_tables, or the table is
     /// persistent and the kernel has no such tables. [`Error::NoAck`]; [`Error::Io`].
     pub fn open(self, name: &str) -> Result<Table> {
+        check_name(Operation::AddTable, name)?;
+        let connection = Connection::open(self.netns.as_ref())?;
+        self.open_over(connection, name)
+    }
+
+    /// Makes the table with a netfilter netlink socket, for instance one opened in a namespace that
+    /// this process cannot enter; or takes over the table from [`Table::into_fd`]
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); [`Error::NotNetfilter`].
+    pub fn open_fd(self, fd: OwnedFd, name: &str) -> Result<Table> {
+        check_name(Operation::AddTable, name)?;
+        check_netfilter(fd.as_fd())?;
+        let connection = Connection::over(sys::netlink_from(fd))?;
+        self.open_over(connection, name)
+    }
+
+    fn open_over(self, connection: Connection, name: &str) -> Result<Table> {
         let persist = if self.is_persistent {
             NFT_TABLE_F_PERSIST
         } else {
             0
         };
         let mut shared = Shared {
-            connection: Connection::open(self.netns.as_ref())?,
+            connection,
             name: name.to_owned(),
+            process: std::process::id(),
+            is_removed: false,
             flags: NFT_TABLE_F_OWNER | persist,
             queue: QueueExpression::Native,
-            families: Vec::new(),
         };
         match (shared.begin(), self.is_persistent) {
             (Err(Error::Refused(refusal)), true)
                 if matches!(refusal.errno(), libc::EINVAL | libc::EOPNOTSUPP) =>
             {
-                return Err(refusal.with_kind(ErrorKind::Unsupported).into());
+                let kind = match shared.tables()?.is_empty() {
+                    true => ErrorKind::Unsupported,
+                    false => ErrorKind::TableInUse,
+                };
+                return Err(refusal.with_kind(kind).into());
             }
             // Before Linux 5.12
             (Err(error), false) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -272,7 +328,9 @@ impl Table {
     /// of this name is at another place; [`Error::NoAck`]; [`Error::Io`].
     pub fn chain(&self, name: &str, place: impl Into<ChainConfig>) -> Result<Chain> {
         let place = place.into();
-        let mut shared = lock(&self.shared);
+        let op = Operation::AddChain;
+        check_name(op, name)?;
+        let mut shared = shared(&self.shared, op)?;
         let families = shared.families_of(place.family);
         let mut requests = Vec::new();
         for &family in families {
@@ -294,7 +352,6 @@ impl Table {
                         },
                     );
             };
-            let op = Operation::AddChain;
             requests.push(Request::new(
                 op,
                 family,
@@ -303,8 +360,7 @@ impl Table {
                 attributes,
             ));
         }
-        shared.connection.commit(requests)?;
-        shared.remember(families);
+        shared.connection.commit(op, requests)?;
         Ok(Chain {
             shared: Arc::clone(&self.shared),
             name: name.to_owned(),
@@ -314,10 +370,34 @@ impl Table {
 
     /// Removes the table with its chains and rules, also a persistent one
     ///
+    /// Its [`Chain`]s and clones are of no use then.
+    ///
     /// # Errors
     /// [`Error::Refused`]; [`Error::NoAck`]; [`Error::Io`].
     pub fn remove(self) -> Result<()> {
-        lock(&self.shared).remove()
+        shared(&self.shared, Operation::RemoveTable)?.remove()
+    }
+
+    /// Gives the table away: it belongs to the returned descriptor, and stays as it is
+    ///
+    /// The next process takes it over with [`TableBuilder::open_fd`] and the same name and
+    /// settings, and sets its rules with [`Chain::replace`]. So an upgrade by exec(2) or
+    /// `SCM_RIGHTS` keeps the rules, and packets keep waiting in their queues. Since Linux 5.12.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if no descriptor is left. [`Error::Refused`] with
+    /// [`Unsupported`](ErrorKind::Unsupported) on older kernels.
+    pub fn into_fd(self) -> Result<OwnedFd> {
+        let op = Operation::HandOver;
+        let mut shared = shared(&self.shared, op)?;
+        if shared.flags == 0 {
+            let source = std::io::ErrorKind::Unsupported.into();
+            return Err(Error::Io { op, source });
+        }
+        let fd = shared.connection.as_fd().try_clone_to_owned();
+        let fd = fd.map_err(Error::io(op))?;
+        shared.is_removed = true;
+        Ok(fd)
     }
 }
 
@@ -346,7 +426,8 @@ impl Chain {
     /// [`Error::Refused`] with [`Unsupported`](ErrorKind::Unsupported) if the kernel lacks a part
     /// of the rule; [`Error::NoAck`]; [`Error::Io`].
     pub fn add(&self, rule: &Rule) -> Result<()> {
-        self.change(false, std::slice::from_ref(rule), |_| Operation::AddRule)
+        let op = Operation::AddRule;
+        self.change(op, std::slice::from_ref(rule), |_| op)
     }
 
     /// Replaces all rules at once: each packet sees the old rules or the new ones
@@ -355,7 +436,8 @@ impl Chain {
     /// As [`add`](Self::add), with the place of the rule in
     /// [`Refusal::operation`](crate::Refusal::operation). The old rules stay then.
     pub fn replace(&self, rules: &[Rule]) -> Result<()> {
-        self.change(true, rules, Operation::ReplaceRules)
+        let op = Operation::ReplaceRules;
+        self.change(op, rules, Operation::ReplaceRule)
     }
 
     /// Removes all rules; packets stay in their queues
@@ -373,47 +455,51 @@ impl Chain {
     /// # Errors
     /// [`Error::Refused`]; [`Error::NoAck`]; [`Error::Io`].
     pub fn counter(&self, label: &str) -> Result<Option<Counters>> {
-        let mut shared = lock(&self.shared);
+        let op = Operation::ReadCounter;
+        let mut shared = shared(&self.shared, op)?;
         let mut sum = None;
         for &family in self.families {
-            let op = Operation::ReadCounter;
             let request = self.request(&shared, op, family, NFT_MSG_GETRULE, 0, None);
-            shared.connection.dump(request, |rule| {
-                if let Some(new) = counters(rule, label) {
+            for rule in shared.connection.dump(request)? {
+                if let Some(new) = counters(&rule, label) {
                     let sum: &mut Counters = sum.get_or_insert_default();
                     sum.packets = sum.packets.saturating_add(new.packets);
                     sum.bytes = sum.bytes.saturating_add(new.bytes);
                 }
-            })?;
+            }
         }
         Ok(sum)
     }
 
+    /// Adds rules; `op_of` returns the operation of each rule
     fn change(
         &self,
-        is_replaced: bool,
+        op: Operation,
         rules: &[Rule],
-        op: impl Fn(usize) -> Operation,
+        op_of: impl Fn(usize) -> Operation,
     ) -> Result<()> {
-        let mut shared = lock(&self.shared);
+        let mut shared = shared(&self.shared, op)?;
         let mut requests = Vec::new();
-        for &family in self.families {
-            if is_replaced {
-                requests.push(self.request(&shared, op(0), family, NFT_MSG_DELRULE, 0, None));
-            }
-            requests.extend(rules.iter().enumerate().map(|(place, rule)| {
-                let flags = NLM_F_CREATE | NLM_F_APPEND;
-                self.request(
-                    &shared,
-                    op(place),
-                    family,
-                    NFT_MSG_NEWRULE,
-                    flags,
-                    Some(rule),
-                )
-            }));
+        if op == Operation::ReplaceRules {
+            let delete = |&family| self.request(&shared, op, family, NFT_MSG_DELRULE, 0, None);
+            requests.extend(self.families.iter().map(delete));
         }
-        shared.connection.commit(requests)
+        for (place, rule) in rules.iter().enumerate() {
+            let op = op_of(place);
+            let before = requests.len();
+            for &family in self.families {
+                if let Some(encoded) = rule.encode(family, shared.queue) {
+                    let rule = Some((encoded, rule.userdata()));
+                    let flags = NLM_F_CREATE | NLM_F_APPEND;
+                    requests.push(self.request(&shared, op, family, NFT_MSG_NEWRULE, flags, rule));
+                }
+            }
+            if requests.len() == before {
+                let fault = RuleError::Family;
+                return Err(Error::InvalidRule { op, fault });
+            }
+        }
+        shared.connection.commit(op, requests)
     }
 
     fn request(
@@ -423,17 +509,17 @@ impl Chain {
         family: TableFamily,
         message: u8,
         flags: u16,
-        rule: Option<&Rule>,
+        rule: Option<(Attributes, Option<Vec<u8>>)>,
     ) -> Request {
         Request::new(op, family, message, flags, |attributes| {
             attributes
                 .text(NFTA_RULE_TABLE, &shared.name)
                 .text(NFTA_RULE_CHAIN, &self.name);
-            if let Some(rule) = rule {
+            if let Some((expressions, userdata)) = rule {
                 attributes.nested(NFTA_RULE_EXPRESSIONS, |list| {
-                    list.append(rule.encode(shared.queue).bytes());
+                    list.append(&expressions);
                 });
-                if let Some(userdata) = rule.userdata() {
+                if let Some(userdata) = userdata {
                     attributes.attr(NFTA_RULE_USERDATA, &userdata);
                 }
             }
@@ -450,7 +536,7 @@ impl fmt::Debug for Chain {
     }
 }
 
-/// Returns the first counter of a rule with this label
+/// Returns the last counter of a rule with this label
 fn counters(body: &[u8], label: &str) -> Option<Counters> {
     let rule = body.get(FAMILY_HEADER_LEN..)?;
     let value = |bytes, kind| Attrs::new(bytes).last(kind).map(|attr| attr.value);
@@ -458,7 +544,7 @@ fn counters(body: &[u8], label: &str) -> Option<Counters> {
         return None;
     }
     let expressions = Attrs::new(value(rule, NFTA_RULE_EXPRESSIONS)?).map_while(Result::ok);
-    let mut counters = expressions.filter_map(|element| {
+    let counters = expressions.filter_map(|element| {
         if !value(element.value, NFTA_EXPR_NAME)?.starts_with(b"counter") {
             return None;
         }
@@ -469,72 +555,72 @@ fn counters(body: &[u8], label: &str) -> Option<Counters> {
         counters.bytes = number(NFTA_COUNTER_BYTES)?;
         Some(counters)
     });
-    counters.next()
+    counters.last()
 }
 
 /// The table, as its chains share it
 struct Shared {
     connection: Connection,
     name: String,
+    /// The process that made the table, because a forked one has a copy of this
+    process: u32,
+    is_removed: bool,
     /// `NFTA_TABLE_FLAGS`
     flags: u32,
     queue: QueueExpression,
-    /// The families that have a table of this name
-    families: Vec<TableFamily>,
 }
 
 impl Shared {
     /// Makes the table, and finds out how this kernel queues packets
     fn begin(&mut self) -> Result<()> {
-        let is_unknown = |error: &Error| {
-            matches!(error, Error::Refused(refusal)
-                if refusal.operation() == Operation::AddRule && refusal.errno() == libc::ENOENT)
-        };
-        let op = Operation::AddRule;
-        let mut probe = vec![self.new_table(TableFamily::Inet)];
-        for (message, flags) in [
-            (NFT_MSG_NEWCHAIN, NLM_F_CREATE),
-            (NFT_MSG_NEWRULE, NLM_F_CREATE),
-            (NFT_MSG_DELRULE, 0),
-            (NFT_MSG_DELCHAIN, 0),
-        ] {
-            let is_chain = matches!(message, NFT_MSG_NEWCHAIN | NFT_MSG_DELCHAIN);
-            probe.push(Request::new(
-                op,
-                TableFamily::Inet,
-                message,
-                flags,
-                |attributes| {
-                    let name = if is_chain {
-                        NFTA_CHAIN_NAME
-                    } else {
-                        NFTA_RULE_CHAIN
-                    };
-                    attributes
-                        .text(NFTA_RULE_TABLE, &self.name)
-                        .text(name, PROBE);
-                    if message == NFT_MSG_NEWRULE {
-                        attributes.nested(NFTA_RULE_EXPRESSIONS, |list| {
-                            list.append(
-                                Rule::new().queue(0).encode(QueueExpression::Native).bytes(),
-                            );
-                        });
-                    }
-                },
-            ));
-        }
+        let op = Operation::AddTable;
         self.queue = QueueExpression::Native;
-        match self.connection.commit(probe) {
-            Err(error) if is_unknown(&error) => {
+        match self.connection.commit(op, self.probe()) {
+            Err(Error::Refused(refusal))
+                if refusal.operation() == Operation::AddRule && refusal.errno() == libc::ENOENT =>
+            {
                 self.queue = QueueExpression::Xtables;
                 let families = self.families_of(TableFamily::Inet);
                 let tables = families.iter().map(|&family| self.new_table(family));
-                self.connection.commit(tables.collect())?;
+                self.connection.commit(op, tables.collect())
             }
-            result => result?,
+            result => result,
         }
-        self.remember(self.families_of(TableFamily::Inet));
-        Ok(())
+    }
+
+    /// Returns the requests for a table, and for a rule that comes and goes: it is refused if the
+    /// kernel lacks the expression `queue`
+    fn probe(&self) -> Vec<Request> {
+        let family = TableFamily::Inet;
+        let name_probe = |attributes: &mut Attributes, kind| {
+            attributes
+                .text(NFTA_RULE_TABLE, &self.name)
+                .text(kind, PROBE);
+        };
+        let chain = |message, flags| {
+            let op = Operation::AddChain;
+            Request::new(op, family, message, flags, |chain| {
+                name_probe(chain, NFTA_CHAIN_NAME);
+            })
+        };
+        let rule = |message, flags, queued: &Rule| {
+            let op = Operation::AddRule;
+            Request::new(op, family, message, flags, |rule| {
+                name_probe(rule, NFTA_RULE_CHAIN);
+                if let Some(expressions) = queued.encode(family, QueueExpression::Native) {
+                    rule.nested(NFTA_RULE_EXPRESSIONS, |list| {
+                        list.append(&expressions);
+                    });
+                }
+            })
+        };
+        vec![
+            self.new_table(family),
+            chain(NFT_MSG_NEWCHAIN, NLM_F_CREATE),
+            rule(NFT_MSG_NEWRULE, NLM_F_CREATE, &Rule::new().queue(0)),
+            rule(NFT_MSG_DELRULE, 0, &Rule::new()),
+            chain(NFT_MSG_DELCHAIN, 0),
+        ]
     }
 
     fn new_table(&self, family: TableFamily) -> Request {
@@ -558,30 +644,29 @@ impl Shared {
         }
     }
 
-    fn remember(&mut self, families: &[TableFamily]) {
-        for family in families {
-            if !self.families.contains(family) {
-                self.families.push(*family);
-            }
-        }
+    /// Returns the families that have a table of this name, and the port id of its owner
+    fn tables(&mut self) -> Result<Vec<(TableFamily, Option<u32>)>> {
+        let all = tables(&mut self.connection)?.into_iter();
+        let named = all.filter(|(_, name, _)| *name == self.name);
+        Ok(named.map(|(family, _, owner)| (family, owner)).collect())
     }
 
-    /// Removes the table
+    /// Removes the table of each family, except those of other owners
     fn remove(&mut self) -> Result<()> {
+        self.is_removed = true;
         let op = Operation::RemoveTable;
-        let name = |table: &mut Attributes| {
-            table.text(NFTA_TABLE_NAME, &self.name);
-        };
-        let remove = |family| Request::new(op, family, NFT_MSG_DELTABLE, 0, name);
-        let requests = self.families.iter().copied().map(remove).collect();
-        self.families.clear();
-        self.connection.commit(requests)
+        let port = self.connection.port;
+        let tables = self.tables()?.into_iter();
+        let own = tables.filter(|(_, owner)| owner.is_none_or(|owner| owner == port));
+        let requests = own.map(|(family, _)| delete_table(family, &self.name));
+        self.connection.commit(op, requests.collect())
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        if self.flags == 0 {
+        // A table without an owner stays otherwise; a forked process has a copy.
+        if self.flags == 0 && !self.is_removed && self.process == std::process::id() {
             let _ = self.remove();
         }
     }
@@ -589,4 +674,41 @@ impl Drop for Shared {
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks a table that was not removed
+fn shared(shared: &Mutex<Shared>, op: Operation) -> Result<MutexGuard<'_, Shared>> {
+    let shared = lock(shared);
+    match shared.is_removed {
+        false => Ok(shared),
+        true => Err(Error::InvalidRule {
+            op,
+            fault: RuleError::Removed,
+        }),
+    }
+}
+
+/// Returns all tables of the namespace: family, name, and the port id of the owner
+fn tables(connection: &mut Connection) -> Result<Vec<(TableFamily, String, Option<u32>)>> {
+    let all = Request::new(Operation::AddTable, None, NFT_MSG_GETTABLE, 0, |_| {});
+    let bodies = connection.dump(all)?;
+    let parse = |body: &Vec<u8>| {
+        let family = TableFamily::from_number(*body.first()?)?;
+        let attributes = Attrs::new(body.get(FAMILY_HEADER_LEN..)?);
+        let name = attributes.clone().last(NFTA_TABLE_NAME)?.value;
+        let name = String::from_utf8_lossy(name)
+            .trim_end_matches('\0')
+            .to_owned();
+        let owner = attributes.last(NFTA_TABLE_OWNER);
+        let owner = owner.and_then(|attr| attr.value.try_into().ok());
+        Some((family, name, owner.map(u32::from_be_bytes)))
+    };
+    Ok(bodies.iter().filter_map(parse).collect())
+}
+
+fn delete_table(family: TableFamily, name: &str) -> Request {
+    let op = Operation::RemoveTable;
+    Request::new(op, family, NFT_MSG_DELTABLE, 0, |table| {
+        table.text(NFTA_TABLE_NAME, name);
+    })
 }

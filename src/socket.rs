@@ -250,7 +250,7 @@ impl SocketBuilder {
 }
 
 /// Fails unless the descriptor is a netfilter socket, and sets close-on-exec
-fn check_netfilter(fd: BorrowedFd<'_>) -> Result<()> {
+pub(crate) fn check_netfilter(fd: BorrowedFd<'_>) -> Result<()> {
     let (domain, protocol) = sys::domain_and_protocol(fd).map_err(Error::io(Operation::Open))?;
     if domain != libc::AF_NETLINK || protocol != i32::from(NETLINK_NETFILTER) {
         return Err(Error::NotNetfilter { domain, protocol });
@@ -474,8 +474,8 @@ impl Socket {
     ///
     /// # Errors
     /// As [`Queue::set_flags`], [`recv`](Self::recv), [`send`](Self::send) and
-    /// [`Queue::destroy`]; and the errors of `decide`. The queue is unbound then, and its packets
-    /// are lost.
+    /// [`Queue::destroy`]; and the errors of `decide`. The queue is dropped then: its
+    /// packets are lost, except with [`SocketBuilder::unbind_on_drop`] set to `false`.
     pub fn drain(
         &self,
         queue: Queue,

@@ -175,6 +175,8 @@ const fn is_listed(error: &Error) -> bool {
         | Error::Decode { .. }
         | Error::Encode { .. }
         | Error::NotNetfilter { .. } => true,
+        #[cfg(feature = "rules")]
+        Error::InvalidRule { .. } => true,
     }
 }
 

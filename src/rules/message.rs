@@ -1,6 +1,7 @@
 //! nf_tables messages, and transactions with their answers
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::{Socket as Netlink, SocketAddr};
 use nfqnl_proto::consts::{
@@ -8,9 +9,10 @@ use nfqnl_proto::consts::{
 };
 use nfqnl_proto::{Message as Received, Messages, Reply};
 
-use super::TableFamily;
+use super::{RuleError, TableFamily};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
 use crate::netns::{Netns, open_in};
+use crate::sys;
 
 const NFNL_SUBSYS_NFTABLES: u8 = 10;
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
@@ -33,22 +35,36 @@ const RECV_LEN: usize = 64 << 10;
 
 /// Attributes under construction
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Attributes(Vec<u8>);
+pub(super) struct Attributes {
+    bytes: Vec<u8>,
+    /// A value is longer than its length field allows
+    is_too_long: bool,
+}
 
 impl Attributes {
     pub(super) fn bytes(&self) -> &[u8] {
-        &self.0
+        &self.bytes
     }
 
     /// Appends complete attributes
-    pub(super) fn append(&mut self, attributes: &[u8]) -> &mut Self {
-        self.0.extend(attributes);
+    pub(super) fn append(&mut self, attributes: &Self) -> &mut Self {
+        self.is_too_long |= attributes.is_too_long;
+        self.append_bytes(attributes.bytes())
+    }
+
+    /// Appends encoded attributes
+    pub(super) fn append_bytes(&mut self, attributes: &[u8]) -> &mut Self {
+        self.bytes.extend(attributes);
         self.pad();
         self
     }
 
     pub(super) fn attr(&mut self, kind: u16, value: &[u8]) -> &mut Self {
-        self.with_header(kind, |bytes| bytes.extend(value))
+        let len = u16::try_from(ATTR_HEADER_LEN + value.len());
+        self.is_too_long |= len.is_err();
+        self.bytes.extend(len.unwrap_or(0).to_ne_bytes());
+        self.bytes.extend(kind.to_ne_bytes());
+        self.append_bytes(value)
     }
 
     pub(super) fn be16(&mut self, kind: u16, value: u16) -> &mut Self {
@@ -59,37 +75,20 @@ impl Attributes {
         self.attr(kind, &value.to_be_bytes())
     }
 
-    /// Appends a text with a NUL; the kernel refuses texts over 255 bytes, so also a cut one
+    /// Appends a text with a NUL
     pub(super) fn text(&mut self, kind: u16, value: &str) -> &mut Self {
-        self.with_header(kind, |bytes| {
-            bytes.extend(value.bytes().take(1000).chain([0]))
-        })
+        self.attr(kind, &[value.as_bytes(), &[0]].concat())
     }
 
     pub(super) fn nested(&mut self, kind: u16, members: impl FnOnce(&mut Self)) -> &mut Self {
         let mut inner = Self::default();
         members(&mut inner);
-        self.attr(kind | NLA_F_NESTED, &inner.0)
-    }
-
-    fn with_header(&mut self, kind: u16, value: impl FnOnce(&mut Vec<u8>)) -> &mut Self {
-        let start = self.0.len();
-        self.0.extend([0; ATTR_HEADER_LEN]);
-        value(&mut self.0);
-        // Longer only after thousands of conditions; the kernel refuses such a rule.
-        let len = u16::try_from(self.0.len() - start).unwrap_or(0);
-        let header = self.0.get_mut(start..).unwrap_or_default();
-        let new = len.to_ne_bytes().into_iter().chain(kind.to_ne_bytes());
-        header
-            .iter_mut()
-            .zip(new)
-            .for_each(|(byte, new)| *byte = new);
-        self.pad();
-        self
+        self.is_too_long |= inner.is_too_long;
+        self.attr(kind | NLA_F_NESTED, &inner.bytes)
     }
 
     fn pad(&mut self) {
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 }
 
@@ -156,6 +155,8 @@ impl Request {
 /// A netfilter socket for rules
 pub(super) struct Connection {
     socket: Netlink,
+    /// The port id, which owns tables
+    pub(super) port: u32,
     seq: u32,
     buffer: Vec<u8>,
 }
@@ -163,40 +164,57 @@ pub(super) struct Connection {
 impl Connection {
     pub(super) fn open(netns: Option<&Netns>) -> Result<Self> {
         let open = || Netlink::new(isize::from(NETLINK_NETFILTER));
-        let mut socket = open_in(netns, open)?;
+        Self::over(open_in(netns, open)?)
+    }
+
+    /// Takes over a socket, perhaps with tables
+    pub(super) fn over(mut socket: Netlink) -> Result<Self> {
         let set_up = |socket: &mut Netlink| {
-            socket.bind_auto()?;
+            let mut address = SocketAddr::new(0, 0);
+            socket.get_address(&mut address)?;
+            if address.port_number() == 0 {
+                address = socket.bind_auto()?;
+            }
             socket.connect(&SocketAddr::new(0, 0))?;
-            socket.set_cap_ack(true)
+            socket.set_cap_ack(true)?;
+            Ok(address.port_number())
         };
-        set_up(&mut socket).map_err(Error::io(Operation::Open))?;
+        let port = set_up(&mut socket).map_err(Error::io(Operation::Open))?;
         // Linux 4.12
         let _ = socket.set_ext_ack(true);
         Ok(Self {
             socket,
+            port,
             seq: 0,
             buffer: Vec::with_capacity(RECV_LEN),
         })
     }
 
-    /// Makes all changes, or none; the error is that of the first refused one
-    pub(super) fn commit(&mut self, mut requests: Vec<Request>) -> Result<()> {
+    /// Makes all changes, or none; the error is that of the first refused one, or of `op` if it
+    /// belongs to all
+    pub(super) fn commit(&mut self, op: Operation, mut requests: Vec<Request>) -> Result<()> {
         let last = requests.len();
-        let Some(first) = requests.first().map(|request| request.op) else {
-            return Ok(());
-        };
-        if let Some(last) = requests.last_mut() {
-            last.flags |= NLM_F_ACK;
+        match requests.last_mut() {
+            Some(last) => last.flags |= NLM_F_ACK,
+            None => return Ok(()),
         }
-        requests.insert(0, Request::bracket(NFNL_MSG_BATCH_BEGIN, first));
-        requests.push(Request::bracket(NFNL_MSG_BATCH_END, first));
-        let begin = self.send(&requests)?;
+        requests.insert(0, Request::bracket(NFNL_MSG_BATCH_BEGIN, op));
+        requests.push(Request::bracket(NFNL_MSG_BATCH_END, op));
+        if let Some(long) = requests
+            .iter()
+            .find(|request| request.attributes.is_too_long)
+        {
+            let op = long.op;
+            let fault = RuleError::TooLong;
+            return Err(Error::InvalidRule { op, fault });
+        }
+        let begin = self.send(op, &requests)?;
         let op_of = |seq: u32| {
             let index = usize::try_from(seq.wrapping_sub(begin)).unwrap_or(usize::MAX);
             requests.get(index).map(|request| (index, request.op))
         };
         let (mut refusal, mut is_done) = (None, false);
-        self.receive(first, |received| {
+        self.receive(op, |received| {
             let Received::Reply(reply) = received else {
                 return;
             };
@@ -211,36 +229,49 @@ impl Connection {
         match refusal {
             Some(refusal) => Err(refusal.into()),
             None if is_done => Ok(()),
-            None => Err(Error::NoAck { op: first }),
+            None => Err(Error::NoAck { op }),
         }
     }
 
-    /// Sends a request for a list, and calls `f` for the body of each member
-    pub(super) fn dump(&mut self, mut request: Request, mut f: impl FnMut(&[u8])) -> Result<()> {
+    /// Requests a list, and returns the body of each member
+    pub(super) fn dump(&mut self, mut request: Request) -> Result<Vec<Vec<u8>>> {
+        /// The list changed meanwhile
+        const NLM_F_DUMP_INTR: u16 = 0x10;
+        const TRIES: usize = 10;
         request.flags |= NLM_F_DUMP;
-        let op = request.op;
-        self.send(&[request])?;
-        let mut refusal = None;
-        self.receive(op, |received| match received {
-            Received::Other(other) => f(other.body),
-            Received::Reply(reply) => refusal = Some(refused(op, &reply, true)),
-            _ => {}
-        })?;
-        refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
+        let (op, requests) = (request.op, [request]);
+        let mut bodies = Vec::new();
+        for _ in 0..TRIES {
+            bodies.clear();
+            self.send(op, &requests)?;
+            let (mut refusal, mut is_interrupted) = (None, false);
+            self.receive(op, |received| match received {
+                Received::Other(other) => {
+                    is_interrupted |= other.flags & NLM_F_DUMP_INTR != 0;
+                    bodies.push(other.body.to_vec());
+                }
+                Received::Reply(reply) => refusal = Some(refused(op, &reply, true)),
+                _ => {}
+            })?;
+            match refusal {
+                Some(refusal) => return Err(refusal.into()),
+                None if is_interrupted => {}
+                None => break,
+            }
+        }
+        Ok(bodies)
     }
 
     /// Sends requests in one datagram, and returns the sequence number of the first
-    fn send(&mut self, requests: &[Request]) -> Result<u32> {
+    fn send(&mut self, op: Operation, requests: &[Request]) -> Result<u32> {
         let begin = self.seq;
         let mut datagram = Vec::new();
         for request in requests {
             request.write(&mut datagram, self.seq);
             self.seq = self.seq.wrapping_add(1);
         }
-        let op = requests
-            .first()
-            .map_or(Operation::Open, |request| request.op);
-        self.socket.send(&datagram, 0).map_err(Error::io(op))?;
+        sys::make_send_buffer(self.socket.as_fd(), datagram.len());
+        sys::send(self.socket.as_fd(), &datagram).map_err(Error::io(op))?;
         Ok(begin)
     }
 
@@ -257,6 +288,12 @@ impl Connection {
                 Err(source) => return Err(Error::Io { op, source }),
             }
         }
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

@@ -3,8 +3,9 @@
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
-use nfqnl_proto::IpProtocol;
+use nfqnl_proto::{EtherType, IpProtocol};
 
+use super::TableFamily;
 use super::message::Attributes;
 use crate::interface_name::InterfaceName;
 
@@ -42,6 +43,7 @@ const NFTA_TARGET_REV: u16 = 2;
 const NFTA_TARGET_INFO: u16 = 3;
 const NFT_REG_VERDICT: u32 = 0;
 const NFT_REG_1: u32 = 1;
+const NFT_META_PROTOCOL: u32 = 1;
 const NFT_META_MARK: u32 = 3;
 const NFT_META_IIFNAME: u32 = 6;
 const NFT_META_OIFNAME: u32 = 7;
@@ -165,6 +167,22 @@ enum Verdict {
     Queue(Queues),
 }
 
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Step {
+    /// Expressions of any table
+    Expressions(Attributes),
+    /// A condition on an address, which depends on the family of the table
+    Address(Address),
+}
+
+/// A network, at its offset in a header of its IP version
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Address {
+    address: IpAddr,
+    prefix: u8,
+    offset: u32,
+}
+
 /// Conditions, actions, and a verdict on the packets that meet all conditions
 ///
 /// The conditions and actions take effect in the order of the calls: a counter before a condition
@@ -173,7 +191,7 @@ enum Verdict {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Rule {
-    expressions: Attributes,
+    steps: Vec<Step>,
     label: Option<String>,
     verdict: Option<Verdict>,
 }
@@ -244,31 +262,13 @@ impl Rule {
     }
 
     /// Compares an address at this offset of an IPv4 header, or of an IPv6 header
-    fn address(self, address: IpAddr, prefix: u8, [v4, v6]: [u32; 2]) -> Self {
-        let (family, offset, bytes) = match address {
-            IpAddr::V4(address) => (libc::NFPROTO_IPV4, v4, address.octets().to_vec()),
-            IpAddr::V6(address) => (libc::NFPROTO_IPV6, v6, address.octets().to_vec()),
-        };
-        let mask: Vec<u8> = (0..bytes.len())
-            .map(|index| {
-                let bits = usize::from(prefix).saturating_sub(8 * index).min(8);
-                0xff_u8
-                    .checked_shl(u32::try_from(8 - bits).unwrap_or(0))
-                    .unwrap_or(0)
-            })
-            .collect();
-        let network: Vec<u8> = bytes
-            .iter()
-            .zip(&mask)
-            .map(|(byte, mask)| byte & mask)
-            .collect();
-        let family = u8::try_from(family).unwrap_or_default();
-        let len = u32::try_from(bytes.len()).unwrap_or_default();
-        self.load_meta(NFT_META_NFPROTO)
-            .compare(NFT_CMP_EQ, &[family])
-            .load_payload(NFT_PAYLOAD_NETWORK_HEADER, offset, len)
-            .mask(&mask, &vec![0; bytes.len()])
-            .compare(NFT_CMP_EQ, &network)
+    fn address(mut self, address: IpAddr, prefix: u8, [v4, v6]: [u32; 2]) -> Self {
+        self.steps.push(Step::Address(Address {
+            address,
+            prefix,
+            offset: if address.is_ipv4() { v4 } else { v6 },
+        }));
+        self
     }
 
     /// Matches packets that came in by an interface; in chains before the routing decision, at
@@ -313,7 +313,8 @@ impl Rule {
         self.load_ct(NFT_CT_MARK).masked(NFT_CMP_NEQ, value, mask)
     }
 
-    /// Matches packets of new connections: before a reply was seen
+    /// Matches packets of new connections: before a reply was seen; in a chain of a priority above
+    /// -200
     ///
     /// Such a rule turns on connection tracking in the namespace.
     pub fn ct_new(self) -> Self {
@@ -333,7 +334,8 @@ impl Rule {
 impl Rule {
     /// Counts the packets that come to this place; nft(8) prints the label as the rule's comment
     ///
-    /// [`Chain::counter`](super::Chain::counter) reads it. A rule has one label of up to 127 bytes.
+    /// [`Chain::counter`](super::Chain::counter) reads it. A rule has one counter with a label: the
+    /// last one. The first 127 bytes of the label count.
     pub fn counter(mut self, label: &str) -> Self {
         self.label = Some(label.to_owned());
         self.expression("counter", &[])
@@ -353,7 +355,8 @@ impl Rule {
     ///
     /// With a packet mark in the verdict and this rule in a later chain, a program marks
     /// connections also on kernels that take no conntrack changes
-    /// ([`Socket::takes_conntrack`](crate::Socket::takes_conntrack)).
+    /// ([`Socket::takes_conntrack`](crate::Socket::takes_conntrack)). Such a rule turns on
+    /// connection tracking in the namespace.
     pub fn save_mark(self) -> Self {
         self.load_meta(NFT_META_MARK).with("ct", |data| {
             data.be32(NFTA_CT_KEY, NFT_CT_MARK)
@@ -369,9 +372,10 @@ impl Rule {
     /// Adds any expression of nf_tables: its name, and its encoded attributes
     ///
     /// The attributes follow `linux/netfilter/nf_tables.h`. The kernel checks them.
-    pub fn expression(mut self, name: &str, attributes: &[u8]) -> Self {
-        append(&mut self.expressions, name, attributes);
-        self
+    pub fn expression(self, name: &str, attributes: &[u8]) -> Self {
+        self.with(name, |data| {
+            data.append_bytes(attributes);
+        })
     }
 }
 
@@ -399,21 +403,28 @@ impl Rule {
 
 /// Encoding
 impl Rule {
-    /// Returns the expressions, for `NFTA_RULE_EXPRESSIONS`
-    pub(super) fn encode(&self, queue: QueueExpression) -> Attributes {
-        let mut list = self.expressions.clone();
+    /// Returns the expressions for a table of this family, for `NFTA_RULE_EXPRESSIONS`; `None` if
+    /// no packet there can match
+    pub(super) fn encode(&self, family: TableFamily, queue: QueueExpression) -> Option<Attributes> {
+        let mut list = Attributes::default();
+        for step in &self.steps {
+            match step {
+                Step::Expressions(expressions) => list.append(expressions),
+                Step::Address(address) => list.append(&address.encode(family)?),
+            };
+        }
         match (self.verdict, queue) {
             (None, _) => {}
             (Some(Verdict::Accept), _) => append_verdict(&mut list, NF_ACCEPT),
             (Some(Verdict::Drop), _) => append_verdict(&mut list, NF_DROP),
             (Some(Verdict::Queue(queues)), QueueExpression::Native) => {
-                append_queue(&mut list, queues)
+                append_queue(&mut list, queues);
             }
             (Some(Verdict::Queue(queues)), QueueExpression::Xtables) => {
-                append_target(&mut list, queues)
+                append_target(&mut list, queues);
             }
         }
-        list
+        Some(list)
     }
 
     /// Returns the label, for `NFTA_RULE_USERDATA`
@@ -421,10 +432,16 @@ impl Rule {
         self.label.as_deref().map(comment)
     }
 
-    fn with(self, name: &str, data: impl FnOnce(&mut Attributes)) -> Self {
-        let mut attributes = Attributes::default();
-        data(&mut attributes);
-        self.expression(name, attributes.bytes())
+    fn with(mut self, name: &str, data: impl FnOnce(&mut Attributes)) -> Self {
+        let mut expression = Attributes::default();
+        append(&mut expression, name, data);
+        match self.steps.last_mut() {
+            Some(Step::Expressions(expressions)) => {
+                expressions.append(&expression);
+            }
+            _ => self.steps.push(Step::Expressions(expression)),
+        }
+        self
     }
 
     fn load_meta(self, key: u32) -> Self {
@@ -486,43 +503,95 @@ impl Rule {
     }
 }
 
+impl Address {
+    /// Returns the expressions for a table of this family; `None` if it has the other IP version
+    fn encode(&self, family: TableFamily) -> Option<Attributes> {
+        let (bytes, nfproto, ethertype) = match self.address {
+            IpAddr::V4(address) => (
+                address.octets().to_vec(),
+                libc::NFPROTO_IPV4,
+                EtherType::IPV4,
+            ),
+            IpAddr::V6(address) => (
+                address.octets().to_vec(),
+                libc::NFPROTO_IPV6,
+                EtherType::IPV6,
+            ),
+        };
+        let rule = match (family, self.address) {
+            (TableFamily::Ip, IpAddr::V4(_)) | (TableFamily::Ip6, IpAddr::V6(_)) => Rule::new(),
+            (TableFamily::Ip | TableFamily::Ip6, _) => return None,
+            (TableFamily::Inet, _) => Rule::new()
+                .load_meta(NFT_META_NFPROTO)
+                .compare(NFT_CMP_EQ, &[u8::try_from(nfproto).unwrap_or_default()]),
+            (TableFamily::Bridge, _) => Rule::new()
+                .load_meta(NFT_META_PROTOCOL)
+                .compare(NFT_CMP_EQ, &ethertype.0.to_be_bytes()),
+        };
+        let bits_of = |index| usize::from(self.prefix).saturating_sub(8 * index).min(8);
+        let shift_of = |index| u32::try_from(bits_of(index)).unwrap_or(8);
+        let mask: Vec<u8> = (0..bytes.len())
+            .map(|index| !0xff_u8.checked_shr(shift_of(index)).unwrap_or(0))
+            .collect();
+        let network: Vec<u8> = bytes
+            .iter()
+            .zip(&mask)
+            .map(|(byte, mask)| byte & mask)
+            .collect();
+        let len = u32::try_from(bytes.len()).unwrap_or_default();
+        let rule = rule.load_payload(NFT_PAYLOAD_NETWORK_HEADER, self.offset, len);
+        let rule = match mask.iter().all(|&byte| byte == 0xff) {
+            true => rule,
+            false => rule.mask(&mask, &vec![0; bytes.len()]),
+        };
+        match rule.compare(NFT_CMP_EQ, &network).steps.pop() {
+            Some(Step::Expressions(expressions)) => Some(expressions),
+            _ => None,
+        }
+    }
+}
+
 /// Encodes a label as a comment: type, length and text with a NUL
 pub(super) fn comment(label: &str) -> Vec<u8> {
-    let text = label.bytes().take(COMMENT_MAX).chain([0]);
-    let len = u8::try_from(label.len().min(COMMENT_MAX) + 1).unwrap_or_default();
-    [NFTNL_UDATA_RULE_COMMENT, len]
-        .into_iter()
-        .chain(text)
+    let mut len = label.len().min(COMMENT_MAX);
+    while !label.is_char_boundary(len) {
+        len -= 1;
+    }
+    let head = [
+        NFTNL_UDATA_RULE_COMMENT,
+        u8::try_from(len + 1).unwrap_or_default(),
+    ];
+    head.into_iter()
+        .chain(label.bytes().take(len))
+        .chain([0])
         .collect()
 }
 
-fn append(list: &mut Attributes, name: &str, attributes: &[u8]) {
+fn append(list: &mut Attributes, name: &str, data: impl FnOnce(&mut Attributes)) {
     list.nested(NFTA_LIST_ELEM, |element| {
         element
             .text(NFTA_EXPR_NAME, name)
-            .nested(NFTA_EXPR_DATA, |data| {
-                data.append(attributes);
-            });
+            .nested(NFTA_EXPR_DATA, data);
     });
 }
 
 fn append_verdict(list: &mut Attributes, code: u32) {
-    let mut data = Attributes::default();
-    data.be32(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT)
-        .nested(NFTA_IMMEDIATE_DATA, |data| {
-            data.nested(NFTA_DATA_VERDICT, |verdict| {
-                verdict.be32(NFTA_VERDICT_CODE, code);
+    append(list, "immediate", |data| {
+        data.be32(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT)
+            .nested(NFTA_IMMEDIATE_DATA, |data| {
+                data.nested(NFTA_DATA_VERDICT, |verdict| {
+                    verdict.be32(NFTA_VERDICT_CODE, code);
+                });
             });
-        });
-    append(list, "immediate", data.bytes());
+    });
 }
 
 fn append_queue(list: &mut Attributes, queues: Queues) {
-    let mut data = Attributes::default();
-    data.be16(NFTA_QUEUE_NUM, queues.first)
-        .be16(NFTA_QUEUE_TOTAL, queues.total)
-        .be16(NFTA_QUEUE_FLAGS, queues.flags);
-    append(list, "queue", data.bytes());
+    append(list, "queue", |data| {
+        data.be16(NFTA_QUEUE_NUM, queues.first)
+            .be16(NFTA_QUEUE_TOTAL, queues.total)
+            .be16(NFTA_QUEUE_FLAGS, queues.flags);
+    });
 }
 
 /// Appends `struct xt_NFQ_info_v3` (`linux/netfilter/xt_NFQUEUE.h`): host byte order, padded to the
@@ -533,9 +602,9 @@ fn append_target(list: &mut Attributes, queues: Queues) {
         .map(u16::to_ne_bytes)
         .concat();
     info.resize(info.len().next_multiple_of(8), 0);
-    let mut data = Attributes::default();
-    data.text(NFTA_TARGET_NAME, "NFQUEUE")
-        .be32(NFTA_TARGET_REV, REVISION)
-        .attr(NFTA_TARGET_INFO, &info);
-    append(list, "target", data.bytes());
+    append(list, "target", |data| {
+        data.text(NFTA_TARGET_NAME, "NFQUEUE")
+            .be32(NFTA_TARGET_REV, REVISION)
+            .attr(NFTA_TARGET_INFO, &info);
+    });
 }

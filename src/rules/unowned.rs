@@ -2,46 +2,34 @@
 //! processes are removed
 
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-use nfqnl_proto::Attrs;
+use super::message::Connection;
+use super::{delete_table, tables};
+use crate::error::{Error, Operation, Result};
+use crate::sys;
 
-use super::message::{Connection, FAMILY_HEADER_LEN, NFT_MSG_DELTABLE, NFT_MSG_GETTABLE, Request};
-use super::{NFTA_TABLE_NAME, TableFamily};
-use crate::error::{Operation, Result};
-
-/// Returns the name of this process's table: the name, the PID namespace, the process, and the time
-/// of its start
+/// Returns the name of a table of this process: the name, the PID namespace, the process, the time
+/// of its start, and a number
 pub(super) fn name(name: &str) -> io::Result<String> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
     let pid = std::process::id();
     let start = start_time(pid).ok_or(io::ErrorKind::InvalidData)?;
-    Ok(format!("{name}.{}.{pid}.{start}", pid_namespace()?))
+    let next = NEXT.fetch_add(1, Relaxed);
+    Ok(format!("{name}.{}.{pid}.{start}.{next}", pid_namespace()?))
 }
 
 /// Removes the tables of this name whose process has ended
 pub(super) fn sweep(connection: &mut Connection, name: &str) -> Result<()> {
-    let mut ended = Vec::new();
-    let all = Request::new(Operation::AddTable, None, NFT_MSG_GETTABLE, 0, |_| {});
-    connection.dump(all, |body| {
-        let family = body.first().copied().and_then(TableFamily::from_number);
-        let attributes = Attrs::new(body.get(FAMILY_HEADER_LEN..).unwrap_or_default());
-        let found = attributes.last(NFTA_TABLE_NAME).and_then(|attr| {
-            let found = std::str::from_utf8(attr.value).ok()?.trim_end_matches('\0');
-            is_of_ended_process(found, name).then(|| found.to_owned())
-        });
-        ended.extend(family.zip(found));
-    })?;
-    for (family, name) in ended {
-        let attributes = |table: &mut super::Attributes| {
-            table.text(NFTA_TABLE_NAME, &name);
-        };
-        let op = Operation::RemoveTable;
-        connection.commit(vec![Request::new(
-            op,
-            Some(family),
-            NFT_MSG_DELTABLE,
-            0,
-            attributes,
-        )])?;
+    for (family, found, _) in tables(connection)? {
+        if !is_of_ended_process(&found, name) {
+            continue;
+        }
+        match connection.commit(Operation::RemoveTable, vec![delete_table(family, &found)]) {
+            // Another program has swept it.
+            Err(Error::Refused(refusal)) if refusal.errno() == libc::ENOENT => {}
+            result => result?,
+        }
     }
     Ok(())
 }
@@ -57,8 +45,12 @@ fn is_of_ended_process(found: &str, name: &str) -> bool {
     };
     match *numbers {
         // Processes of another namespace cannot be seen.
-        [namespace, pid, start] if namespace == here => {
-            u32::try_from(pid).is_ok_and(|pid| start_time(pid) != Some(start))
+        [namespace, pid, start, _] if namespace == here => {
+            let has_ended = |pid| match start_time(pid) {
+                Some(other) => other != start,
+                None => !sys::process_exists(pid), // /proc may hide it
+            };
+            u32::try_from(pid).is_ok_and(has_ended)
         }
         _ => false,
     }
@@ -88,16 +80,22 @@ mod tests {
     #[test]
     fn only_tables_of_ended_processes_are_swept() {
         let own = name("filter").unwrap();
+        assert_ne!(name("filter").unwrap(), own);
         assert!(!is_of_ended_process(&own, "filter"));
-        let later = format!("{own}1");
-        assert!(is_of_ended_process(&later, "filter"), "another start time");
-        assert!(!is_of_ended_process(&later, "filt"));
-        assert!(!is_of_ended_process("filter", "filter"));
+        assert!(!is_of_ended_process(&own, "filt"));
+        let parts: Vec<&str> = own.split('.').collect();
+        let of = |pid: &str, start: &str| format!("filter.{}.{pid}.{start}.0", parts[1]);
         assert!(
-            !is_of_ended_process("filter.1.1.1", "filter"),
+            is_of_ended_process(&of(parts[2], "1"), "filter"),
+            "another start"
+        );
+        let no_process = u32::MAX.to_string();
+        assert!(is_of_ended_process(&of(&no_process, "1"), "filter"));
+        assert!(!is_of_ended_process("filter", "filter"));
+        let elsewhere = "filter.1.1.1.1";
+        assert!(
+            !is_of_ended_process(elsewhere, "filter"),
             "another namespace"
         );
-        let ended = format!("filter.{}.{}.1", pid_namespace().unwrap(), u32::MAX);
-        assert!(is_of_ended_process(&ended, "filter"));
     }
 }

@@ -232,6 +232,28 @@ pub(crate) fn recv_buffer(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
     option(fd, libc::SO_RCVBUF)
 }
 
+/// Makes the send buffer large enough for a message, as far as the process may
+pub(crate) fn make_send_buffer(fd: BorrowedFd<'_>, len: usize) {
+    let wanted = len.saturating_mul(2); // with the kernel's own overhead
+    if send_buffer(fd).is_ok_and(|had| had >= wanted) {
+        return;
+    }
+    let wanted = libc::c_int::try_from(len).unwrap_or(libc::c_int::MAX / 2);
+    // The first needs CAP_NET_ADMIN in the initial user namespace. A send that does not fit fails.
+    let _ = set_option(fd, libc::SO_SNDBUFFORCE, wanted)
+        .or_else(|_| set_option(fd, libc::SO_SNDBUF, wanted));
+}
+
+/// Returns true if a process of this PID namespace has this number, also if it cannot be seen
+pub(crate) fn process_exists(pid: u32) -> bool {
+    let Ok(pid) = libc::pid_t::try_from(pid) else {
+        return false;
+    };
+    // SAFETY: signal 0 only checks; no memory is involved.
+    let found = unsafe { libc::kill(pid, 0) } == 0;
+    found || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH)
+}
+
 /// Returns the size of the send buffer as the kernel counts it
 pub(crate) fn send_buffer(fd: BorrowedFd<'_>) -> io::Result<usize> {
     Ok(usize::try_from(option(fd, libc::SO_SNDBUF)?).unwrap_or(0))

@@ -564,7 +564,7 @@ fn orphans_of_two_queues_are_answered() {
         let socket = Socket::open().unwrap();
         let queues = [QUEUE, 2].map(|num| socket.bind(num).unwrap());
         let mut batch = RecvBatch::default();
-        let mut send_both = |number: u32| {
+        let send_both = |number: u32| {
             lab.send_numbered(number..number + 1);
             other.send(&number.to_be_bytes(), other.address()).unwrap();
         };

@@ -4,18 +4,18 @@ use std::net::{IpAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use nfqnl::rules::{ChainConfig, ChainType, Queues, Rule, Table, TableFamily};
+use nfqnl::rules::{ChainConfig, ChainType, Queues, Rule, RuleError, Table, TableFamily};
 use nfqnl::{
     Error, ErrorKind, Hook, InterfaceName, IpProtocol, Netns, Operation, RecvBatch, Socket, Verdict,
 };
 use nfqnl_testkit::kernel;
-use nfqnl_testkit::netns::{Namespace, isolated};
+use nfqnl_testkit::netns::{Namespace, is_rootless, isolated};
 use nfqnl_testkit::process::fork;
 use nfqnl_testkit::rules::flush_ruleset;
 use nfqnl_testkit::traffic::{self, TIMEOUT, Udp, V4, V6};
 use nfqnl_testkit::user;
 
-use crate::lab::{PORT, QUEUE, is_silent, next_keys, next_packet};
+use crate::lab::{PORT, QUEUE, bridge, is_silent, next_keys, next_packet};
 
 const ALL: u32 = u32::MAX;
 
@@ -77,6 +77,9 @@ fn protocols_and_ports() {
         ];
         let counted = counts(Hook::OUTPUT, rules, send_both);
         assert_eq!(counted, [2, 2, 0, 2, 2, 2, 0, 0, 0]);
+        // The last counter counts for the label.
+        let rules = [rule().counter("first").tcp()];
+        assert_eq!(counts(Hook::OUTPUT, rules, send_both), [0]);
         let rules = [
             rule().tcp_dport(PORT),
             rule().tcp_sport(PORT),
@@ -299,7 +302,7 @@ fn a_replacement_is_made_as_a_whole_or_not() {
             "replace rules: rule 1: unknown to this kernel"
         );
         assert!(matches!(&error, Error::Refused(refusal)
-            if refusal.operation() == Operation::ReplaceRules(1)));
+            if refusal.operation() == Operation::ReplaceRule(1)));
         let error = chain.add(&unknown).unwrap_err();
         assert_eq!(error.to_string(), "add rule: unknown to this kernel");
         send_udp(V4);
@@ -308,8 +311,141 @@ fn a_replacement_is_made_as_a_whole_or_not() {
         chain.replace(&[rule().counter("new")]).unwrap();
         assert_eq!(chain.counter("old").unwrap(), None);
         assert!(chain.counter("new").unwrap().is_some());
-        let empty = chain.add(&rule().queue(Queues::range(RANGE)));
-        assert_eq!(empty.unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    });
+}
+
+#[test]
+fn faults_are_found_before_the_kernel_gets_them() {
+    isolated(|| {
+        let fault = |error: Error| match error {
+            Error::InvalidRule { fault, .. } => fault,
+            other => panic!("{other}"),
+        };
+        for bad in ["", "x\0y", &"x".repeat(256)] {
+            assert_eq!(fault(Table::new(bad).unwrap_err()), RuleError::Name);
+        }
+        let table = Table::new("t").unwrap();
+        assert_eq!(
+            fault(table.chain("", Hook::INPUT).unwrap_err()),
+            RuleError::Name
+        );
+        let chain = table.chain("c", Hook::OUTPUT).unwrap();
+        let long = (0..1000).fold(rule(), |rule, _| rule.mark(1, 1));
+        let error = chain.replace(&[rule(), long.drop()]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "replace rules: rule 1: longer than 65,531 bytes"
+        );
+        let long = rule().expression("counter", &[0; 70_000]).drop();
+        assert_eq!(fault(chain.add(&long).unwrap_err()), RuleError::TooLong);
+        assert!(passes());
+        let ip6 = ChainConfig::new(Hook::OUTPUT).family(TableFamily::Ip6);
+        let ip6 = table.chain("ip6", ip6).unwrap();
+        assert_eq!(
+            fault(ip6.add(&rule().saddr(V4, 8)).unwrap_err()),
+            RuleError::Family
+        );
+        let empty = chain.add(&rule().queue(Queues::range(RANGE))).unwrap_err();
+        assert_eq!(
+            empty.to_string(),
+            "add rule: the kernel refuses it as invalid"
+        );
+        let copy = table.clone();
+        table.remove().unwrap();
+        assert_eq!(fault(chain.add(&rule()).unwrap_err()), RuleError::Removed);
+        assert_eq!(
+            fault(copy.chain("c", Hook::INPUT).unwrap_err()),
+            RuleError::Removed
+        );
+    });
+}
+
+#[test]
+fn a_thousand_rules_are_replaced_at_once() {
+    isolated(|| {
+        let table = Table::new("t").unwrap();
+        let chain = table.chain("c", Hook::OUTPUT).unwrap();
+        let rules: Vec<Rule> = (1..=1000)
+            .map(|port| {
+                rule()
+                    .udp_dport(port)
+                    .saddr(V4, 8)
+                    .counter(&port.to_string())
+            })
+            .collect();
+        match chain.replace(&rules) {
+            Ok(()) => assert_eq!(chain.counter("1000").unwrap().unwrap().packets, 0),
+            // An ordinary user cannot have such a send buffer.
+            Err(error) => {
+                assert!(is_rootless(), "{error}");
+                assert_eq!(
+                    error.to_string(),
+                    "replace rules: longer than the send buffer"
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn addresses_on_a_bridge() {
+    isolated(|| {
+        let Some(bridge) = bridge() else { return };
+        let table = Table::new("t").unwrap();
+        let place = ChainConfig::new(Hook::FORWARD).family(TableFamily::Bridge);
+        let chain = table.chain("c", place).unwrap();
+        let IpAddr::V4(address) = bridge.right.v4 else {
+            panic!("not IPv4");
+        };
+        chain
+            .add(&rule().udp().daddr(address.into(), 32).counter("it"))
+            .unwrap();
+        chain
+            .add(&rule().udp().daddr(V4, 8).counter("loopback"))
+            .unwrap();
+        chain
+            .add(&rule().udp().daddr(V6, 0).counter("six"))
+            .unwrap();
+        let sender = bridge
+            .left
+            .namespace
+            .run(|| Udp::bind(bridge.left.v4, 0).unwrap());
+        sender.send(b"bridged", (address, PORT).into()).unwrap();
+        let packets = |label| chain.counter(label).unwrap().unwrap().packets;
+        assert_eq!(["it", "loopback", "six"].map(packets), [1, 0, 0]);
+    });
+}
+
+/// As for an upgrade by exec(2)
+#[test]
+fn a_table_goes_over_with_its_descriptor() {
+    isolated(|| {
+        let table = Table::new("t").unwrap();
+        let chain = table.chain("c", Hook::OUTPUT).unwrap();
+        chain.add(&rule().udp().queue(QUEUE)).unwrap();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
+        let udp = Udp::bind(V4, PORT).unwrap();
+        udp.send(b"waiting", udp.address()).unwrap();
+        let mut batch = RecvBatch::default();
+        let key = next_packet(&socket, &mut batch).key();
+        let given = table.into_fd();
+        if !has_owners() {
+            assert_eq!(
+                given.unwrap_err().to_string(),
+                "hand the socket over: system call failed"
+            );
+            return;
+        }
+        let fd = given.unwrap();
+        assert!(chain.clear().is_err());
+        drop(chain);
+        let table = Table::builder().open_fd(fd, "t").unwrap();
+        let chain = table.chain("c", Hook::OUTPUT).unwrap();
+        chain.replace(&[rule().counter("new")]).unwrap();
+        socket.set_verdict(key, Verdict::Accept).unwrap();
+        assert!(udp.recv().is_some(), "it waited all the time");
+        table.remove().unwrap();
     });
 }
 
@@ -403,11 +539,25 @@ fn a_persistent_table_survives_a_restart() {
         chain.replace(&[rule().counter("second")]).unwrap();
         assert!(passes());
         assert_eq!(chain.counter("first").unwrap(), None);
+        let plain = Table::new("t").unwrap_err();
+        assert_eq!(
+            plain.to_string(),
+            "add table: there is a table of this name"
+        );
         drop((table, chain));
+        let bridge = ChainConfig::new(Hook::FORWARD).family(TableFamily::Bridge);
+        let child = fork(|| {
+            let table = persistent().unwrap();
+            let _ = table.chain("more", bridge); // not on all kernels
+            std::process::abort();
+        })
+        .unwrap();
+        assert!(!child.wait().unwrap());
         let table = persistent().unwrap();
         let chain = table.chain("c", Hook::OUTPUT).unwrap();
         assert!(chain.counter("second").unwrap().is_some());
-        table.remove().unwrap();
+        table.remove().unwrap(); // also the table of the bridge
+        drop(Table::new("t").unwrap().chain("more", bridge));
     });
 }
 

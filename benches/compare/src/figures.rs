@@ -4,8 +4,8 @@ use std::cmp::Ordering;
 
 use crate::rewrite::{CHANGES, NFQNL, OLD_LEN};
 use crate::{
-    C, FIRST_4_KIB, FIRST_BYTES, GOODPUT, KINDS, LATENCY, LOOP, NFQ, NO_QUEUE, PACKETS, Placement,
-    REWRITE,
+    BUSY, C, FIRST_4_KIB, FIRST_BYTES, GOODPUT, KINDS, LATENCY, LOOP, NFQ, NO_QUEUE, ONE_QUEUE,
+    PACKETS, Placement, REWRITE, TWO_CPUS,
 };
 
 /// A measured case
@@ -14,6 +14,10 @@ pub(crate) enum Case {
     /// Verdicts of one of [`KINDS`] on packets of this many bytes
     Throughput(&'static str, usize),
     Latency,
+    /// The same, with the sender and the busy side on two CPUs
+    BusyLatency,
+    /// Waiting packets in this layout of [`LAYOUTS`](crate::LAYOUTS)
+    Queues(&'static str),
     /// TCP goodput with a receive buffer of this name
     Goodput(&'static str),
     /// TCP goodput with the first bytes, or all, in the queue
@@ -40,7 +44,8 @@ impl Case {
     pub(crate) fn name(self) -> String {
         match self {
             Self::Throughput(kind, len) => format!("{kind}, {len} bytes"),
-            Self::Latency => LATENCY.to_owned(),
+            Self::Latency | Self::BusyLatency => LATENCY.to_owned(),
+            Self::Queues(layout) => layout.to_owned(),
             Self::Goodput(recv_buffer) => format!("{GOODPUT}, receive buffer {recv_buffer}"),
             Self::FirstBytes => FIRST_BYTES.to_owned(),
             Self::Rewrite(len, new_len) => {
@@ -285,6 +290,24 @@ pub(crate) const TARGETS: &[Target] = &[
         ratio: |figures, placement, case| {
             let p50 = |side| figures.median(placement, case, side, Metric::P50);
             p50(LOOP) / p50(C)
+        },
+    },
+    Target {
+        what: "median latency of the busy loop, libnetfilter_queue = 1",
+        bound: Bound::AtMost(0.8),
+        cases: &[Case::BusyLatency],
+        ratio: |figures, placement, case| {
+            let p50 = |side| figures.median(placement, case, side, Metric::P50);
+            p50(BUSY) / p50(C)
+        },
+    },
+    Target {
+        what: "packets of the loop with two queues on two CPUs, one queue = 1",
+        bound: Bound::AtLeast(1.3),
+        cases: &[Case::Queues(TWO_CPUS)],
+        ratio: |figures, placement, case| {
+            let wall = |case| figures.median(placement, case, LOOP, Metric::Wall);
+            wall(Case::Queues(ONE_QUEUE)) / wall(case)
         },
     },
     Target {

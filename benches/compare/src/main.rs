@@ -7,6 +7,9 @@
 //! * Throughput: a number of UDP packets waits in the queue of one side, which then handles them
 //!   all and measures the time.
 //! * Latency: one UDP packet goes from a socket through the queue to the same socket, repeatedly.
+//!   One side more polls busily before it waits.
+//! * Queues: one or two processes of a side, each with a queue, handle waiting packets at the same
+//!   time.
 //! * Goodput: a TCP connection over loopback with the MTU of Ethernet; each segment passes the
 //!   queue.
 //! * First bytes: the same connection, of which the queue has nothing, the first 4 KiB, or all.
@@ -40,6 +43,7 @@ const FIRST_PORT: u16 = 5000;
 pub(crate) const PACKETS: [(usize, usize); 2] = [(64, 192), (1400, 64)];
 pub(crate) const KINDS: [&str; 3] = ["accept", "drop", "mixed"];
 pub(crate) const LATENCY: &str = "latency";
+pub(crate) const QUEUES: &str = "queues";
 pub(crate) const GOODPUT: &str = "goodput";
 pub(crate) const FIRST_BYTES: &str = "first-bytes";
 pub(crate) const REWRITE: &str = "rewrite";
@@ -93,6 +97,12 @@ fn own_command(own: &Path, style: &str) -> Vec<String> {
 pub(crate) const C: &str = "C libnetfilter_queue";
 pub(crate) const NFQ: &str = "nfq 0.2.5";
 pub(crate) const LOOP: &str = "nfqnl loop";
+pub(crate) const BUSY: &str = "nfqnl loop, busy polling";
+/// Layouts of queues on CPUs; each process has a queue
+pub(crate) const ONE_QUEUE: &str = "1 queue";
+pub(crate) const TWO_QUEUES: &str = "2 queues, 1 CPU";
+pub(crate) const TWO_CPUS: &str = "2 queues, 2 CPUs";
+pub(crate) const LAYOUTS: [&str; 3] = [ONE_QUEUE, TWO_QUEUES, TWO_CPUS];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -193,7 +203,11 @@ impl Options {
                 None => vec![Placement::Same],
             };
         }
-        let all = [&KINDS[..], &[LATENCY, GOODPUT, FIRST_BYTES, REWRITE]].concat();
+        let all = [
+            &KINDS[..],
+            &[LATENCY, QUEUES, GOODPUT, FIRST_BYTES, REWRITE],
+        ]
+        .concat();
         match options.only.as_deref() {
             Some(only) if !all.contains(&only) => Err(format!("--only what of {all:?}?").into()),
             _ if options.placements.contains(&Placement::Apart) && options.cpus.len() < 2 => {
@@ -213,6 +227,7 @@ impl Options {
             Self { is_quick: true, .. } => Amount {
                 rounds: 4,
                 latency_rounds: 2,
+                queue_rounds: 2,
                 round_trips: 50,
                 goodput_rounds: 1,
                 seconds: 0.1,
@@ -223,6 +238,7 @@ impl Options {
             _ => Amount {
                 rounds: 200,
                 latency_rounds: 20,
+                queue_rounds: 100,
                 round_trips: 200,
                 goodput_rounds: if self.runs == 1 { 7 } else { 3 },
                 seconds: 1.0,
@@ -257,6 +273,7 @@ impl Options {
 pub(crate) struct Amount {
     pub(crate) rounds: usize,
     latency_rounds: usize,
+    queue_rounds: usize,
     round_trips: usize,
     goodput_rounds: usize,
     seconds: f64,
@@ -335,6 +352,9 @@ impl Bench<'_> {
         if self.options.is_wanted(LATENCY) {
             self.latency()?;
         }
+        if self.options.is_wanted(QUEUES) && self.run.1 == Placement::Apart {
+            self.queues()?;
+        }
         if self.options.is_wanted(GOODPUT) {
             self.goodput()?;
         }
@@ -386,6 +406,13 @@ impl Bench<'_> {
     fn latency(&mut self) -> Result<()> {
         let amount = self.options.amount();
         let mut sides = self.start_all("accept")?;
+        let busy = Program {
+            name: BUSY,
+            command: own_command(&std::env::current_exe()?, "busy"),
+            tail: &[],
+        };
+        let num = u16::try_from(sides.len())?;
+        sides.push(self.start(self.chain, &busy, num, &accept_udp(0))?);
         for round in 0..amount.latency_rounds {
             let n = sides.len();
             for place in 0..n {
@@ -396,7 +423,7 @@ impl Bench<'_> {
         self.chain.flush()?;
 
         println!("\n### latency of one 64-byte UDP packet through the queue\n");
-        println!("| | p50 µs | p99 µs |\n|---|---:|---:|");
+        println!("| | p50 µs | p99 µs | CPU µs |\n|---|---:|---:|---:|");
         for side in &mut sides {
             side.wall.sort_by(f64::total_cmp);
             let at = |percent: usize| {
@@ -404,9 +431,86 @@ impl Bench<'_> {
                 side.wall.get(index).copied().unwrap_or(f64::NAN) / 1000.0
             };
             let (name, p50, p99) = (side.name, at(50), at(99));
-            println!("| {name} | {p50:.1} | {p99:.1} |");
+            let cpu = median(&mut side.cpu) / amount.round_trips as f64 / 1000.0;
+            println!("| {name} | {p50:.1} | {p99:.1} | {cpu:.1} |");
             self.push(Case::Latency, name, Metric::P50, p50);
             self.push(Case::Latency, name, Metric::P99, p99);
+            self.push(Case::Latency, name, Metric::Cpu, cpu);
+            // With one CPU a busy side is not busy.
+            if self.run.1 == Placement::Apart && [C, BUSY].contains(&name) {
+                self.push(Case::BusyLatency, name, Metric::P50, p50);
+            }
+        }
+        Ok(())
+    }
+
+    /// Measures one and two queues, each with a process of its own
+    fn queues(&mut self) -> Result<()> {
+        const LEN: usize = 64;
+        /// A queue holds 1024.
+        const PACKETS: usize = 900;
+        const RECV_BUFFER: usize = 1 << 22;
+        let rounds = self.options.amount().queue_rounds;
+        println!(
+            "\n### one and two queues ({rounds} rounds of {PACKETS} packets for each queue)\n"
+        );
+        println!("| | | ns per packet | packets, {ONE_QUEUE} = 1 |\n|---|---|---:|---:|");
+        for program in self
+            .programs
+            .iter()
+            .filter(|program| [C, LOOP].contains(&program.name))
+        {
+            // Two on the CPU of the sides, and one on that of the sender
+            let mut sides = Vec::new();
+            for (num, is_side) in (0..).zip([true, true, false]) {
+                let queue = accept_udp(RECV_BUFFER);
+                let place = |command: &mut Command| {
+                    let spawned = self
+                        .options
+                        .place(Placement::Apart, is_side, || command.spawn());
+                    Ok(spawned??)
+                };
+                sides.push(Side::start(self.chain, program, place, num, &queue)?);
+            }
+            let mut walls = LAYOUTS.map(|_| Vec::new());
+            for _ in 0..rounds {
+                for (layout, walls) in LAYOUTS.iter().zip(&mut walls) {
+                    let picked: &[usize] = match *layout {
+                        ONE_QUEUE => &[0],
+                        TWO_QUEUES => &[0, 1],
+                        _ => &[0, 2],
+                    };
+                    let is_picked = |(index, _): &(usize, _)| picked.contains(index);
+                    let mut picked: Vec<_> =
+                        sides.iter_mut().enumerate().filter(is_picked).collect();
+                    for (_, side) in &mut picked {
+                        side.preload(LEN, PACKETS)?;
+                    }
+                    for (_, side) in &mut picked {
+                        side.begin(PACKETS)?;
+                    }
+                    let mut longest: f64 = 0.0;
+                    for (_, side) in &mut picked {
+                        side.finish("accept", LEN, PACKETS)?;
+                        longest = longest.max(side.wall.last().copied().unwrap_or(f64::NAN));
+                    }
+                    walls.push(longest / (PACKETS * picked.len()) as f64);
+                }
+            }
+            self.chain.flush()?;
+            let mut base = f64::NAN;
+            for (layout, mut walls) in LAYOUTS.into_iter().zip(walls) {
+                let wall = median(&mut walls);
+                if layout == ONE_QUEUE {
+                    base = wall;
+                }
+                println!(
+                    "| {} | {layout} | {wall:.0} | {:.2} |",
+                    program.name,
+                    base / wall
+                );
+                self.push(Case::Queues(layout), program.name, Metric::Wall, wall);
+            }
         }
         Ok(())
     }
@@ -606,6 +710,16 @@ struct QueueOptions<'r> {
     rule: &'r dyn Fn(u16) -> Rule,
 }
 
+/// Accepts the UDP packets to its port
+fn accept_udp(recv_buffer: usize) -> QueueOptions<'static> {
+    QueueOptions {
+        kind: "accept",
+        recv_buffer,
+        wants_gso: false,
+        rule: &|port| Rule::new().udp_dport(port),
+    }
+}
+
 /// A packet-handling process, the sending socket, and the times
 struct Side {
     name: &'static str,
@@ -673,11 +787,27 @@ impl Side {
     }
 
     fn run_round(&mut self, kind: &str, len: usize, packets: usize) -> Result<()> {
+        self.preload(len, packets)?;
+        self.begin(packets)?;
+        self.finish(kind, len, packets)
+    }
+
+    /// Puts packets into the queue
+    fn preload(&mut self, len: usize, packets: usize) -> Result<()> {
         let payload = vec![0; len - IP_AND_UDP];
         for _ in 0..packets {
             self.socket.send(&payload, self.socket.address())?;
         }
-        writeln!(self.commands, "{packets}")?;
+        Ok(())
+    }
+
+    /// Lets the process handle the packets
+    fn begin(&mut self, packets: usize) -> Result<()> {
+        Ok(writeln!(self.commands, "{packets}")?)
+    }
+
+    /// Records the times, and checks the packets
+    fn finish(&mut self, kind: &str, len: usize, packets: usize) -> Result<()> {
         let answer = self.answer()?;
         let mut numbers = answer.split(' ').map(str::parse::<f64>);
         let mut number = || {
@@ -726,7 +856,9 @@ impl Side {
             received.ok_or_else(|| format!("{}: a packet was not accepted", self.name))?;
             self.wall.push(begin.elapsed().as_nanos() as f64);
         }
-        self.answer()?;
+        let answer = self.answer()?;
+        let cpu = answer.split(' ').nth(1).ok_or("no CPU time")?;
+        self.cpu.push(cpu.parse()?);
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use etherparse::{SlicedPacket, TransportSlice};
 use nfqnl::{
@@ -19,6 +19,8 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::Result;
 
 const MIXED_MARK: u32 = 7;
+/// Longer than a round trip
+const BUSY_POLL: Duration = Duration::from_millis(1);
 
 /// The decisions on packets
 #[derive(Clone, Copy)]
@@ -54,7 +56,8 @@ pub(crate) fn run(arguments: &[&str]) -> Result<()> {
         _ => return Err("unknown kind".into()),
     };
     match style {
-        "loop" => batch_loop(queue, kind, recv_buffer, wants_gso),
+        "loop" => batch_loop(queue, kind, recv_buffer, wants_gso, Duration::ZERO),
+        "busy" => batch_loop(queue, kind, recv_buffer, wants_gso, BUSY_POLL),
         _ if recv_buffer != 0 => Err("only the loop sets its receive buffer here".into()),
         "first_bytes" => first_bytes(queue, wants_gso),
         "handle_packet" => handle_packet(queue, kind, wants_gso),
@@ -148,10 +151,17 @@ fn run_once(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
 }
 
 /// A loop with batches
-fn batch_loop(queue: u16, kind: Kind, recv_buffer: usize, wants_gso: bool) -> Result<()> {
+fn batch_loop(
+    queue: u16,
+    kind: Kind,
+    recv_buffer: usize,
+    wants_gso: bool,
+    busy_poll: Duration,
+) -> Result<()> {
+    let builder = Socket::builder().busy_poll(busy_poll);
     let socket = match recv_buffer {
-        0 => Socket::open(),
-        bytes => Socket::builder().recv_buffer(bytes).open(),
+        0 => builder.open(),
+        bytes => builder.recv_buffer(bytes).open(),
     }?;
     let _queue = socket.bind_with(queue, &config(wants_gso))?;
     let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());

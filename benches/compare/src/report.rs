@@ -7,7 +7,10 @@ use std::path::Path;
 
 use crate::figures::{BEST_FLOOR, Case, FLOOR, Figures, Metric, TARGETS};
 use crate::rewrite::{OLD_LEN, SIDES};
-use crate::{C, LOOP, MTU, NFQ, NO_QUEUE, Options, Placement, Program, RECV_BUFFERS, Result, WAYS};
+use crate::{
+    BUSY, C, LAYOUTS, LOOP, MTU, NFQ, NO_QUEUE, ONE_QUEUE, Options, Placement, Program,
+    RECV_BUFFERS, Result, WAYS,
+};
 
 const PAGE: &str = "performance.md";
 const CHART: &str = "performance.svg";
@@ -154,6 +157,7 @@ impl fmt::Display for Tables<'_> {
             self.throughput(f, placement)?;
         }
         self.latency(f)?;
+        self.queues(f)?;
         self.goodput(f)?;
         self.first_bytes(f)?;
         self.rewrite(f)?;
@@ -242,16 +246,49 @@ impl Tables<'_> {
         write!(f, "\n| µs |")?;
         for placement in &placements {
             let placement = placement.name();
-            write!(f, " p50, {placement} | p99, {placement} |")?;
+            write!(f, " p50, {placement} | p99, {placement} | CPU time |")?;
         }
-        writeln!(f, "\n|---|{}", "---:|---:|".repeat(placements.len()))?;
-        for Program { name, .. } in self.programs {
+        writeln!(f, "\n|---|{}", "---:|---:|---:|".repeat(placements.len()))?;
+        let names = self.programs.iter().map(|program| program.name);
+        for name in names.chain([BUSY]) {
             write!(f, "| {name} |")?;
             for &placement in &placements {
-                for metric in [Metric::P50, Metric::P99] {
+                for metric in [Metric::P50, Metric::P99, Metric::Cpu] {
                     let value = self.figures.median(placement, Case::Latency, name, metric);
                     write!(f, " {value:.1} |")?;
                 }
+            }
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+
+    fn queues(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let placement = Placement::Apart;
+        let wall = |side, layout| {
+            let case = Case::Queues(layout);
+            self.figures.median(placement, case, side, Metric::Wall)
+        };
+        if wall(LOOP, ONE_QUEUE).is_nan() {
+            return Ok(());
+        }
+        writeln!(
+            f,
+            "\n### One and two queues, each with a process of its own"
+        )?;
+        write!(
+            f,
+            "\n| ns per packet, packets with {ONE_QUEUE} = 1 in brackets |"
+        )?;
+        LAYOUTS
+            .iter()
+            .try_for_each(|layout| write!(f, " {layout} |"))?;
+        writeln!(f, "\n|---|{}", "---:|".repeat(LAYOUTS.len()))?;
+        for side in [C, LOOP] {
+            write!(f, "| {side} |")?;
+            for layout in LAYOUTS {
+                let ratio = wall(side, ONE_QUEUE) / wall(side, layout);
+                write!(f, " {:.0} ({ratio:.2}) |", wall(side, layout))?;
             }
             writeln!(f)?;
         }
