@@ -1,6 +1,7 @@
 //! Firewall rules for tests: `nfqnl::rules`, with tables that last as long as the process
 
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use nfqnl::Hook as NfHook;
 use nfqnl::rules::{self, ChainConfig, ChainType, TableFamily};
@@ -88,8 +89,10 @@ impl Table {
             Family::Ip6 => TableFamily::Ip6,
             Family::Bridge => TableFamily::Bridge,
         };
-        // Tables of one name are apart for each family here, and one table in the crate.
-        let table = rules::Table::new(&format!("{name}-{family:?}"))?;
+        // A test may use a name again, and the tables last as long as the process.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Relaxed);
+        let table = rules::Table::new(&format!("{name}-{number}"))?;
         let is_native = format!("{table:?}").contains("Native");
         assert!(is_native || !kernel::is_complete(), "{table:?}");
         std::mem::forget(table.clone());
