@@ -156,7 +156,13 @@ fn own_errors(key: PacketKey) -> [(Operation, Error); 13] {
 
 fn all_errors(key: PacketKey) -> impl Iterator<Item = (Operation, Error)> {
     let errors = system_errors(key).map(|(op, _, error)| (op, error));
-    errors.chain(explained(key)).chain(own_errors(key))
+    let errors = errors.chain(explained(key)).chain(own_errors(key));
+    #[cfg(feature = "rules")]
+    let errors = {
+        let (op, fault) = (Operation::AddRule, crate::rules::RuleError::TooLong);
+        errors.chain([(op, Error::InvalidRule { op, fault })])
+    };
+    errors
 }
 
 /// A new variant does not compile until it is here, and then it belongs into the lists above
