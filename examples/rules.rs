@@ -7,11 +7,12 @@
 //!
 //! The program accepts packets, and ends after `--count N` of them (10). Its rules are in a table
 //! of nf_tables that belongs to the program: other programs cannot change the table, and it
-//! vanishes with the program, also after SIGKILL. The feature `rules` has it.
+//! vanishes with the program, also after SIGKILL. Your `Cargo.toml` needs nfqnl with
+//! `features = ["rules"]`.
 //!
-//! The order loses nothing: bind the queue, then add the rules. At the end take the rules away,
-//! then answer what waits, and drop the table last: a table that vanishes drops the waiting packets
-//! of all queues.
+//! The order loses nothing: make the table, bind the queue, then add the rules. At the end take the
+//! rules away, then answer what waits, and remove the table last: a table that vanishes drops the
+//! waiting packets of all queues.
 
 use std::error::Error;
 use std::time::Duration;
@@ -26,10 +27,10 @@ const NUMBER: u16 = 1;
 fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     let [port, count] = support::numbers([("--port", 5000), ("--count", 10)])?;
     let port = u16::try_from(port)?;
-    let socket = Socket::open()?;
-    let queue = socket.bind(NUMBER)?;
     let table = Table::new("nfqnl-example")?;
     let input = table.chain("input", Hook::INPUT)?;
+    let socket = Socket::open()?;
+    let queue = socket.bind(NUMBER)?;
     let queued = Rule::new().udp_dport(port).counter("queued");
     input.add(&queued.queue(Queues::new(NUMBER).bypass()))?;
     println!("UDP to port {port} is queued");

@@ -305,9 +305,11 @@ pub enum Operation {
     AddChain,
     /// Adding a rule
     AddRule,
-    /// Replacing or clearing the rules of a chain
+    /// Removing the rules of a chain
+    ClearRules,
+    /// Replacing the rules of a chain
     ReplaceRules,
-    /// Adding one of the new rules of a chain; the number is its place, from 0
+    /// Adding one of the new rules of a chain; the number is its index
     ReplaceRule(usize),
     /// Reading a rule's counter
     ReadCounter,
@@ -367,8 +369,9 @@ impl fmt::Display for Operation {
             Self::RemoveTable => f.write_str("remove table"),
             Self::AddChain => f.write_str("add chain"),
             Self::AddRule => f.write_str("add rule"),
+            Self::ClearRules => f.write_str("clear rules"),
             Self::ReplaceRules => f.write_str("replace rules"),
-            Self::ReplaceRule(rule) => write!(f, "replace rules: rule {rule}"),
+            Self::ReplaceRule(index) => write!(f, "replace rules: rule at index {index}"),
             Self::ReadCounter => f.write_str("read rule counter"),
         }
     }
@@ -463,6 +466,13 @@ impl fmt::Display for Refusal {
                 ErrorKind::Invalid,
             ) => {
                 write!(f, "{}: the kernel refuses it as invalid", self.op)?;
+            }
+            (Operation::AddChain, ErrorKind::Unsupported) => {
+                write!(
+                    f,
+                    "{}: unknown to this kernel, or it is at another place",
+                    self.op
+                )?;
             }
             (op, kind) => write!(f, "{op}: {kind}")?,
         }

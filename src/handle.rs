@@ -366,9 +366,10 @@ impl<'cb> Handle<'cb> {
     /// [`SocketBuilder::unbind_on_drop`](crate::SocketBuilder::unbind_on_drop) set to `false`.
     pub fn drain(&self, queue: Queue, batch: &mut RecvBatch, timeout: Duration) -> Result<u64> {
         self.socket.check_owner(&queue)?;
-        drain(queue, timeout, |wait, deadline| {
+        let waiting = drain(&queue, timeout, |wait, deadline| {
             self.turn_of(batch, wait, deadline).map(|_| ())
-        })
+        })?;
+        queue.destroy().map(|()| waiting)
     }
 
     fn run(&self, batch: &mut RecvBatch, wait: Wait) -> Result<usize> {

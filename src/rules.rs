@@ -8,20 +8,20 @@
 //! use nfqnl::{Hook, Socket};
 //!
 //! # fn main() -> nfqnl::Result<()> {
-//! let socket = Socket::open()?;
-//! let queue = socket.bind(1)?; // first, because a queue without a socket drops packets
 //! let table = Table::new("filter-dns")?;
 //! let input = table.chain("in", Hook::INPUT)?;
+//! let socket = Socket::open()?;
+//! let queue = socket.bind(1)?; // before the rule, because a queue without a socket drops packets
 //! input.add(&Rule::new().udp_dport(53).queue(Queues::new(1).bypass()))?;
 //! # Ok(())
 //! # }
 //! ```
 //!
 //! # Order
-//! * To start without a loss: bind the queues, then add the rules.
-//! * To stop without a loss: take the rules away ([`Chain::clear`]), or give them
-//!   [`bypass`](Queues::bypass); then [drain](crate::Socket::drain) the queues; then drop the
-//!   table.
+//! * To start without a loss: make the table and its chains, then bind the queues, then add the
+//!   rules. Rust drops variables in the reverse order, so the table goes last also after an error.
+//! * To stop without a loss: take the rules away ([`Chain::clear`]), then
+//!   [drain](crate::Socket::drain) the queues, then remove the table ([`Table::remove`]).
 //! * **A table that vanishes drops the waiting packets of all queues in the network namespace, also
 //!   those of other programs**: the kernel does so whenever a base chain goes away. Adding and
 //!   removing rules does not. So a program that others should not notice keeps its chains for a
@@ -291,6 +291,9 @@ impl TableBuilder {
             }
             (result, _) => result?,
         }
+        if self.is_persistent {
+            shared.take_over()?;
+        }
         Ok(Table {
             shared: Arc::new(Mutex::new(shared)),
         })
@@ -385,8 +388,7 @@ impl Table {
     /// `SCM_RIGHTS` keeps the rules, and packets keep waiting in their queues. Since Linux 5.12.
     ///
     /// # Errors
-    /// [`Error::Io`] if no descriptor is left. [`Error::Refused`] with
-    /// [`Unsupported`](ErrorKind::Unsupported) on older kernels.
+    /// [`Error::Io`]: no descriptor is left, or the kernel is older.
     pub fn into_fd(self) -> Result<OwnedFd> {
         let op = Operation::HandOver;
         let mut shared = shared(&self.shared, op)?;
@@ -432,11 +434,16 @@ impl Chain {
 
     /// Replaces all rules at once: each packet sees the old rules or the new ones
     ///
+    /// The counters of the new rules begin at 0.
+    ///
     /// # Errors
-    /// As [`add`](Self::add), with the place of the rule in
+    /// As [`add`](Self::add), with the index of the rule in
     /// [`Refusal::operation`](crate::Refusal::operation). The old rules stay then.
     pub fn replace(&self, rules: &[Rule]) -> Result<()> {
-        let op = Operation::ReplaceRules;
+        let op = match rules {
+            [] => Operation::ClearRules,
+            _ => Operation::ReplaceRules,
+        };
         self.change(op, rules, Operation::ReplaceRule)
     }
 
@@ -448,7 +455,7 @@ impl Chain {
         self.replace(&[])
     }
 
-    /// Returns the counter of the rule with this label; `None` if no rule has the label
+    /// Returns the sum of the counters of all rules with this label; `None` if no rule has it
     ///
     /// Bytes are those of whole packets.
     ///
@@ -480,7 +487,7 @@ impl Chain {
     ) -> Result<()> {
         let mut shared = shared(&self.shared, op)?;
         let mut requests = Vec::new();
-        if op == Operation::ReplaceRules {
+        if op != Operation::AddRule {
             let delete = |&family| self.request(&shared, op, family, NFT_MSG_DELRULE, 0, None);
             requests.extend(self.families.iter().map(delete));
         }
@@ -651,13 +658,26 @@ impl Shared {
         Ok(named.map(|(family, _, owner)| (family, owner)).collect())
     }
 
-    /// Removes the table of each family, except those of other owners
+    /// Takes over what a program before has left in other families
+    fn take_over(&mut self) -> Result<()> {
+        for (family, owner) in self.tables()? {
+            if owner.is_none() {
+                // The kernel refuses this if the table is not one that was left.
+                let _ = self
+                    .connection
+                    .commit(Operation::AddTable, vec![self.new_table(family)]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the table of each family; other programs may have tables of this name
     fn remove(&mut self) -> Result<()> {
         self.is_removed = true;
         let op = Operation::RemoveTable;
-        let port = self.connection.port;
+        let port = (self.flags != 0).then_some(self.connection.port);
         let tables = self.tables()?.into_iter();
-        let own = tables.filter(|(_, owner)| owner.is_none_or(|owner| owner == port));
+        let own = tables.filter(|(_, owner)| *owner == port);
         let requests = own.map(|(family, _)| delete_table(family, &self.name));
         self.connection.commit(op, requests.collect())
     }

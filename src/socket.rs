@@ -128,11 +128,14 @@ impl SocketBuilder {
 
     /// Receives without blocking for this time before a receive call waits; off by default
     ///
-    /// A packet that comes in this time does not have to wake the thread, which halves its way
-    /// through the program. The price is CPU time: a thread without packets is busy all this time
-    /// in each call. Deadlines and wakers work as without it. Requests of other threads go on
-    /// beside it. If another thread receives too, the time ends. It does nothing where the process
-    /// has one CPU when the socket is opened, in [`try_recv`](Socket::try_recv), and in
+    /// A packet that comes in this time does not have to wake the thread. On a machine with a free
+    /// CPU this can halve the time until the program has the packet (docs/performance.md, with a
+    /// millisecond). The price is CPU time: a thread without packets is busy all this time in each
+    /// call. Give the thread a CPU of its own.
+    ///
+    /// Deadlines, wakers and requests of other threads work as without it. While another thread
+    /// is in a receive call of the same socket, a call waits at once. It does nothing where the
+    /// process has one CPU when the socket is opened, in [`try_recv`](Socket::try_recv), and in
     /// `AsyncSocket`.
     pub const fn busy_poll(mut self, time: Duration) -> Self {
         self.busy_poll = time;
@@ -484,15 +487,28 @@ impl Socket {
         mut decide: impl FnMut(Event<'_>, &mut SendBatch) -> Result<()>,
     ) -> Result<u64> {
         self.check_owner(&queue)?;
-        let mut verdicts = SendBatch::new();
+        let waiting =
+            self.drain_with(&queue, batch, &mut SendBatch::new(), timeout, &mut decide)?;
+        queue.destroy().map(|()| waiting)
+    }
+
+    /// [`drain`](Self::drain) without the unbind; verdicts that were not sent stay in `verdicts`
+    pub(crate) fn drain_with(
+        &self,
+        queue: &Queue,
+        batch: &mut RecvBatch,
+        verdicts: &mut SendBatch,
+        timeout: Duration,
+        decide: &mut impl FnMut(Event<'_>, &mut SendBatch) -> Result<()>,
+    ) -> Result<u64> {
         drain(queue, timeout, |wait, deadline| {
             self.fill(batch, wait)?;
             let mut events = batch.events();
             while !deadline.is_over() {
                 let Some(event) = events.next() else { break };
-                decide(event, &mut verdicts)?;
+                decide(event, verdicts)?;
             }
-            self.send(&mut verdicts)
+            self.send(verdicts)
         })
     }
 
@@ -511,12 +527,12 @@ impl Socket {
     }
 }
 
-/// Lets new packets pass by a queue, takes turns until every packet is answered, and unbinds it
+/// Lets new packets pass by a queue, and takes turns until every packet is answered
 ///
 /// `turn` receives, and answers until the deadline. Returns the number of packets that are not
 /// answered.
 pub(crate) fn drain(
-    queue: Queue,
+    queue: &Queue,
     timeout: Duration,
     mut turn: impl FnMut(Wait, Deadline) -> Result<()>,
 ) -> Result<u64> {
@@ -528,7 +544,7 @@ pub(crate) fn drain(
     loop {
         let waiting = queue.waiting();
         if waiting == 0 || deadline.is_over() {
-            return queue.destroy().map(|()| waiting);
+            return Ok(waiting);
         }
         turn(wait, deadline)?;
         wait = wait_for(PAUSE);

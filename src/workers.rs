@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nfqnl_proto::{PlainVerdict, QueueConfig};
+use nfqnl_proto::{PlainVerdict, QueueConfig, Verdict};
 
 use crate::engine::Waker;
 use crate::error::{Error, Operation, Result};
@@ -37,7 +37,8 @@ impl WorkersBuilder {
     /// Sets the number of queues, and so of threads; by default the number of CPUs that the process
     /// may use
     ///
-    /// The number is at least 1.
+    /// The number is at least 1, and the last queue is at most 65535: [`Workers::queues`] returns
+    /// the range.
     pub const fn count(mut self, count: u16) -> Self {
         self.count = Some(count);
         self
@@ -107,7 +108,7 @@ impl WorkersBuilder {
                 on_panic: self.on_panic,
                 function: make(index),
             };
-            let pin = self.is_pinned.then_some((index, usize::from(count)));
+            let pin = self.is_pinned.then_some((index, workers.queues.len()));
             let run = move || {
                 if let Some((index, count)) = pin {
                     sys::stay_on_cpus(|cpu| cpu % count == index);
@@ -131,12 +132,13 @@ impl WorkersBuilder {
 /// then.
 ///
 /// * A rule for a range (`queue num 1-4`, `--queue-balance 1:4`) chooses the queue by the packet's
-///   addresses. All packets between two hosts go to one queue, in both directions of a connection.
+///   addresses and protocol. A connection keeps its queue, in both directions.
 /// * With fanout (`--queue-cpu-fanout`) the CPU that handles the packet chooses. This helps only
 ///   where the network card or RPS spreads packets over the CPUs, and packets of one connection may
 ///   then be in several queues and change their order.
 ///
-/// If a worker panics or fails, all stop. Dropping this value stops all.
+/// If a worker panics or fails, all stop, and the kernel drops the waiting packets of the other
+/// queues. Dropping this value stops all too. Every end waits for functions that are running.
 ///
 /// ```no_run
 /// use nfqnl::{Event, Verdict, Workers};
@@ -168,6 +170,8 @@ impl Workers {
     /// Returns the default settings, for queues from `first` on
     ///
     /// If a worker panics or fails, the waiting packets of its queue get the verdict `on_panic`.
+    /// With Accept, new packets pass by until the queue is unbound. With another verdict the kernel
+    /// drops the packets of this moment.
     pub fn builder(first: u16, on_panic: impl Into<PlainVerdict>) -> WorkersBuilder {
         WorkersBuilder {
             first,
@@ -198,6 +202,9 @@ impl Workers {
     }
 
     /// Waits until a worker panics or fails
+    ///
+    /// To stop at a signal, look at [`have_failed`](Self::have_failed) and at a flag in a loop, and
+    /// call [`drain`](Self::drain).
     ///
     /// # Errors
     /// [`WorkerError`], the failure.
@@ -372,29 +379,27 @@ impl<F: FnMut(Event<'_>, &mut SendBatch) -> Result<()>> Worker<F> {
                 }
                 socket.send(&mut verdicts)?;
             }
-            Ok(())
+            let Some(end) = *shared.drain_until() else {
+                return Ok(0);
+            };
+            let left = end.map_or(Duration::MAX, |end| {
+                end.saturating_duration_since(sys::now())
+            });
+            socket.drain_with(&queue, &mut batch, &mut verdicts, left, &mut function)
         }));
         let failure = match worked {
-            Ok(Ok(())) => {
-                let Some(end) = *shared.drain_until() else {
-                    return Ok(queue.destroy().map(|()| 0)?);
-                };
-                let left = end.map_or(Duration::MAX, |end| {
-                    end.saturating_duration_since(sys::now())
-                });
-                let drained = AssertUnwindSafe(|| socket.drain(queue, &mut batch, left, function));
-                return match catch_unwind(drained) {
-                    Ok(lost) => Ok(lost?),
-                    Err(payload) => Err(panicked(&*payload)),
-                };
-            }
+            Ok(Ok(lost)) => return Ok(queue.destroy().map(|()| lost)?),
             Ok(Err(error)) => Failure::Error(error),
             Err(payload) => panicked(&*payload),
         };
         shared.stop();
         // Decided packets keep their verdicts; all others get the default.
         let _ = socket.send(&mut verdicts);
+        if on_panic.verdict() == Verdict::Accept {
+            let _ = queue.pass_by();
+        }
         let _ = queue.answer_all(on_panic);
+        let _ = queue.destroy();
         Err(failure)
     }
 }

@@ -169,7 +169,7 @@ impl Engine {
                 received => return (state, received),
             }
             drop(state);
-            std::hint::spin_loop();
+            std::thread::yield_now(); // the sender may need this CPU
             state = self.state();
         }
     }

@@ -334,8 +334,8 @@ impl Rule {
 impl Rule {
     /// Counts the packets that come to this place; nft(8) prints the label as the rule's comment
     ///
-    /// [`Chain::counter`](super::Chain::counter) reads it. A rule has one counter with a label: the
-    /// last one. The first 127 bytes of the label count.
+    /// [`Chain::counter`](super::Chain::counter) reads it. If you call this twice, both count, but
+    /// only the last one can be read. Labels differ in their first 127 bytes.
     pub fn counter(mut self, label: &str) -> Self {
         self.label = Some(label.to_owned());
         self.expression("counter", &[])

@@ -233,6 +233,7 @@ pub(crate) fn recv_buffer(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
 }
 
 /// Makes the send buffer large enough for a message, as far as the process may
+#[cfg(feature = "rules")]
 pub(crate) fn make_send_buffer(fd: BorrowedFd<'_>, len: usize) {
     let wanted = len.saturating_mul(2); // with the kernel's own overhead
     if send_buffer(fd).is_ok_and(|had| had >= wanted) {
@@ -245,6 +246,7 @@ pub(crate) fn make_send_buffer(fd: BorrowedFd<'_>, len: usize) {
 }
 
 /// Returns true if a process of this PID namespace has this number, also if it cannot be seen
+#[cfg(feature = "rules")]
 pub(crate) fn process_exists(pid: u32) -> bool {
     let Ok(pid) = libc::pid_t::try_from(pid) else {
         return false;

@@ -299,7 +299,7 @@ fn a_replacement_is_made_as_a_whole_or_not() {
         assert_eq!(error.kind(), Some(ErrorKind::Unsupported));
         assert_eq!(
             error.to_string(),
-            "replace rules: rule 1: unknown to this kernel"
+            "replace rules: rule at index 1: unknown to this kernel"
         );
         assert!(matches!(&error, Error::Refused(refusal)
             if refusal.operation() == Operation::ReplaceRule(1)));
@@ -334,7 +334,7 @@ fn faults_are_found_before_the_kernel_gets_them() {
         let error = chain.replace(&[rule(), long.drop()]).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "replace rules: rule 1: longer than 65,531 bytes"
+            "replace rules: rule at index 1: longer than 65,531 bytes"
         );
         let long = rule().expression("counter", &[0; 70_000]).drop();
         assert_eq!(fault(chain.add(&long).unwrap_err()), RuleError::TooLong);
@@ -406,11 +406,16 @@ fn addresses_on_a_bridge() {
         chain
             .add(&rule().udp().daddr(V6, 0).counter("six"))
             .unwrap();
+        let receiver = bridge
+            .right
+            .namespace
+            .run(|| Udp::bind(bridge.right.v4, PORT).unwrap());
         let sender = bridge
             .left
             .namespace
             .run(|| Udp::bind(bridge.left.v4, 0).unwrap());
         sender.send(b"bridged", (address, PORT).into()).unwrap();
+        assert!(receiver.recv().is_some());
         let packets = |label| chain.counter(label).unwrap().unwrap().packets;
         assert_eq!(["it", "loopback", "six"].map(packets), [1, 0, 0]);
     });
@@ -510,6 +515,29 @@ fn other_programs_cannot_change_a_table() {
         assert!(!passes());
         table.remove().unwrap();
         assert!(passes());
+    });
+}
+
+#[test]
+fn a_table_of_another_program_is_not_removed() {
+    isolated(|| {
+        let bridge = ChainConfig::new(Hook::FORWARD).family(TableFamily::Bridge);
+        // It has no owner when its program has ended.
+        let child = fork(|| {
+            let table = Table::builder().persistent().open("other");
+            let chain = table.and_then(|table| table.chain("c", bridge).map(|_| ()));
+            std::process::exit(i32::from(chain.is_err()));
+        })
+        .unwrap();
+        if !child.wait().unwrap() {
+            return; // not on this kernel
+        }
+        // A plain table of this name, in other families
+        let refused = Table::new("other");
+        assert_eq!(refused.unwrap_err().kind(), Some(ErrorKind::TableInUse));
+        let table = Table::builder().persistent().open("other").unwrap();
+        table.remove().unwrap();
+        Table::new("other").unwrap().remove().unwrap();
     });
 }
 

@@ -250,3 +250,61 @@ fn pinned_workers_stay_on_their_cpus() {
         workers.stop().unwrap();
     });
 }
+
+/// The panic comes amid the drain
+#[test]
+fn a_panic_in_a_drain_answers_its_packets() {
+    isolated(|| {
+        let (tell, begun) = mpsc::channel();
+        let workers = Workers::builder(FIRST, Verdict::Accept)
+            .count(1)
+            .start(|_| {
+                let (tell, mut seen) = (tell.clone(), 0);
+                move |event: Event<'_>, verdicts: &mut SendBatch| {
+                    let _ = tell.send(());
+                    thread::sleep(Duration::from_millis(5));
+                    seen += 1;
+                    assert!(seen <= 20, "as intended");
+                    accept(event, verdicts)
+                }
+            });
+        let workers = workers.unwrap();
+        let table = Table::new("t").unwrap();
+        let [udp] = sockets::<1>(&table);
+        for _ in 0..50 {
+            udp.send(b"waiting", udp.address()).unwrap();
+        }
+        begun.recv_timeout(TIMEOUT).unwrap();
+        let error = workers.drain(TIMEOUT).unwrap_err();
+        assert!(matches!(error, WorkerError::Panicked { .. }));
+        assert_eq!(udp.drain(), 50);
+    });
+}
+
+/// A slow function, a small receive buffer, and packets that keep coming
+#[test]
+fn a_panic_under_load_loses_only_overruns() {
+    isolated(|| {
+        let socket = Socket::builder().recv_buffer(8192);
+        let workers = Workers::builder(FIRST, Verdict::Accept)
+            .count(1)
+            .socket(socket);
+        let workers = workers.start(|_| {
+            |_: Event<'_>, _: &mut SendBatch| {
+                thread::sleep(Duration::from_millis(20));
+                panic!("as intended")
+            }
+        });
+        let workers = workers.unwrap();
+        let table = Table::new("t").unwrap();
+        let [udp] = sockets::<1>(&table);
+        for _ in 0..50 {
+            udp.send(b"waiting", udp.address()).unwrap();
+        }
+        let sockets = workers.stats();
+        assert!(workers.wait().is_err());
+        assert_eq!(sockets.refused_verdicts, 0);
+        let arrived = udp.drain();
+        assert!(arrived > 0);
+    });
+}
