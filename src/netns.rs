@@ -78,6 +78,15 @@ impl Netns {
     pub(crate) fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> io::Result<T> {
         sys::in_namespace(self.0.as_fd(), f)
     }
+
+    /// Opens something in the namespace
+    pub(crate) fn open_in<T: Send>(
+        &self,
+        open: impl FnOnce() -> io::Result<T> + Send,
+    ) -> Result<T> {
+        let opened = self.enter(open).map_err(Error::io(Operation::EnterNetns))?;
+        opened.map_err(Error::io(Operation::Open))
+    }
 }
 
 impl From<OwnedFd> for Netns {
@@ -85,18 +94,4 @@ impl From<OwnedFd> for Netns {
     fn from(fd: OwnedFd) -> Self {
         Self(Arc::new(fd))
     }
-}
-
-/// Opens something in a namespace, or in that of the calling thread
-pub(crate) fn open_in<T: Send>(
-    netns: Option<&Netns>,
-    open: impl FnOnce() -> io::Result<T> + Send,
-) -> Result<T> {
-    let opened = match netns {
-        None => open(),
-        Some(netns) => netns
-            .enter(open)
-            .map_err(Error::io(Operation::EnterNetns))?,
-    };
-    opened.map_err(Error::io(Operation::Open))
 }

@@ -1,6 +1,7 @@
 //! The loop API: one socket, its queues, receiving and answering
 
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use nfqnl_proto::{ConfigFlags, CopyMode, Decision, PacketKey, PlainVerdict, Queu
 use crate::engine::{Engine, Wait, Waker};
 use crate::error::{Error, Operation, Result};
 use crate::event::Event;
-use crate::netns::{Netns, open_in};
+use crate::netns::Netns;
 use crate::queue::Queue;
 use crate::recv_batch::{Events, RecvBatch};
 use crate::stats::Stats;
@@ -48,8 +49,12 @@ pub struct SocketBuilder {
     merge_verdicts: bool,
     unbind_on_drop: bool,
     busy_poll: Duration,
-    netns: Option<Netns>,
+    /// A namespace, and the way into it: a program without [`SocketBuilder::netns`] does not link
+    /// the threads that this needs
+    netns: Option<(Netns, OpenIn)>,
 }
+
+type OpenIn = fn(&Netns) -> Result<Netlink>;
 
 impl Default for SocketBuilder {
     fn default() -> Self {
@@ -135,10 +140,15 @@ impl SocketBuilder {
     ///
     /// Deadlines, wakers and requests of other threads work as without it. While another thread
     /// is in a receive call of the same socket, a call waits at once. It does nothing where the
-    /// process has one CPU when the socket is opened, in [`try_recv`](Socket::try_recv), and in
+    /// process has one CPU when this is called, in [`try_recv`](Socket::try_recv), and in
     /// `AsyncSocket`.
-    pub const fn busy_poll(mut self, time: Duration) -> Self {
-        self.busy_poll = time;
+    pub fn busy_poll(mut self, time: Duration) -> Self {
+        // With one CPU the sender could not run meanwhile.
+        let cpus = std::thread::available_parallelism();
+        self.busy_poll = match cpus.is_ok_and(|cpus| cpus.get() > 1) {
+            true => time,
+            false => Duration::ZERO,
+        };
         self
     }
 
@@ -147,7 +157,7 @@ impl SocketBuilder {
     /// Interface names ([`Socket::interface_name`]) and the kernel's counters ([`Queue::stats`])
     /// are those of this namespace. See [`Netns`] for privileges.
     pub fn netns(mut self, netns: &Netns) -> Self {
-        self.netns = Some(netns.clone());
+        self.netns = Some((netns.clone(), |netns| netns.open_in(new_netlink)));
         self
     }
 
@@ -158,9 +168,11 @@ impl SocketBuilder {
     /// [`Error::Io`] if the kernel has no netfilter, no descriptor is left, or the namespace
     /// cannot be entered. The kernel checks other privileges at the first request.
     pub fn open(self) -> Result<Socket> {
-        let open = || Netlink::new(isize::from(NETLINK_NETFILTER));
-        let socket = open_in(self.netns.as_ref(), open)?;
-        self.set_up(socket)
+        let socket = match &self.netns {
+            None => new_netlink().map_err(Error::io(Operation::Open)),
+            Some((netns, open_in)) => open_in(netns),
+        };
+        self.set_up(socket?)
     }
 
     /// Takes over a netfilter netlink socket without queues, for instance one opened in another
@@ -227,11 +239,7 @@ impl SocketBuilder {
         let engine = Engine::new(socket, self.merge_verdicts, self.report_overruns);
         let mut engine = engine.map_err(Error::io(Operation::Open))?;
         engine.unbinds_on_drop = self.unbind_on_drop;
-        // With one CPU the sender could not run meanwhile.
-        let has_two_cpus = || std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
-        if !self.busy_poll.is_zero() && has_two_cpus() {
-            engine.busy_poll = self.busy_poll;
-        }
+        engine.busy_poll = self.busy_poll;
         let engine = Arc::new(engine);
         Ok(Socket { engine })
     }
@@ -250,6 +258,10 @@ impl SocketBuilder {
     pub(crate) fn open_over(self, fd: OwnedFd) -> Result<Socket> {
         self.over(sys::netlink_from(fd))
     }
+}
+
+pub(crate) fn new_netlink() -> io::Result<Netlink> {
+    Netlink::new(isize::from(NETLINK_NETFILTER))
 }
 
 /// Fails unless the descriptor is a netfilter socket, and sets close-on-exec

@@ -5,13 +5,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::{Socket as Netlink, SocketAddr};
 use nfqnl_proto::consts::{
-    ATTR_HEADER_LEN, MESSAGE_HEADER_LEN, NETLINK_NETFILTER, NLA_F_NESTED, NLM_F_ACK, NLM_F_REQUEST,
+    ATTR_HEADER_LEN, MESSAGE_HEADER_LEN, NLA_F_NESTED, NLM_F_ACK, NLM_F_REQUEST,
 };
 use nfqnl_proto::{Message as Received, Messages, Reply};
 
 use super::{RuleError, TableFamily};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
-use crate::netns::{Netns, open_in};
+use crate::netns::Netns;
+use crate::socket::new_netlink;
 use crate::sys;
 
 const NFNL_SUBSYS_NFTABLES: u8 = 10;
@@ -163,8 +164,11 @@ pub(super) struct Connection {
 
 impl Connection {
     pub(super) fn open(netns: Option<&Netns>) -> Result<Self> {
-        let open = || Netlink::new(isize::from(NETLINK_NETFILTER));
-        Self::over(open_in(netns, open)?)
+        let socket = match netns {
+            None => new_netlink().map_err(Error::io(Operation::Open)),
+            Some(netns) => netns.open_in(new_netlink),
+        };
+        Self::over(socket?)
     }
 
     /// Takes over a socket, perhaps with tables
