@@ -1,7 +1,7 @@
 //! Firewall rules for tests: `nfqnl::rules`, with tables that last as long as the process
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 use nfqnl::Hook as NfHook;
 use nfqnl::rules::{self, ChainConfig, ChainType, TableFamily};
@@ -90,12 +90,12 @@ impl Table {
             Family::Bridge => TableFamily::Bridge,
         };
         // A test may use a name again, and the tables last as long as the process.
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Relaxed);
-        let table = rules::Table::new(&format!("{name}-{number}"))?;
+        static KEPT: Mutex<Vec<rules::Table>> = Mutex::new(Vec::new());
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        let table = rules::Table::new(&format!("{name}-{}", kept.len()))?;
         let is_native = format!("{table:?}").contains("Native");
         assert!(is_native || !kernel::is_complete(), "{table:?}");
-        std::mem::forget(table.clone());
+        kept.push(table.clone());
         Ok(Self { family, table })
     }
 

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -1237,7 +1237,8 @@ fn a_replaced_callback_is_dropped_without_locks() {
         }
     }
     isolated(|| {
-        let handle: &'static Handle<'static> = Box::leak(Box::new(nfqnl::open().unwrap()));
+        static HANDLE: OnceLock<Handle<'static>> = OnceLock::new();
+        let handle = HANDLE.get_or_init(|| nfqnl::open().unwrap());
         let queue = handle.socket().bind(QUEUE).unwrap();
         let captured = UsesHandle(handle);
         handle.set_callback(&queue, move |_| {
