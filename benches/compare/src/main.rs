@@ -412,7 +412,17 @@ impl Bench<'_> {
             tail: &[],
         };
         let num = u16::try_from(sides.len())?;
-        sides.push(self.start(self.chain, &busy, num, &accept_udp(0))?);
+        let place = |command: &mut Command| -> Result<Child> {
+            // On a CPU of its own the side may poll busily, and its process must know two.
+            if self.run.1 == Placement::Apart {
+                let [sender, side] = [self.options.cpus.first(), self.options.cpus.last()];
+                let cpu = |cpu: Option<&usize>| cpu.map_or(String::new(), usize::to_string);
+                command.env(peers::CPUS, format!("{} {}", cpu(sender), cpu(side)));
+            }
+            let placed = self.options.place(self.run.1, true, || command.spawn());
+            Ok(placed??)
+        };
+        sides.push(Side::start(self.chain, &busy, place, num, &accept_udp(0))?);
         for round in 0..amount.latency_rounds {
             let n = sides.len();
             for place in 0..n {

@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use etherparse::{SlicedPacket, TransportSlice};
 use nfqnl::{
     ConfigFlags, CopyMode, Decision, Event, FlowKey, Packet, QueueConfig, QueueData, RecvBatch,
-    SendBatch, Socket, Verdict,
+    SendBatch, Socket, SocketBuilder, Verdict,
 };
+use rustix::thread::{CpuSet, sched_setaffinity};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::Result;
@@ -56,8 +57,15 @@ pub(crate) fn run(arguments: &[&str]) -> Result<()> {
         _ => return Err("unknown kind".into()),
     };
     match style {
-        "loop" => batch_loop(queue, kind, recv_buffer, wants_gso, Duration::ZERO),
-        "busy" => batch_loop(queue, kind, recv_buffer, wants_gso, BUSY_POLL),
+        "loop" => batch_loop(Socket::builder(), queue, kind, recv_buffer, wants_gso),
+        "busy" => {
+            let cpus = std::env::var(CPUS).unwrap_or_default();
+            let cpus: Vec<usize> = cpus.split(' ').filter_map(|cpu| cpu.parse().ok()).collect();
+            stay_on(&cpus)?;
+            let builder = Socket::builder().busy_poll(BUSY_POLL);
+            stay_on(cpus.last().map_or(&[], std::slice::from_ref))?;
+            batch_loop(builder, queue, kind, recv_buffer, wants_gso)
+        }
         _ if recv_buffer != 0 => Err("only the loop sets its receive buffer here".into()),
         "first_bytes" => first_bytes(queue, wants_gso),
         "handle_packet" => handle_packet(queue, kind, wants_gso),
@@ -65,6 +73,19 @@ pub(crate) fn run(arguments: &[&str]) -> Result<()> {
         "nfq" => nfq(queue, kind, wants_gso),
         _ => Err("unknown style".into()),
     }
+}
+
+/// The CPUs of the sender and of the busy side, if they are two
+pub(crate) const CPUS: &str = "COMPARE_CPUS";
+
+/// Keeps the calling thread on these CPUs, if there are any
+fn stay_on(cpus: &[usize]) -> Result<()> {
+    let mut set = CpuSet::new();
+    cpus.iter().for_each(|&cpu| set.set(cpu));
+    if !cpus.is_empty() {
+        sched_setaffinity(None, &set)?;
+    }
+    Ok(())
 }
 
 /// Handles packets on request; `handle` receives once and returns its packets and bytes
@@ -152,13 +173,12 @@ fn run_once(queue: u16, kind: Kind, wants_gso: bool) -> Result<()> {
 
 /// A loop with batches
 fn batch_loop(
+    builder: SocketBuilder,
     queue: u16,
     kind: Kind,
     recv_buffer: usize,
     wants_gso: bool,
-    busy_poll: Duration,
 ) -> Result<()> {
-    let builder = Socket::builder().busy_poll(busy_poll);
     let socket = match recv_buffer {
         0 => builder.open(),
         bytes => builder.recv_buffer(bytes).open(),
