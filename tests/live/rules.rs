@@ -417,7 +417,9 @@ fn addresses_on_a_bridge() {
         sender.send(b"bridged", (address, PORT).into()).unwrap();
         assert!(receiver.recv().is_some());
         let packets = |label| chain.counter(label).unwrap().unwrap().packets;
-        assert_eq!(["it", "loopback", "six"].map(packets), [1, 0, 0]);
+        // Linux 5.10 matches nothing here: see `Rule::saddr`.
+        let matched = u64::from(kernel::is_at_least(6, 12));
+        assert_eq!(["it", "loopback", "six"].map(packets), [matched, 0, 0]);
     });
 }
 
