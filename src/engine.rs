@@ -52,6 +52,7 @@ pub(crate) use self::bindings::{Binding, BindingId, Bindings};
 use self::receive::Reader;
 pub(crate) use self::receive::{Kind, Wait};
 use self::requests::Request;
+pub(crate) use self::requests::retry_lost_ack;
 pub use self::wake::Waker;
 pub(crate) use self::wake::{Wake, wake_alls};
 

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use nfqnl_proto::{ConfigFlags, ConfigRequest, PlainVerdict, Verdict};
+use nfqnl_proto::{ConfigFlags, PlainVerdict, Verdict};
 
 use crate::engine::Engine;
 use crate::error::{Error, Operation, Result};
@@ -110,7 +110,7 @@ impl Socket {
     /// receive buffer hold.
     ///
     /// Packets that this process has received and not answered, also those left in a batch, are
-    /// orphans: the new process decides about them. Send everything that is decided first.
+    /// orphans: the new process decides about them. Send all verdicts first.
     /// [`VerdictSender`](crate::VerdictSender)s, guards and wakers may live on in other threads:
     /// their verdicts are [`Error::Unbound`], and their packets are orphans.
     ///
@@ -203,8 +203,7 @@ fn adopt_queues(
     engine.check_adopted(&bindings)?;
     for num in handover.into_iter().flat_map(Handover::queues) {
         if !queues.iter().any(|(adopted, _)| *adopted == num) {
-            let request = ConfigRequest::unbind(num);
-            engine.configure_twice(Operation::Unbind(num), &request)?;
+            engine.unbind_unadopted(num)?;
         }
     }
     let queues = bindings.into_iter();

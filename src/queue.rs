@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 
 use nfqnl_proto::{ConfigFlags, CopyMode, PacketKey, PlainVerdict, QueueConfig};
 
-use crate::engine::{Binding, Engine};
+use crate::engine::{Binding, Engine, retry_lost_ack};
 use crate::error::{Error, Operation, Result};
 #[cfg(doc)]
 use crate::socket::Socket;
@@ -106,11 +106,7 @@ impl Queue {
             QueueConfig::new().enable(ConfigFlags::FAIL_OPEN),
             QueueConfig::new().maxlen(0),
         ] {
-            // A full receive buffer loses the first answer. The wait for it empties the buffer.
-            match engine.update(op, &self.binding, config) {
-                Err(Error::NoAck { .. }) => engine.update(op, &self.binding, config)?,
-                result => result?,
-            }
+            retry_lost_ack(|| engine.update(op, &self.binding, config))?;
         }
         engine.wait_for_reader();
         engine.answer_all_orphans(&self.binding)
@@ -120,10 +116,7 @@ impl Queue {
     pub(crate) fn answer_all(&self, verdict: PlainVerdict) -> Result<()> {
         let op = Operation::Sync;
         let engine = self.engine.upgrade().ok_or(Error::Unbound { op })?;
-        // Receives what is in the socket. A full buffer loses the answer, and is empty then.
-        if let Err(Error::NoAck { .. }) = engine.sync(op) {
-            engine.sync(op)?;
-        }
+        retry_lost_ack(|| engine.sync(op))?; // receives what is in the socket
         engine.wait_for_reader();
         if self.waiting() == 0 {
             return Ok(());

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use nfqnl_proto::{ConfigFlags, ConfigRequest, PacketKey, PlainVerdict, QueueConfig};
 
 use super::bindings::Binding;
+use super::requests::retry_lost_ack;
 use super::{Engine, State};
-use crate::error::{Error, Operation, Refusal, Result};
+use crate::error::{Operation, Refusal, Result};
 use crate::verdict::Outstanding;
 
 impl Engine {
@@ -42,7 +43,8 @@ impl Engine {
             .collect();
         for (binding, orphans) in bindings.iter().zip(orphans) {
             let request = ConfigRequest::update(binding.id.queue, QueueConfig::new());
-            self.configure_twice(Operation::Adopt(binding.id.queue), &request)?;
+            let op = Operation::Adopt(binding.id.queue);
+            retry_lost_ack(|| self.configure(op, &request))?;
             let named = orphans.and_then(|orphans| Some((orphans.answered?, orphans.verdict)));
             if let Some((newest, verdict)) = named {
                 let sent = &mut self.state().orphans;
@@ -50,15 +52,6 @@ impl Engine {
             }
         }
         Ok(())
-    }
-
-    /// Sends a request that may be repeated; a full receive buffer loses the first answer, and the
-    /// wait for the answer empties the buffer
-    pub(crate) fn configure_twice(&self, op: Operation, request: &ConfigRequest) -> Result<()> {
-        match self.configure(op, request) {
-            Err(Error::NoAck { .. }) => self.configure(op, request),
-            result => result,
-        }
     }
 
     /// Answers the packets of the process before; `first` is the first packet of this process, or
@@ -153,14 +146,20 @@ mod tests {
         [&header[..], &attr, &[0, 0, 0, id, 8, 0, 1, 0]].concat()
     }
 
-    /// A merged verdict would answer the orphans too, with a verdict of other packets
-    #[test]
-    fn nothing_is_merged_until_orphans_are_answered() {
+    /// An engine over a socket that is not netlink, the other end, and a copy to fill the socket
+    fn engine() -> (Engine, UnixDatagram, UnixDatagram) {
         let (here, kernel) = UnixDatagram::pair().unwrap();
         kernel.set_nonblocking(true).unwrap();
         let full = here.try_clone().unwrap();
         full.set_nonblocking(true).unwrap();
-        let engine = Engine::new(sys::netlink_from(here.into()), true, true).unwrap();
+        let engine = Engine::new(sys::netlink_from(here.into()), true, true);
+        (engine.unwrap(), kernel, full)
+    }
+
+    /// A merged verdict would answer the orphans too, with a verdict of other packets
+    #[test]
+    fn nothing_is_merged_until_orphans_are_answered() {
+        let (engine, kernel, full) = engine();
         let orphans = PlainVerdict::new(Verdict::Drop);
         let binding = engine
             .adopt(7, None, ConfigFlags::empty(), orphans)
@@ -192,11 +191,7 @@ mod tests {
     /// The kernel had no memory for the orphans' verdict when the first packet came
     #[test]
     fn only_older_packets_are_orphans() {
-        let (here, kernel) = UnixDatagram::pair().unwrap();
-        kernel.set_nonblocking(true).unwrap();
-        let full = here.try_clone().unwrap();
-        full.set_nonblocking(true).unwrap();
-        let engine = Engine::new(sys::netlink_from(here.into()), true, true).unwrap();
+        let (engine, kernel, full) = engine();
         let orphans = PlainVerdict::new(Verdict::Drop);
         let adopt = |queue| {
             engine

@@ -1,12 +1,13 @@
 //! Binding queues, changing their settings, unbinding them
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use nfqnl_proto::{ConfigFlags, ConfigRequest, QueueConfig};
 
 use super::bindings::{Binding, BindingId};
+use super::requests::retry_lost_ack;
 use super::{Engine, State};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
 use crate::stats::QueueStats;
@@ -204,16 +205,32 @@ impl Engine {
 
     /// Unbinds a queue and waits for the acknowledgement; does nothing if this binding has ended
     pub(crate) fn unbind(&self, id: BindingId) -> Result<()> {
-        let op = Operation::Unbind(id.queue);
         let mut state = self.state();
-        if !self.end(&mut state, id) {
-            return Ok(());
+        match self.end(&mut state, id) {
+            true => self.unbind_number(state, id.queue),
+            false => Ok(()),
         }
-        let seq = self.begin(&mut state, op, Some(&ConfigRequest::unbind(id.queue)))?;
-        match self.finish(state, op, seq) {
-            Err(Error::Refused(refusal)) if refusal.errno() == libc::ENODEV => Ok(()),
-            unbound => unbound,
-        }
+    }
+
+    /// Unbinds a queue that an earlier process has bound
+    pub(crate) fn unbind_unadopted(&self, num: u16) -> Result<()> {
+        self.unbind_number(self.state(), num)
+    }
+
+    fn unbind_number<'s>(&'s self, state: MutexGuard<'s, State>, num: u16) -> Result<()> {
+        let op = Operation::Unbind(num);
+        let mut held = Some(state);
+        retry_lost_ack(|| {
+            let mut state = held.take().unwrap_or_else(|| self.state());
+            if state.bindings.get(num).is_some() {
+                return Ok(()); // another thread has bound it again
+            }
+            let seq = self.begin(&mut state, op, Some(&ConfigRequest::unbind(num)))?;
+            match self.finish(state, op, seq) {
+                Err(Error::Refused(refusal)) if refusal.errno() == libc::ENODEV => Ok(()),
+                unbound => unbound,
+            }
+        })
     }
 
     /// Unbinds a queue without asking for an acknowledgement; does nothing if this binding has

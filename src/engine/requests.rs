@@ -40,6 +40,16 @@ const OUTSIDE_GRACE: Duration = Duration::from_secs(1);
 /// The time for a thread blocked in the receive call to come back with an answer
 const READER_GRACE: Duration = Duration::from_millis(5);
 
+/// Makes a request again if its acknowledgement is lost
+///
+/// A full receive buffer loses the acknowledgement, and the wait for it empties the buffer.
+pub(crate) fn retry_lost_ack(mut request: impl FnMut() -> Result<()>) -> Result<()> {
+    match request() {
+        Err(Error::NoAck { .. }) => request(),
+        result => result,
+    }
+}
+
 impl Engine {
     /// Sends a configuration request and waits for the answer
     pub(crate) fn configure(&self, op: Operation, request: &ConfigRequest) -> Result<()> {

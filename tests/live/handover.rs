@@ -258,6 +258,15 @@ fn queues_not_adopted_are_unbound() {
         drop(queues);
         drop(socket);
         assert!(is_free(8));
+
+        // A full receive buffer loses the acknowledgement.
+        let lab = Lab::new();
+        let socket = Socket::builder().recv_buffer(1 << 14).open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
+        lab.send_numbered(0..200);
+        let (fd, handover) = socket.into_fd().unwrap();
+        Socket::adopt(fd, Some(&handover), &[]).unwrap();
+        assert!(is_free(QUEUE));
     });
 }
 
