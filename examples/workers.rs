@@ -5,9 +5,10 @@
 //! ```
 //!
 //! The program accepts UDP to the port, prints its counters each second, and ends after `--count
-//! N` packets. `--workers N` sets the number of workers (as many as CPUs), and `--pin 1` keeps each
-//! one on its CPU. For the rule, your `Cargo.toml` needs nfqnl with `features = ["rules"]`. A
-//! program without a rule of its own runs with `iptables … -j NFQUEUE --queue-balance 1:4`.
+//! N` packets. `--workers N` sets the number of workers (default: the number of CPUs), and `--pin
+//! 1` pins each one to its CPU. For the rule, your `Cargo.toml` needs nfqnl with `features =
+//! ["rules"]`. A program without a rule of its own runs with `iptables … -j NFQUEUE
+//! --queue-balance 1:4`.
 
 use std::error::Error;
 use std::thread;

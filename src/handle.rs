@@ -17,7 +17,7 @@ use crate::error::{Error, Operation, Result};
 use crate::event::{Event, decode};
 use crate::queue::Queue;
 use crate::recv_batch::RecvBatch;
-use crate::socket::{Deadline, Socket, drain, wait_for};
+use crate::socket::{Socket, timer, wait_for};
 use crate::sys;
 use crate::verdict::SendBatch;
 
@@ -284,9 +284,9 @@ impl<'cb> Handle<'cb> {
     /// [`Error::InCallback`]: nothing was done.
     #[doc(alias = "nfq_handle_packet")]
     pub fn handle_packet(&self, datagram: &[u8]) -> Result<usize> {
-        let inside = Inside::enter(self.socket.engine.id)?;
+        let _inside = Inside::enter(self.socket.engine.id)?;
         let mut verdicts = self.socket.engine.take_spare();
-        let handled = self.turn(inside, &mut verdicts, true, |turn| {
+        let handled = self.turn(&mut verdicts, true, |turn| {
             let engine = &turn.handle.socket.engine;
             let mut rest = datagram;
             let mut has_stash = datagram.is_empty();
@@ -351,7 +351,7 @@ impl<'cb> Handle<'cb> {
     pub fn try_run_once(&self, batch: &mut RecvBatch) -> Result<usize> {
         // Packets may follow a batch that has only other events.
         loop {
-            let (had_events, packets) = self.turn_of(batch, Wait::No, Deadline::NEVER)?;
+            let (had_events, packets) = self.turn_of(batch, Wait::No)?;
             if packets > 0 || !had_events {
                 return Ok(packets);
             }
@@ -365,39 +365,40 @@ impl<'cb> Handle<'cb> {
     /// dropped then: its packets are lost, except with
     /// [`SocketBuilder::unbind_on_drop`](crate::SocketBuilder::unbind_on_drop) set to `false`.
     pub fn drain(&self, queue: Queue, batch: &mut RecvBatch, timeout: Duration) -> Result<u64> {
+        let _inside = Inside::enter(self.socket.engine.id)?;
         self.socket.check_owner(&queue)?;
-        let waiting = drain(&queue, timeout, |wait, deadline| {
-            self.turn_of(batch, wait, deadline).map(|_| ())
-        })?;
+        self.socket.fill(batch, Wait::No)?; // refuses the batch of another socket
+        let call_back = |event: Event<'_>, verdicts: &mut SendBatch| {
+            let turn = self.turn(verdicts, false, |turn| turn.dispatch(event));
+            turn.map(|_| ())
+        };
+        let mut verdicts = std::mem::take(&mut batch.verdicts);
+        let is_over = timer(timeout);
+        let drained = self
+            .socket
+            .drain_with(&queue, batch, &mut verdicts, is_over, call_back);
+        batch.verdicts = verdicts; // unsent ones, after an error
+        let waiting = drained?;
         queue.destroy().map(|()| waiting)
     }
 
     fn run(&self, batch: &mut RecvBatch, wait: Wait) -> Result<usize> {
-        let (_, packets) = self.turn_of(batch, wait, Deadline::NEVER)?;
-        Ok(packets)
+        self.turn_of(batch, wait).map(|(_, packets)| packets)
     }
 
-    /// Fills the batch, and handles its events until the deadline; returns true if it had any, and
-    /// the number of packets
-    fn turn_of(
-        &self,
-        batch: &mut RecvBatch,
-        wait: Wait,
-        deadline: Deadline,
-    ) -> Result<(bool, usize)> {
-        let inside = Inside::enter(self.socket.engine.id)?;
+    /// Fills the batch and handles its events; returns true if it had any, and the number of
+    /// packets
+    fn turn_of(&self, batch: &mut RecvBatch, wait: Wait) -> Result<(bool, usize)> {
+        let _inside = Inside::enter(self.socket.engine.id)?;
         let mut wait = wait;
         if !batch.verdicts.is_empty() && batch.owner() == Some(self.socket.engine.id) {
             self.socket.engine.send_batch(&mut batch.verdicts)?;
             wait = Wait::No; // the send may have read what the descriptor reported
         }
         let filled = self.socket.fill(batch, wait)?;
-        let (mut events, verdicts) = batch.parts();
-        let packets = self.turn(inside, verdicts, false, |turn| {
-            while !deadline.is_over() {
-                let Some(event) = events.next() else { break };
-                turn.dispatch(event);
-            }
+        let (events, verdicts) = batch.parts();
+        let packets = self.turn(verdicts, false, |turn| {
+            events.for_each(|event| turn.dispatch(event));
         });
         packets.map(|packets| (filled, packets))
     }
@@ -405,7 +406,6 @@ impl<'cb> Handle<'cb> {
     /// Runs callbacks and sends their verdicts
     fn turn(
         &self,
-        _inside: Inside,
         verdicts: &mut SendBatch,
         sends_each: bool,
         run: impl FnOnce(&mut Turn<'_, 'cb>),
@@ -480,8 +480,8 @@ struct Turn<'t, 'cb> {
     error: Option<Error>,
 }
 
-/// The longest time that a verdict waits for callbacks of other packets
-const MAX_DELAY: Duration = Duration::from_millis(1);
+/// The longest time that a decided verdict waits for callbacks of other packets
+pub(crate) const MAX_DELAY: Duration = Duration::from_millis(1);
 
 impl Turn<'_, '_> {
     fn dispatch(&mut self, event: Event<'_>) {
@@ -509,7 +509,7 @@ impl Turn<'_, '_> {
             Ok(callback) => callback,
             Err(TryLockError::Poisoned(callback)) => callback.into_inner(),
             Err(TryLockError::WouldBlock) => {
-                // Another thread runs it; packets that are decided do not wait for that.
+                // Another thread runs it; decided packets do not wait for the thread.
                 self.send();
                 lock(&entry.callback)
             }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use netlink_sys::{Socket as Netlink, SocketAddr};
 use nfqnl_proto::consts::NETLINK_NETFILTER;
@@ -133,15 +133,15 @@ impl SocketBuilder {
 
     /// Receives without blocking for this time before a receive call waits; off by default
     ///
-    /// A packet that comes in this time does not have to wake the thread. On a machine with a free
-    /// CPU this can halve the time until the program has the packet (docs/performance.md, with a
-    /// millisecond). The price is CPU time: a thread without packets is busy all this time in each
-    /// call. Give the thread a CPU of its own.
+    /// A packet that comes in this time does not have to wake the thread. If the thread has a CPU
+    /// of its own, this can halve the time until the program has the packet (docs/performance.md,
+    /// with a millisecond). Otherwise the time can grow. The price is CPU time: a thread without
+    /// packets is busy all this time in each call.
     ///
     /// Deadlines, wakers and requests of other threads work as without it. While another thread
-    /// is in a receive call of the same socket, a call waits at once. It does nothing where the
-    /// process has one CPU when this is called, in [`try_recv`](Socket::try_recv), and in
-    /// `AsyncSocket`.
+    /// waits in a receive call of the same socket, a call waits at once. It does nothing in
+    /// [`try_recv`](Socket::try_recv) and in `AsyncSocket`, and if the thread has only one CPU when
+    /// it calls this method.
     pub fn busy_poll(mut self, time: Duration) -> Self {
         // With one CPU the sender could not run meanwhile.
         let cpus = std::thread::available_parallelism();
@@ -155,13 +155,13 @@ impl SocketBuilder {
     /// Opens the socket in another network namespace than the calling thread's
     ///
     /// Interface names ([`Socket::interface_name`]) and the kernel's counters ([`Queue::stats`])
-    /// are those of this namespace. See [`Netns`] for privileges.
+    /// belong to this namespace. See [`Netns`] for privileges.
     pub fn netns(mut self, netns: &Netns) -> Self {
         self.netns = Some((netns.clone(), |netns| netns.open_in(new_netlink)));
         self
     }
 
-    /// Opens a socket in the calling thread's network namespace, or in that of
+    /// Opens a socket in the calling thread's network namespace, or in the namespace of
     /// [`netns`](Self::netns)
     ///
     /// # Errors
@@ -408,8 +408,8 @@ impl Socket {
     /// another thread changes a setting while this thread does not run. This call can block even
     /// after poll(2) if other threads use the socket: call [`try_recv`](Self::try_recv) then.
     ///
-    /// After a call that got a single packet, the next few calls ask the kernel for one only. This
-    /// is faster for packets that come singly.
+    /// After a call with a single packet, the next few calls ask the kernel for one only. This is
+    /// faster if packets come singly.
     ///
     /// # Errors
     /// [`Error::Io`] if the system call fails; an overrun is an event instead.
@@ -465,7 +465,7 @@ impl Socket {
     /// `decide` gets each event, also of other queues, and a batch for its verdicts, which the
     /// call sends. It runs only for events: answer the packets of a [`Pending`](crate::Pending)
     /// before ([`answer_all`](crate::Pending::answer_all)), and hold no new ones. Other threads may
-    /// answer packets that they hold. The call ends when every packet of the queue is answered
+    /// answer their packets. The call ends when every packet of the queue is answered
     /// ([`Queue::waiting`]), or after `timeout`. The packets that still wait then are lost, because
     /// the kernel drops the waiting packets of an unbound queue. The number is 0 if nothing was
     /// lost.
@@ -474,7 +474,7 @@ impl Socket {
     /// pass; without it the kernel drops them. To stop several queues, call it for each in turn.
     ///
     /// ```no_run
-    /// # use std::time::{Duration, Instant};
+    /// # use std::time::Duration;
     /// # use nfqnl::{Event, Queue, RecvBatch, Result, Socket, Verdict};
     /// # fn f(socket: &Socket, queue: Queue, batch: &mut RecvBatch) -> Result<()> {
     /// let lost = socket.drain(queue, batch, Duration::from_secs(5), |event, verdicts| {
@@ -496,11 +496,11 @@ impl Socket {
         queue: Queue,
         batch: &mut RecvBatch,
         timeout: Duration,
-        mut decide: impl FnMut(Event<'_>, &mut SendBatch) -> Result<()>,
+        decide: impl FnMut(Event<'_>, &mut SendBatch) -> Result<()>,
     ) -> Result<u64> {
         self.check_owner(&queue)?;
-        let waiting =
-            self.drain_with(&queue, batch, &mut SendBatch::new(), timeout, &mut decide)?;
+        let (mut verdicts, is_over) = (SendBatch::new(), timer(timeout));
+        let waiting = self.drain_with(&queue, batch, &mut verdicts, is_over, decide)?;
         queue.destroy().map(|()| waiting)
     }
 
@@ -510,18 +510,26 @@ impl Socket {
         queue: &Queue,
         batch: &mut RecvBatch,
         verdicts: &mut SendBatch,
-        timeout: Duration,
-        decide: &mut impl FnMut(Event<'_>, &mut SendBatch) -> Result<()>,
+        is_over: impl Fn() -> bool,
+        mut decide: impl FnMut(Event<'_>, &mut SendBatch) -> Result<()>,
     ) -> Result<u64> {
-        drain(queue, timeout, |wait, deadline| {
-            self.fill(batch, wait)?;
-            let mut events = batch.events();
-            while !deadline.is_over() {
-                let Some(event) = events.next() else { break };
-                decide(event, verdicts)?;
+        /// The time between two looks for packets that other threads have answered
+        const PAUSE: Duration = Duration::from_millis(5);
+        queue.pass_by()?; // all packets of the queue are received when it returns
+        let mut wait = Wait::No;
+        loop {
+            let waiting = queue.waiting();
+            if waiting == 0 || is_over() {
+                return Ok(waiting);
             }
-            self.send(verdicts)
-        })
+            self.fill(batch, wait)?;
+            // One event: the timeout holds between events.
+            let event = batch.events().next();
+            let decided = event.map_or(Ok(()), |event| decide(event, verdicts));
+            self.send(verdicts)?; // also after an error: of packets of other queues too
+            decided?;
+            wait = wait_for(PAUSE);
+        }
     }
 
     pub(crate) fn check_owner(&self, queue: &Queue) -> Result<()> {
@@ -539,40 +547,10 @@ impl Socket {
     }
 }
 
-/// Lets new packets pass by a queue, and takes turns until every packet is answered
-///
-/// `turn` receives, and answers until the deadline. Returns the number of packets that are not
-/// answered.
-pub(crate) fn drain(
-    queue: &Queue,
-    timeout: Duration,
-    mut turn: impl FnMut(Wait, Deadline) -> Result<()>,
-) -> Result<u64> {
-    /// The time between two looks for packets that other threads have answered
-    const PAUSE: Duration = Duration::from_millis(5);
-    let deadline = Deadline(sys::now().checked_add(timeout));
-    queue.pass_by()?; // all packets of the queue are received when it returns
-    let mut wait = Wait::No;
-    loop {
-        let waiting = queue.waiting();
-        if waiting == 0 || deadline.is_over() {
-            return Ok(waiting);
-        }
-        turn(wait, deadline)?;
-        wait = wait_for(PAUSE);
-    }
-}
-
-/// The end of a drain; `None` never comes
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Deadline(Option<Instant>);
-
-impl Deadline {
-    pub(crate) const NEVER: Self = Self(None);
-
-    pub(crate) fn is_over(self) -> bool {
-        self.0.is_some_and(|end| sys::now() >= end)
-    }
+/// Returns a function; it returns true once this time has passed
+pub(crate) fn timer(timeout: Duration) -> impl Fn() -> bool {
+    let begin = sys::now();
+    move || begin.elapsed() >= timeout
 }
 
 /// Returns a wait that ends after this time

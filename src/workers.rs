@@ -3,17 +3,17 @@
 use std::any::Any;
 use std::fmt;
 use std::ops::RangeInclusive;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nfqnl_proto::{PlainVerdict, QueueConfig, Verdict};
 
-use crate::engine::Waker;
 use crate::error::{Error, Operation, Result};
 use crate::event::Event;
+use crate::handle::MAX_DELAY;
 use crate::queue::Queue;
 use crate::recv_batch::RecvBatch;
 use crate::socket::{Socket, SocketBuilder};
@@ -30,12 +30,12 @@ pub struct WorkersBuilder {
     is_pinned: bool,
     socket: SocketBuilder,
     config: QueueConfig,
-    on_panic: PlainVerdict,
+    on_failure: PlainVerdict,
 }
 
 impl WorkersBuilder {
-    /// Sets the number of queues, and so of threads; by default the number of CPUs that the process
-    /// may use
+    /// Sets the number of queues, and so of threads; by default
+    /// [`available_parallelism`](std::thread::available_parallelism)
     ///
     /// The number is at least 1, and the last queue is at most 65535: [`Workers::queues`] returns
     /// the range.
@@ -44,11 +44,11 @@ impl WorkersBuilder {
         self
     }
 
-    /// Keeps each thread on its CPUs; `false` by default
+    /// Pins each thread to its CPUs; `false` by default
     ///
-    /// Worker i stays on those CPUs c of the process's mask with `c % count == i`. These feed its
-    /// queue in a rule with fanout (`Queues::fanout` in the module `rules`), so the thread finds
-    /// the packets in the caches of its CPU. A worker without such a CPU is not pinned.
+    /// Worker i stays on those CPUs c of the calling thread's mask with `c % count == i`. These
+    /// feed its queue in a rule with fanout (`Queues::fanout` in the module `rules`), so the thread
+    /// finds the packets in the caches of its CPU. A worker without such a CPU is not pinned.
     pub const fn pin(mut self, pin: bool) -> Self {
         self.is_pinned = pin;
         self
@@ -89,13 +89,13 @@ impl WorkersBuilder {
             parts.push((socket, queue));
         }
         let shared = Shared {
+            sockets: parts.iter().map(|(socket, _)| Arc::clone(socket)).collect(),
             is_stopped: AtomicBool::new(false),
-            drain_until: Mutex::new(None),
-            wakers: parts.iter().map(|(socket, _)| socket.waker()).collect(),
+            has_failed: AtomicBool::new(false),
+            drain: OnceLock::new(),
         };
         let mut workers = Workers {
             queues: self.first..=last,
-            sockets: parts.iter().map(|(socket, _)| Arc::clone(socket)).collect(),
             shared: Arc::new(shared),
             threads: Vec::new(),
         };
@@ -104,14 +104,15 @@ impl WorkersBuilder {
             let worker = Worker {
                 socket,
                 queue,
+                batch: RecvBatch::for_config(RecvBatch::DEFAULT_SLOTS, &self.config),
                 shared: Arc::clone(&workers.shared),
-                on_panic: self.on_panic,
+                on_failure: self.on_failure,
                 function: make(index),
             };
             let pin = self.is_pinned.then_some((index, workers.queues.len()));
             let run = move || {
                 if let Some((index, count)) = pin {
-                    sys::stay_on_cpus(|cpu| cpu % count == index);
+                    sys::pin_to_cpus(|cpu| cpu % count == index);
                 }
                 worker.run()
             };
@@ -119,7 +120,7 @@ impl WorkersBuilder {
             let thread = thread
                 .spawn(run)
                 .map_err(Error::io(Operation::StartWorker(num)))?;
-            workers.threads.push((num, thread));
+            workers.threads.push(thread);
         }
         Ok(workers)
     }
@@ -127,9 +128,10 @@ impl WorkersBuilder {
 
 /// One thread and one socket for each queue of a range
 ///
-/// This uses all CPUs: a rule spreads packets over the queues, and each thread shares nothing with
-/// the others. All queues are bound when [`start`](WorkersBuilder::start) returns, so add the rule
-/// then.
+/// The workers use all CPUs: a rule spreads packets over the queues, and each thread shares nothing
+/// with the others. Each one has its own receive buffer and its own [`RecvBatch`], so their memory
+/// grows with the number of workers. All queues are bound when [`start`](WorkersBuilder::start)
+/// returns, so add the rule then.
 ///
 /// * A rule for a range (`queue num 1-4`, `--queue-balance 1:4`) chooses the queue by the packet's
 ///   addresses and protocol. A connection keeps its queue, in both directions.
@@ -137,8 +139,10 @@ impl WorkersBuilder {
 ///   where the network card or RPS spreads packets over the CPUs, and packets of one connection may
 ///   then be in several queues and change their order.
 ///
-/// If a worker panics or fails, all stop, and the kernel drops the waiting packets of the other
-/// queues. Dropping this value stops all too. Every end waits for functions that are running.
+/// The verdicts on the packets of a batch are sent together, or once the oldest of them is a
+/// millisecond old. If a worker panics or fails, all stop, and the waiting packets of all queues
+/// get a default verdict; with `panic = "abort"` the kernel drops them. Dropping this value stops
+/// all too. Stopping waits until running functions return.
 ///
 /// ```no_run
 /// use nfqnl::{Event, Verdict, Workers};
@@ -161,25 +165,24 @@ impl WorkersBuilder {
 #[derive(Debug)]
 pub struct Workers {
     queues: RangeInclusive<u16>,
-    sockets: Vec<Arc<Socket>>,
     shared: Arc<Shared>,
-    threads: Vec<(u16, JoinHandle<Result<u64, Failure>>)>,
+    threads: Vec<JoinHandle<Result<u64, WorkerError>>>,
 }
 
 impl Workers {
     /// Returns the default settings, for queues from `first` on
     ///
-    /// If a worker panics or fails, the waiting packets of its queue get the verdict `on_panic`.
-    /// With Accept, new packets pass by until the queue is unbound. With another verdict the kernel
-    /// drops the packets of this moment.
-    pub fn builder(first: u16, on_panic: impl Into<PlainVerdict>) -> WorkersBuilder {
+    /// If a worker panics or fails, the waiting packets of all queues get the verdict `on_failure`.
+    /// With Accept, new packets pass by until the queues are unbound, without a mark. With another
+    /// verdict the kernel drops new packets until the unbind.
+    pub fn builder(first: u16, on_failure: impl Into<PlainVerdict>) -> WorkersBuilder {
         WorkersBuilder {
             first,
             count: None,
             is_pinned: false,
             socket: Socket::builder(),
             config: QueueConfig::new(),
-            on_panic: on_panic.into(),
+            on_failure: on_failure.into(),
         }
     }
 
@@ -192,13 +195,14 @@ impl Workers {
     /// Returns the sums of the counters of all sockets
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.sockets.iter().map(|socket| socket.stats()).sum()
+        let sockets = self.shared.sockets.iter();
+        sockets.map(|socket| socket.stats()).sum()
     }
 
-    /// Returns true if a worker has panicked or failed: all have stopped then, or stop now
+    /// Returns true if a worker has panicked or failed: all workers stop then
     #[must_use]
     pub fn have_failed(&self) -> bool {
-        self.shared.is_stopped.load(SeqCst)
+        self.shared.has_failed.load(SeqCst)
     }
 
     /// Waits until a worker panics or fails
@@ -214,7 +218,7 @@ impl Workers {
 
     /// Stops all threads, and unbinds the queues: the kernel drops their waiting packets
     ///
-    /// A worker stops after the event that it handles, and sends its verdicts.
+    /// A worker finishes its present event, and sends its verdicts.
     ///
     /// # Errors
     /// [`WorkerError`]: a worker has panicked or failed, or a queue cannot be unbound.
@@ -226,11 +230,13 @@ impl Workers {
     /// Stops all threads without losing a packet: each drains its queue ([`Socket::drain`]);
     /// returns the number of packets lost at the end of `timeout`
     ///
+    /// The drain calls a function only with events. If a function holds packets for a later
+    /// verdict, these packets are lost.
+    ///
     /// # Errors
     /// [`WorkerError`]: a worker has panicked or failed.
     pub fn drain(mut self, timeout: Duration) -> Result<u64, WorkerError> {
-        let end = sys::now().checked_add(timeout);
-        *self.shared.drain_until() = Some(end);
+        self.shared.drain.get_or_init(|| (sys::now(), timeout));
         self.shared.stop();
         self.join()
     }
@@ -238,16 +244,12 @@ impl Workers {
     /// Waits for all threads; returns the number of packets lost by drains
     fn join(&mut self) -> Result<u64, WorkerError> {
         let mut lost = Ok(0);
-        for (queue, thread) in self.threads.drain(..) {
+        for thread in self.threads.drain(..) {
+            // The worker catches panics of its function.
             let ended = thread
                 .join()
-                .unwrap_or_else(|payload| Err(panicked(&*payload)));
-            lost = match (lost, ended) {
-                (Ok(lost), Ok(more)) => Ok(lost + more),
-                (Err(first), _) => Err(first),
-                (_, Err(Failure::Error(source))) => Err(WorkerError::Failed { queue, source }),
-                (_, Err(Failure::Panic(message))) => Err(WorkerError::Panicked { queue, message }),
-            };
+                .unwrap_or_else(|payload| resume_unwind(payload));
+            lost = lost.and_then(|lost| ended.map(|more| lost + more));
         }
         lost
     }
@@ -313,93 +315,107 @@ impl std::error::Error for WorkerError {
 /// Shared by all threads
 #[derive(Debug)]
 struct Shared {
+    sockets: Vec<Arc<Socket>>,
     is_stopped: AtomicBool,
-    /// Each queue is drained until then; `Some(None)` has no end
-    drain_until: Mutex<Option<Option<Instant>>>,
-    wakers: Vec<Waker>,
+    has_failed: AtomicBool,
+    /// The begin and the timeout of a drain
+    drain: OnceLock<(Instant, Duration)>,
 }
 
 impl Shared {
     fn stop(&self) {
         self.is_stopped.store(true, SeqCst);
-        self.wakers.iter().for_each(Waker::wake_all);
-    }
-
-    fn drain_until(&self) -> std::sync::MutexGuard<'_, Option<Option<Instant>>> {
-        self.drain_until
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        let sockets = self.sockets.iter();
+        sockets.for_each(|socket| socket.waker().wake_all());
     }
 }
 
-enum Failure {
-    Error(Error),
-    Panic(String),
-}
-
-/// Returns the failure of a caught panic
-fn panicked(payload: &(dyn Any + Send)) -> Failure {
+/// Returns the text of a panic
+fn text_of(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().copied();
     let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
-    Failure::Panic(text.unwrap_or("no text").to_owned())
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self::Error(error)
-    }
+    text.unwrap_or("no text").to_owned()
 }
 
 struct Worker<F> {
     socket: Arc<Socket>,
     queue: Queue,
+    batch: RecvBatch,
     shared: Arc<Shared>,
-    on_panic: PlainVerdict,
+    on_failure: PlainVerdict,
     function: F,
 }
 
 impl<F: FnMut(Event<'_>, &mut SendBatch) -> Result<()>> Worker<F> {
     /// Runs until a stop or a failure; returns the number of packets lost by a drain
-    fn run(self) -> Result<u64, Failure> {
+    fn run(mut self) -> Result<u64, WorkerError> {
+        let mut verdicts = SendBatch::new();
+        let worked = catch_unwind(AssertUnwindSafe(|| self.work(&mut verdicts)));
         let Self {
             socket,
             queue,
             shared,
-            on_panic,
-            mut function,
+            on_failure,
+            ..
         } = self;
-        let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
-        let worked = catch_unwind(AssertUnwindSafe(|| {
-            while !shared.is_stopped.load(SeqCst) {
-                for event in socket.recv(&mut batch)? {
-                    function(event, &mut verdicts)?;
-                    if shared.is_stopped.load(SeqCst) {
-                        break; // the rest stays in the batch
-                    }
-                }
-                socket.send(&mut verdicts)?;
-            }
-            let Some(end) = *shared.drain_until() else {
-                return Ok(0);
-            };
-            let left = end.map_or(Duration::MAX, |end| {
-                end.saturating_duration_since(sys::now())
-            });
-            socket.drain_with(&queue, &mut batch, &mut verdicts, left, &mut function)
-        }));
-        let failure = match worked {
-            Ok(Ok(lost)) => return Ok(queue.destroy().map(|()| lost)?),
-            Ok(Err(error)) => Failure::Error(error),
-            Err(payload) => panicked(&*payload),
+        let num = queue.num();
+        let failed = |source| WorkerError::Failed { queue: num, source };
+        let result = match worked {
+            Ok(worked) => worked.map_err(failed),
+            Err(payload) => Err(WorkerError::Panicked {
+                queue: num,
+                message: text_of(&*payload),
+            }),
         };
-        shared.stop();
-        // Decided packets keep their verdicts; all others get the default.
-        let _ = socket.send(&mut verdicts);
-        if on_panic.verdict() == Verdict::Accept {
-            let _ = queue.pass_by();
+        if result.is_err() {
+            shared.has_failed.store(true, SeqCst);
+            shared.stop();
         }
-        let _ = queue.answer_all(on_panic);
+        if !shared.has_failed.load(SeqCst) {
+            queue.destroy().map_err(failed)?;
+            return result;
+        }
+        // Decided packets keep their verdicts, and all others get the default.
+        let _ = socket.send(&mut verdicts);
+        if verdicts.is_empty() {
+            if on_failure.verdict() == Verdict::Accept {
+                let _ = queue.pass_by();
+            }
+            let _ = queue.answer_all(on_failure);
+        }
         let _ = queue.destroy();
-        Err(failure)
+        result
+    }
+
+    /// Calls the function until a stop, and in a drain; returns the number of packets lost by it
+    fn work(&mut self, verdicts: &mut SendBatch) -> Result<u64> {
+        let Self {
+            socket,
+            queue,
+            batch,
+            shared,
+            function,
+            ..
+        } = self;
+        while !shared.is_stopped.load(SeqCst) {
+            let mut due = None;
+            for event in socket.recv(batch)? {
+                function(event, verdicts)?;
+                let now = sys::now();
+                if now >= *due.get_or_insert(now + MAX_DELAY) {
+                    socket.send(verdicts)?;
+                    due = None;
+                }
+                if shared.is_stopped.load(SeqCst) {
+                    break; // the rest stays in the batch
+                }
+            }
+            socket.send(verdicts)?;
+        }
+        let Some((begin, timeout)) = shared.drain.get() else {
+            return Ok(0);
+        };
+        let is_over = || begin.elapsed() >= *timeout || shared.has_failed.load(SeqCst);
+        socket.drain_with(queue, batch, verdicts, is_over, function)
     }
 }

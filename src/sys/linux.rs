@@ -398,8 +398,8 @@ pub(crate) fn is_single_cpu() -> bool {
     unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) < 2 }
 }
 
-/// Keeps the calling thread on those CPUs of its mask that `is_wanted` names, if there are any
-pub(crate) fn stay_on_cpus(is_wanted: impl Fn(usize) -> bool) {
+/// Pins the calling thread to those CPUs of its mask that `is_wanted` names, if there are any
+pub(crate) fn pin_to_cpus(is_wanted: impl Fn(usize) -> bool) {
     let size = mem::size_of::<libc::cpu_set_t>();
     // SAFETY: a set of CPUs is an array of integers, for which all zeroes is a value.
     let (mut allowed, mut wanted): (libc::cpu_set_t, libc::cpu_set_t) = unsafe { mem::zeroed() };

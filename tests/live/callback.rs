@@ -821,7 +821,10 @@ fn a_callback_that_runs_its_handle_is_an_error() {
                 data.set_verdict(Verdict::Accept, None);
                 let handle = own.upgrade().unwrap();
                 let mut batch = RecvBatch::new(1, 4096);
+                let other = handle.socket().bind(QUEUE + 1).unwrap();
+                let drained = handle.drain(other, &mut batch, TIMEOUT);
                 let calls = [
+                    drained.map(|_| 0),
                     handle.handle_packet(&[]),
                     handle.run_once(&mut batch),
                     handle.try_run_once(&mut batch),

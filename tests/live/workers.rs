@@ -85,16 +85,20 @@ fn each_queue_has_its_own_worker() {
             "{kind:?}"
         );
         assert!(is_free(FIRST) && is_free(FIRST + 2));
-        let default = Workers::builder(100, Verdict::Drop)
-            .start(|_| accept)
-            .unwrap();
-        let cpus = thread::available_parallelism().unwrap().get();
-        assert_eq!(default.queues().count(), cpus);
+        let started = || {
+            Workers::builder(100, Verdict::Drop)
+                .start(|_| accept)
+                .unwrap()
+        };
+        let cpus = cpu::allowed().unwrap();
+        assert_eq!(started().queues().count(), cpus.len());
+        let on_one = cpu::on(cpus[0], || started().queues());
+        assert_eq!(on_one.unwrap(), 100..=100);
     });
 }
 
 #[test]
-fn a_stop_ends_workers_amid_their_packets() {
+fn a_stop_ends_workers_with_waiting_packets() {
     isolated(|| {
         let (tell, begun) = mpsc::channel();
         let workers = Workers::builder(FIRST, Verdict::Drop).count(8).start(|_| {
@@ -124,15 +128,19 @@ fn a_stop_ends_workers_amid_their_packets() {
 }
 
 #[test]
-fn a_panic_stops_all_and_answers_its_packets() {
+fn a_panic_stops_all_and_answers_their_packets() {
     isolated(|| {
-        for (on_panic, arrived) in [(Verdict::Accept, 30), (Verdict::Drop, 10)] {
+        // The first worker handles 10 of 30 packets, the second one of 20.
+        for (on_failure, arrived) in [(Verdict::Accept, [30, 20]), (Verdict::Drop, [10, 1])] {
             let is_open = Arc::new(AtomicBool::new(false));
-            let workers = Workers::builder(FIRST, on_panic).count(2).start(|_| {
+            let workers = Workers::builder(FIRST, on_failure).count(2).start(|index| {
                 let (is_open, mut seen) = (Arc::clone(&is_open), 0);
                 move |event: Event<'_>, verdicts: &mut SendBatch| {
                     while !is_open.load(SeqCst) {
                         thread::sleep(Duration::from_millis(1));
+                    }
+                    if index == 1 {
+                        thread::sleep(PATIENCE);
                     }
                     seen += 1;
                     assert!(seen <= 10, "as intended");
@@ -141,16 +149,18 @@ fn a_panic_stops_all_and_answers_its_packets() {
             });
             let workers = workers.unwrap();
             let table = Table::new("t").unwrap();
-            let [udp, _] = sockets::<2>(&table);
-            for _ in 0..30 {
-                udp.send(b"waiting", udp.address()).unwrap();
+            let udps = sockets::<2>(&table);
+            for (udp, count) in udps.iter().zip([30, 20]) {
+                for _ in 0..count {
+                    udp.send(b"waiting", udp.address()).unwrap();
+                }
             }
             is_open.store(true, SeqCst);
             let error = workers.wait().unwrap_err();
             let text = format!("the worker of queue {FIRST} panicked: as intended");
             assert_eq!(error.to_string(), text);
             assert!(matches!(error, WorkerError::Panicked { .. }));
-            assert_eq!(udp.drain(), arrived);
+            assert_eq!(udps.map(|udp| udp.drain()), arrived);
             assert!(are_free(FIRST..=FIRST + 1));
         }
     });
@@ -251,60 +261,128 @@ fn pinned_workers_stay_on_their_cpus() {
     });
 }
 
-/// The panic comes amid the drain
+/// The first worker panics; the second one would need two seconds
 #[test]
-fn a_panic_in_a_drain_answers_its_packets() {
+fn a_panic_in_a_drain_stops_all() {
     isolated(|| {
         let (tell, begun) = mpsc::channel();
         let workers = Workers::builder(FIRST, Verdict::Accept)
-            .count(1)
-            .start(|_| {
+            .count(2)
+            .start(|index| {
                 let (tell, mut seen) = (tell.clone(), 0);
                 move |event: Event<'_>, verdicts: &mut SendBatch| {
                     let _ = tell.send(());
-                    thread::sleep(Duration::from_millis(5));
+                    thread::sleep(Duration::from_millis(20));
                     seen += 1;
-                    assert!(seen <= 20, "as intended");
+                    assert!(index == 1 || seen <= 5, "as intended");
                     accept(event, verdicts)
                 }
             });
         let workers = workers.unwrap();
         let table = Table::new("t").unwrap();
-        let [udp] = sockets::<1>(&table);
-        for _ in 0..50 {
-            udp.send(b"waiting", udp.address()).unwrap();
+        let udps = sockets::<2>(&table);
+        for udp in &udps {
+            for _ in 0..100 {
+                udp.send(b"waiting", udp.address()).unwrap();
+            }
         }
         begun.recv_timeout(TIMEOUT).unwrap();
+        let begin = Instant::now();
         let error = workers.drain(TIMEOUT).unwrap_err();
         assert!(matches!(error, WorkerError::Panicked { .. }));
-        assert_eq!(udp.drain(), 50);
+        let took = begin.elapsed();
+        assert!(took < Duration::from_millis(500), "{took:?}");
+        assert_eq!(udps.map(|udp| udp.drain()), [100, 100]);
     });
 }
 
-/// A slow function, a small receive buffer, and packets that keep coming
+/// New packets pass by until the queue is unbound
 #[test]
-fn a_panic_under_load_loses_only_overruns() {
+fn a_panic_under_load_loses_no_packet() {
     isolated(|| {
-        let socket = Socket::builder().recv_buffer(8192);
-        let workers = Workers::builder(FIRST, Verdict::Accept)
+        let table = Table::new("t").unwrap();
+        let [udp] = sockets::<1>(&table);
+        let (is_over, gate) = (AtomicBool::new(false), Mutex::new(()));
+        let (sent, lost) = thread::scope(|scope| {
+            let sender = scope.spawn(|| traffic::numbered(&udp, &is_over, &gate, PATIENCE));
+            for _ in 0..20 {
+                // The kernel may drop a packet during a bind: see `Socket::bind_with`.
+                let closed = gate.lock().unwrap();
+                let workers = Workers::builder(FIRST, Verdict::Accept)
+                    .count(1)
+                    .start(|_| {
+                        let mut seen = 0;
+                        move |event: Event<'_>, verdicts: &mut SendBatch| {
+                            seen += 1;
+                            assert!(seen <= 50, "as intended");
+                            accept(event, verdicts)
+                        }
+                    });
+                let workers = workers.unwrap();
+                drop(closed);
+                assert!(workers.wait().is_err());
+            }
+            is_over.store(true, SeqCst);
+            sender.join().unwrap()
+        });
+        assert!(sent >= 1000);
+        assert_eq!(lost, 0);
+    });
+}
+
+/// A slow function fills the buffer, and the kernel has no room for the answer to the unbind
+#[test]
+fn a_stop_with_a_full_buffer_succeeds() {
+    isolated(|| {
+        let (tell, begun) = mpsc::channel();
+        let workers = Workers::builder(FIRST, Verdict::Drop)
             .count(1)
-            .socket(socket);
+            .socket(Socket::builder().recv_buffer(1 << 14));
         let workers = workers.start(|_| {
-            |_: Event<'_>, _: &mut SendBatch| {
-                thread::sleep(Duration::from_millis(20));
-                panic!("as intended")
+            let tell = tell.clone();
+            move |_: Event<'_>, _: &mut SendBatch| {
+                let _ = tell.send(());
+                thread::sleep(Duration::from_millis(30));
+                Ok(())
             }
         });
         let workers = workers.unwrap();
         let table = Table::new("t").unwrap();
         let [udp] = sockets::<1>(&table);
-        for _ in 0..50 {
+        for _ in 0..500 {
             udp.send(b"waiting", udp.address()).unwrap();
         }
-        let sockets = workers.stats();
-        assert!(workers.wait().is_err());
-        assert_eq!(sockets.refused_verdicts, 0);
-        let arrived = udp.drain();
-        assert!(arrived > 0);
+        begun.recv_timeout(TIMEOUT).unwrap();
+        workers.stop().unwrap();
+        assert!(is_free(FIRST));
+    });
+}
+
+#[test]
+fn a_decided_packet_does_not_wait_for_others() {
+    isolated(|| {
+        let is_open = Arc::new(AtomicBool::new(false));
+        let workers = Workers::builder(FIRST, Verdict::Drop).count(1).start(|_| {
+            let is_open = Arc::clone(&is_open);
+            move |event: Event<'_>, verdicts: &mut SendBatch| {
+                while !is_open.load(SeqCst) {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                thread::sleep(Duration::from_millis(50));
+                accept(event, verdicts)
+            }
+        });
+        let workers = workers.unwrap();
+        let table = Table::new("t").unwrap();
+        let [udp] = sockets::<1>(&table);
+        for _ in 0..20 {
+            udp.send(b"waiting", udp.address()).unwrap();
+        }
+        let begin = Instant::now();
+        is_open.store(true, SeqCst);
+        assert!(udp.recv().is_some());
+        let took = begin.elapsed();
+        assert!(took < Duration::from_millis(500), "{took:?}");
+        workers.stop().unwrap();
     });
 }
