@@ -4,8 +4,8 @@ use std::cmp::Ordering;
 
 use crate::rewrite::{CHANGES, NFQNL, OLD_LEN};
 use crate::{
-    BUSY, C, FIRST_4_KIB, FIRST_BYTES, GOODPUT, KINDS, LATENCY, LOOP, NFQ, NO_QUEUE, ONE_QUEUE,
-    PACKETS, Placement, REWRITE, TWO_CPUS,
+    BUSY, C, COPY, FIRST_4_KIB, FIRST_BYTES, GOODPUT, KINDS, LATENCY, LOOP, NFQ, NO_QUEUE,
+    ONE_QUEUE, PACKETS, Placement, REWRITE, TWO_CPUS,
 };
 
 /// A measured case
@@ -13,6 +13,8 @@ use crate::{
 pub(crate) enum Case {
     /// Verdicts of one of [`KINDS`] on packets of this many bytes
     Throughput(&'static str, usize),
+    /// Long packets, each copied in part or whole
+    Copy,
     Latency,
     /// The same, with the sender and the busy side on two CPUs
     BusyLatency,
@@ -44,6 +46,7 @@ impl Case {
     pub(crate) fn name(self) -> String {
         match self {
             Self::Throughput(kind, len) => format!("{kind}, {len} bytes"),
+            Self::Copy => COPY.to_owned(),
             Self::Latency | Self::BusyLatency => LATENCY.to_owned(),
             Self::Queues(layout) => layout.to_owned(),
             Self::Goodput(recv_buffer) => format!("{GOODPUT}, receive buffer {recv_buffer}"),

@@ -6,6 +6,7 @@
 //!
 //! * Throughput: a number of UDP packets waits in the queue of one side, which then handles them
 //!   all and measures the time.
+//! * Copies: the same with the loop and 1400-byte packets, of which the kernel copies a part.
 //! * Latency: one UDP packet goes from a socket through the queue to the same socket, repeatedly.
 //!   One side more polls busily before it waits.
 //! * Queues: one or two processes of a side, each with a queue, handle waiting packets at the same
@@ -43,6 +44,7 @@ const FIRST_PORT: u16 = 5000;
 pub(crate) const PACKETS: [(usize, usize); 2] = [(64, 192), (1400, 64)];
 pub(crate) const KINDS: [&str; 3] = ["accept", "drop", "mixed"];
 pub(crate) const LATENCY: &str = "latency";
+pub(crate) const COPY: &str = "copy";
 pub(crate) const QUEUES: &str = "queues";
 pub(crate) const GOODPUT: &str = "goodput";
 pub(crate) const FIRST_BYTES: &str = "first-bytes";
@@ -73,7 +75,7 @@ fn programs(built: &Path) -> Result<Vec<Program>> {
         program(NFQ, of_ours("nfq"), &[]),
         program("floor: 32, single", of_c("floor"), &["32", "single"]),
         program("floor: 32, runs", of_c("floor"), &["32", "runs"]),
-        program("floor: 64, runs", of_c("floor"), &["64", "runs"]),
+        program(FLOOR_64, of_c("floor"), &["64", "runs"]),
         program("nfqnl handle_packet", of_ours("handle_packet"), &[]),
         program("nfqnl run_once", of_ours("run_once"), &[]),
         program(LOOP, of_ours("loop"), &[]),
@@ -97,11 +99,22 @@ fn own_command(own: &Path, style: &str) -> Vec<String> {
 pub(crate) const C: &str = "C libnetfilter_queue";
 pub(crate) const NFQ: &str = "nfq 0.2.5";
 pub(crate) const LOOP: &str = "nfqnl loop";
+pub(crate) const FLOOR_64: &str = "floor: 64, runs";
 pub(crate) const BUSY: &str = "nfqnl loop, busy polling";
+/// Styles of the loop, each with the number of bytes that the kernel copies of a packet
+pub(crate) const COPIES: [(&str, &str, usize); 3] = [
+    ("whole packets", "loop", usize::MAX),
+    ("128 bytes", "headers", HEADERS as usize),
+    ("no bytes", "attributes", 0),
+];
+/// Enough bytes for all headers
+const HEADERS: u32 = 128;
 /// Layouts of queues on CPUs; each process has a queue
 pub(crate) const ONE_QUEUE: &str = "1 queue";
 pub(crate) const TWO_QUEUES: &str = "2 queues, 1 CPU";
 pub(crate) const TWO_CPUS: &str = "2 queues, 2 CPUs";
+/// The sides with two queues
+pub(crate) const QUEUE_SIDES: [&str; 3] = [C, FLOOR_64, LOOP];
 pub(crate) const LAYOUTS: [&str; 3] = [ONE_QUEUE, TWO_QUEUES, TWO_CPUS];
 
 fn main() -> ExitCode {
@@ -205,7 +218,7 @@ impl Options {
         }
         let all = [
             &KINDS[..],
-            &[LATENCY, QUEUES, GOODPUT, FIRST_BYTES, REWRITE],
+            &[COPY, LATENCY, QUEUES, GOODPUT, FIRST_BYTES, REWRITE],
         ]
         .concat();
         match options.only.as_deref() {
@@ -349,6 +362,9 @@ impl Bench<'_> {
                 }
             }
         }
+        if self.options.is_wanted(COPY) {
+            self.copy()?;
+        }
         if self.options.is_wanted(LATENCY) {
             self.latency()?;
         }
@@ -376,13 +392,9 @@ impl Bench<'_> {
     fn throughput(&mut self, kind: &'static str, len: usize, packets: usize) -> Result<()> {
         let rounds = self.options.amount().rounds;
         let mut sides = self.start_all(kind)?;
-        for round in 0..rounds {
-            let n = sides.len();
-            for place in 0..n {
-                let side = sides.get_mut((place + round) % n).ok_or("no side")?;
-                side.run_round(kind, len, packets)?;
-            }
-        }
+        run_rounds(&mut sides, rounds, |side| {
+            side.run_round(kind, len, packets)
+        })?;
         self.chain.flush()?;
 
         println!("\n### {kind}, {len} bytes ({rounds} rounds of {packets} packets)\n");
@@ -399,6 +411,39 @@ impl Bench<'_> {
             let case = Case::Throughput(kind, len);
             self.push(case, name, Metric::Wall, wall);
             self.push(case, name, Metric::Cpu, cpu);
+        }
+        Ok(())
+    }
+
+    /// Measures the loop with copies of whole packets, of headers, and of nothing
+    fn copy(&mut self) -> Result<()> {
+        let rounds = self.options.amount().rounds;
+        let own = std::env::current_exe()?;
+        let [_, (len, packets)] = PACKETS;
+        let mut sides = Vec::new();
+        for (num, (name, style, copied)) in (0..).zip(COPIES) {
+            let program = Program {
+                name,
+                command: own_command(&own, style),
+                tail: &[],
+            };
+            let mut side = self.start(self.chain, &program, num, &accept_udp(0))?;
+            side.copied = copied;
+            sides.push(side);
+        }
+        run_rounds(&mut sides, rounds, |side| {
+            side.run_round("accept", len, packets)
+        })?;
+        self.chain.flush()?;
+
+        println!("\n### copies of {len} bytes ({rounds} rounds of {packets} packets)\n");
+        println!("| | ns per packet | CPU ns per packet |\n|---|---:|---:|");
+        for side in &mut sides {
+            let each = |samples: &mut Vec<f64>| median(samples) / packets as f64;
+            let (name, wall, cpu) = (side.name, each(&mut side.wall), each(&mut side.cpu));
+            println!("| {name} | {wall:.0} | {cpu:.0} |");
+            self.push(Case::Copy, name, Metric::Wall, wall);
+            self.push(Case::Copy, name, Metric::Cpu, cpu);
         }
         Ok(())
     }
@@ -423,13 +468,9 @@ impl Bench<'_> {
             Ok(placed??)
         };
         sides.push(Side::start(self.chain, &busy, place, num, &accept_udp(0))?);
-        for round in 0..amount.latency_rounds {
-            let n = sides.len();
-            for place in 0..n {
-                let side = sides.get_mut((place + round) % n).ok_or("no side")?;
-                side.run_round_trips(amount.round_trips)?;
-            }
-        }
+        run_rounds(&mut sides, amount.latency_rounds, |side| {
+            side.run_round_trips(amount.round_trips)
+        })?;
         self.chain.flush()?;
 
         println!("\n### latency of one 64-byte UDP packet through the queue\n");
@@ -468,9 +509,9 @@ impl Bench<'_> {
         for program in self
             .programs
             .iter()
-            .filter(|program| [C, LOOP].contains(&program.name))
+            .filter(|program| QUEUE_SIDES.contains(&program.name))
         {
-            // Two on the CPU of the sides, and one on that of the sender
+            // Two on the CPU of the sides, and one on the sender's CPU
             let mut sides = Vec::new();
             for (num, is_side) in (0..).zip([true, true, false]) {
                 let queue = accept_udp(RECV_BUFFER);
@@ -668,9 +709,7 @@ impl Bench<'_> {
     fn start_all(&self, kind: &'static str) -> Result<Vec<Side>> {
         let queue = QueueOptions {
             kind,
-            recv_buffer: 0,
-            wants_gso: false,
-            rule: &|port| Rule::new().udp_dport(port),
+            ..accept_udp(0)
         };
         let start = |(index, program): (usize, &Program)| {
             self.start(self.chain, program, u16::try_from(index)?, &queue)
@@ -694,6 +733,21 @@ impl Bench<'_> {
         };
         Side::start(chain, program, place, num, queue)
     }
+}
+
+/// Lets the sides take turns; a different side begins each round
+fn run_rounds(
+    sides: &mut [Side],
+    rounds: usize,
+    run: impl Fn(&mut Side) -> Result<()>,
+) -> Result<()> {
+    for round in 0..rounds {
+        let n = sides.len();
+        for place in 0..n {
+            run(sides.get_mut((place + round) % n).ok_or("no side")?)?;
+        }
+    }
+    Ok(())
 }
 
 pub(crate) const NO_QUEUE: &str = "without the queue";
@@ -741,6 +795,8 @@ struct Side {
     /// In nanoseconds
     wall: Vec<f64>,
     cpu: Vec<f64>,
+    /// The most bytes of a packet that the kernel copies
+    copied: usize,
     /// The packets so far; their ids begin at 1
     seen: usize,
 }
@@ -785,6 +841,7 @@ impl Side {
             process,
             wall: Vec::new(),
             cpu: Vec::new(),
+            copied: usize::MAX,
             seen: 0,
         };
         side.answer()?; // "ready"
@@ -828,7 +885,7 @@ impl Side {
         };
         self.wall.push(number()?);
         self.cpu.push(number()?);
-        if number()? != (packets * len) as f64 {
+        if number()? != (packets * len.min(self.copied)) as f64 {
             return Err(format!("{}: {answer:?}, wrong number of bytes", self.name).into());
         }
         let ids = self.seen + 1..=self.seen + packets;

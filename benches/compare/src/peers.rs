@@ -17,7 +17,7 @@ use nfqnl::{
 use rustix::thread::{CpuSet, sched_setaffinity};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::Result;
+use crate::{HEADERS, Result};
 
 const MIXED_MARK: u32 = 7;
 /// Longer than a round trip
@@ -56,15 +56,23 @@ pub(crate) fn run(arguments: &[&str]) -> Result<()> {
         "mixed" => Kind::Mixed,
         _ => return Err("unknown kind".into()),
     };
+    let config = config(wants_gso);
     match style {
-        "loop" => batch_loop(Socket::builder(), queue, kind, recv_buffer, wants_gso),
+        "loop" => batch_loop(Socket::builder(), queue, kind, recv_buffer, &config),
+        "headers" | "attributes" => {
+            let config = match style {
+                "headers" => config.copy_mode(CopyMode::Packet, HEADERS),
+                _ => config.copy_mode(CopyMode::Meta, 0),
+            };
+            batch_loop(Socket::builder(), queue, kind, recv_buffer, &config)
+        }
         "busy" => {
             let cpus = std::env::var(CPUS).unwrap_or_default();
             let cpus: Vec<usize> = cpus.split(' ').filter_map(|cpu| cpu.parse().ok()).collect();
             stay_on(&cpus)?;
             let builder = Socket::builder().busy_poll(BUSY_POLL);
             stay_on(cpus.last().map_or(&[], std::slice::from_ref))?;
-            batch_loop(builder, queue, kind, recv_buffer, wants_gso)
+            batch_loop(builder, queue, kind, recv_buffer, &config)
         }
         _ if recv_buffer != 0 => Err("only the loop sets its receive buffer here".into()),
         "first_bytes" => first_bytes(queue, wants_gso),
@@ -177,13 +185,13 @@ fn batch_loop(
     queue: u16,
     kind: Kind,
     recv_buffer: usize,
-    wants_gso: bool,
+    config: &QueueConfig,
 ) -> Result<()> {
     let socket = match recv_buffer {
         0 => builder.open(),
         bytes => builder.recv_buffer(bytes).open(),
     }?;
-    let _queue = socket.bind_with(queue, &config(wants_gso))?;
+    let _queue = socket.bind_with(queue, config)?;
     let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     let bytes = Cell::new(0);
     serve(|| {

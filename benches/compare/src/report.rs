@@ -8,8 +8,8 @@ use std::path::Path;
 use crate::figures::{BEST_FLOOR, Case, FLOOR, Figures, Metric, TARGETS};
 use crate::rewrite::{OLD_LEN, SIDES};
 use crate::{
-    BUSY, C, LAYOUTS, LOOP, MTU, NFQ, NO_QUEUE, ONE_QUEUE, Options, Placement, Program,
-    RECV_BUFFERS, Result, WAYS,
+    BUSY, C, COPIES, LAYOUTS, LOOP, MTU, NFQ, NO_QUEUE, ONE_QUEUE, Options, PACKETS, Placement,
+    Program, QUEUE_SIDES, RECV_BUFFERS, Result, WAYS,
 };
 
 const PAGE: &str = "performance.md";
@@ -156,6 +156,7 @@ impl fmt::Display for Tables<'_> {
         for placement in self.figures.placements() {
             self.throughput(f, placement)?;
         }
+        self.copy(f)?;
         self.latency(f)?;
         self.queues(f)?;
         self.goodput(f)?;
@@ -237,6 +238,27 @@ impl Tables<'_> {
         Ok(())
     }
 
+    fn copy(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let placements = self.figures.placements();
+        let [_, (len, _)] = PACKETS;
+        writeln!(f, "\n### Copies of {len}-byte packets, nfqnl loop")?;
+        write!(f, "\n| ns per packet, CPU time in brackets |")?;
+        for placement in &placements {
+            write!(f, " {} |", placement.name())?;
+        }
+        writeln!(f, "\n|---|{}", "---:|".repeat(placements.len()))?;
+        for (name, ..) in COPIES {
+            write!(f, "| {name} |")?;
+            for &placement in &placements {
+                let figure = |metric| self.figures.median(placement, Case::Copy, name, metric);
+                let (wall, cpu) = (figure(Metric::Wall), figure(Metric::Cpu));
+                write!(f, " {wall:.0} ({cpu:.0}) |")?;
+            }
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+
     fn latency(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let placements = self.figures.placements();
         writeln!(
@@ -284,7 +306,7 @@ impl Tables<'_> {
             .iter()
             .try_for_each(|layout| write!(f, " {layout} |"))?;
         writeln!(f, "\n|---|{}", "---:|".repeat(LAYOUTS.len()))?;
-        for side in [C, LOOP] {
+        for side in QUEUE_SIDES {
             write!(f, "| {side} |")?;
             for layout in LAYOUTS {
                 let ratio = wall(side, ONE_QUEUE) / wall(side, layout);
