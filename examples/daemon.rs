@@ -45,7 +45,7 @@ fn main() -> Result<()> {
     thread::spawn(move || {
         for signal in &mut caught {
             let _ = send.send(signal);
-            waker.wake(); // ends the receive call of the one thread that receives
+            waker.wake(); // ends the receive call
         }
     });
     let (work, packets) = mpsc::channel();

@@ -1,4 +1,4 @@
-//! Network namespaces other than that of the calling thread
+//! Network namespaces beside the calling thread's own
 
 use std::fs::File;
 use std::io;
@@ -15,8 +15,8 @@ use crate::sys;
 /// thread opens it there, and the calling thread stays where it is. Clones are cheap, and keep the
 /// namespace alive.
 ///
-/// Entering a namespace needs `CAP_SYS_ADMIN` in the process's user namespace, and in the one that
-/// owns the network namespace. Root has both. For a namespace of another user
+/// Entering a namespace needs `CAP_SYS_ADMIN` in the process's user namespace, and in the user
+/// namespace that owns the network namespace. Root has both. For a namespace of another user
 /// (`unshare -Urn`, rootless containers) an ordinary user opens a netfilter socket inside, and
 /// passes its descriptor to [`SocketBuilder::open_fd`](crate::SocketBuilder::open_fd).
 ///

@@ -22,10 +22,10 @@
 //!   rules. Rust drops variables in the reverse order, so the table goes last also after an error.
 //! * To stop without a loss: take the rules away ([`Chain::clear`]), then
 //!   [drain](crate::Socket::drain) the queues, then remove the table ([`Table::remove`]).
-//! * **A table that vanishes drops the waiting packets of all queues in the network namespace, also
-//!   those of other programs**: the kernel does so whenever a base chain goes away. Adding and
-//!   removing rules does not. So a program that others should not notice keeps its chains for a
-//!   long time, and clears them instead of removing them.
+//! * **When a table vanishes, the kernel drops the waiting packets of all queues in the network
+//!   namespace, also of other programs' queues.** The kernel does so whenever a base chain goes
+//!   away. Adding and removing rules drops nothing. So a program beside other programs keeps its
+//!   chains for a long time, and clears them instead of removing them.
 //!
 //! # Kernels
 //! nf_tables with the expression `queue` (`CONFIG_NFT_QUEUE`). Kernels without it use the xtables
@@ -157,7 +157,8 @@ impl ChainConfig {
     ///
     /// The chains of a hook see a packet in the order of their priorities. The kernel's own parts
     /// have priorities too: -200 connection tracking, -100 and 100 address translation
-    /// (`enum nf_ip_hook_priorities`).
+    /// (`enum nf_ip_hook_priorities`). On a bridge take -200, as nft(8) does for filters:
+    /// br_netfilter works at 0, and Linux 5.10 does not call a chain of 0 beside it.
     pub const fn priority(mut self, priority: i32) -> Self {
         self.priority = priority;
         self
@@ -373,7 +374,7 @@ impl Table {
 
     /// Removes the table with its chains and rules, also a persistent one
     ///
-    /// Its [`Chain`]s and clones are of no use then.
+    /// Calls of its [`Chain`]s and clones fail afterwards.
     ///
     /// # Errors
     /// [`Error::Refused`]; [`Error::NoAck`]; [`Error::Io`].
@@ -457,7 +458,7 @@ impl Chain {
 
     /// Returns the sum of the counters of all rules with this label; `None` if no rule has it
     ///
-    /// Bytes are those of whole packets.
+    /// The bytes of whole packets count.
     ///
     /// # Errors
     /// [`Error::Refused`]; [`Error::NoAck`]; [`Error::Io`].

@@ -102,7 +102,7 @@ pub(super) struct Request {
     /// `res_id` of `struct nfgenmsg`
     resource: u16,
     attributes: Attributes,
-    /// What it does, for its error
+    /// The operation that an error names
     op: Operation,
 }
 
@@ -194,8 +194,9 @@ impl Connection {
         })
     }
 
-    /// Makes all changes, or none; the error is that of the first refused one, or of `op` if it
-    /// belongs to all
+    /// Makes all changes, or none
+    ///
+    /// The error names the first refused change. An error of all changes names `op`.
     pub(super) fn commit(&mut self, op: Operation, mut requests: Vec<Request>) -> Result<()> {
         let last = requests.len();
         match requests.last_mut() {

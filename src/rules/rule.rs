@@ -251,8 +251,7 @@ impl Rule {
     /// Matches packets from a network: an address, and the number of its bits that count
     ///
     /// An IPv4 address matches IPv4 only, and an IPv6 address IPv6 only. 32 and 128 bits are one
-    /// address; a larger number means the same. In a chain of a bridge this was seen to match on
-    /// Linux 6.12, and not on 5.10.
+    /// address; a larger number means the same.
     pub fn saddr(self, address: IpAddr, prefix: u8) -> Self {
         self.address(address, prefix, [12, 8])
     }
@@ -342,7 +341,7 @@ impl Rule {
         self.expression("counter", &[])
     }
 
-    /// Sets the packet's mark: the bits of `mask` become those of `value`
+    /// Sets the bits of `mask` in the packet's mark to the bits of `value`
     pub fn set_mark(self, value: u32, mask: u32) -> Self {
         self.load_meta(NFT_META_MARK)
             .mask(&(!mask).to_ne_bytes(), &(value & mask).to_ne_bytes())
@@ -352,7 +351,7 @@ impl Rule {
             })
     }
 
-    /// Makes the packet's mark that of its connection
+    /// Copies the packet's mark to its connection
     ///
     /// With a packet mark in the verdict and this rule in a later chain, a program marks
     /// connections also on kernels that take no conntrack changes

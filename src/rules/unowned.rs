@@ -1,5 +1,6 @@
-//! Tables without an owner, for Linux before 5.12: their name has the process, and those of ended
-//! processes are removed
+//! Tables without an owner, for Linux before 5.12
+//!
+//! The name of such a table contains the process, and tables of ended processes are removed.
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};

@@ -275,8 +275,8 @@ fn sockets_opened_under_fire_hear_only_the_kernel() {
         if forge() {
             return;
         }
-        // The first netlink socket of a process gets the process id as its port. It is this one,
-        // and not that of the rules.
+        // The first netlink socket of a process gets the process id as its port. Here the rules
+        // must not have this socket.
         let mut first = netfilter_socket();
         first.bind_auto().unwrap();
         let lab = Lab::new();

@@ -393,7 +393,8 @@ fn addresses_on_a_bridge() {
         let Some(bridge) = bridge() else { return };
         let table = Table::new("t").unwrap();
         let place = ChainConfig::new(Hook::FORWARD).family(TableFamily::Bridge);
-        let chain = table.chain("c", place).unwrap();
+        // The priority of nft's filter chains there. br_netfilter works at 0.
+        let chain = table.chain("c", place.priority(-200)).unwrap();
         let IpAddr::V4(address) = bridge.right.v4 else {
             panic!("not IPv4");
         };
@@ -417,9 +418,7 @@ fn addresses_on_a_bridge() {
         sender.send(b"bridged", (address, PORT).into()).unwrap();
         assert!(receiver.recv().is_some());
         let packets = |label| chain.counter(label).unwrap().unwrap().packets;
-        // Linux 5.10 matches nothing here: see `Rule::saddr`.
-        let matched = u64::from(kernel::is_at_least(6, 12));
-        assert_eq!(["it", "loopback", "six"].map(packets), [matched, 0, 0]);
+        assert_eq!(["it", "loopback", "six"].map(packets), [1, 0, 0]);
     });
 }
 

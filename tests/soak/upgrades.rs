@@ -121,7 +121,7 @@ fn decide(packet: &Packet<'_>, number: Option<u32>, verdicts: &mut SendBatch) ->
     }
 }
 
-/// What became of the datagrams, by number
+/// The datagrams that were sent and that arrived, by number
 struct Account {
     sent: AtomicU32,
     arrived: Vec<AtomicBool>,
