@@ -316,7 +316,7 @@ mod tests {
             &header[..],
             &request,
             &1_u32.to_ne_bytes(),
-            &std::process::id().to_ne_bytes(),
+            &engine.wake.mark().to_ne_bytes(),
         ]
         .concat();
         kernel.send(&answer).unwrap();

@@ -101,7 +101,7 @@ impl Engine {
         let header = RequestHeader {
             ack,
             seq,
-            pid: std::process::id(),
+            pid: self.wake.mark(),
         };
         let mut buf = [0; ConfigRequest::MAX_LEN];
         let encoded = match request {
@@ -273,8 +273,8 @@ impl Engine {
     /// Records the kernel's answer to a request, or to a wake message
     pub(super) fn record_answer(&self, state: &mut State, reply: &Reply<'_>) {
         let is_request = [message_type(NFQNL_MSG_CONFIG), NLMSG_NOOP].contains(&reply.request_type);
-        if !is_request || reply.pid != std::process::id() {
-            return; // the answer to another process, after a fork
+        if !is_request || reply.pid != self.wake.mark() {
+            return; // the answer to another process
         }
         if reply.seq == WAKE_SEQ {
             return self.wake.clear_outstanding();
@@ -353,7 +353,7 @@ mod tests {
             &kind.to_ne_bytes(),
             &[0; 2],
             &seq.to_ne_bytes(),
-            &std::process::id().to_ne_bytes(),
+            &engine.wake.mark().to_ne_bytes(),
         ];
         match Messages::new(&answer.concat()).next() {
             Some(Ok(Message::Reply(reply))) => engine.record_answer(state, &reply),

@@ -10,7 +10,7 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nfqnl_proto::{RequestHeader, consts::MESSAGE_HEADER_LEN, encode_noop};
 
@@ -34,6 +34,8 @@ pub(crate) fn wake_alls() -> u32 {
 #[derive(Debug)]
 pub(crate) struct Wake {
     fd: RawFd,
+    /// Distinguishes this engine from that of an earlier process with the same id
+    salt: u32,
     /// [`sys::generation`] when it was made
     process: u32,
     /// The descriptor is about to be closed
@@ -49,8 +51,10 @@ pub(crate) struct Wake {
 
 impl Wake {
     pub(super) fn new(fd: RawFd) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             fd,
+            salt: now.map_or(0, |now| now.subsec_nanos()),
             process: sys::generation(),
             is_closed: AtomicBool::new(false),
             users: AtomicU32::new(0),
@@ -58,6 +62,13 @@ impl Wake {
             all: AtomicU32::new(0),
             is_outstanding: AtomicBool::new(false),
         }
+    }
+
+    /// Returns the mark of this engine's requests; the kernel copies it to the answers
+    ///
+    /// A socket that was given away, or inherited by fork, also gets answers to other requests.
+    pub(super) fn mark(&self) -> u32 {
+        std::process::id() ^ self.salt
     }
 
     /// Makes the descriptor readable
@@ -71,7 +82,7 @@ impl Wake {
             let header = RequestHeader {
                 ack: true,
                 seq: WAKE_SEQ,
-                pid: std::process::id(),
+                pid: self.mark(),
             };
             let is_sent = encode_noop(&mut message, header).is_ok()
                 && sys::send_in_signal_handler(self.fd, &message);

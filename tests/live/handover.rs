@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
+use nfqnl::proto::{ConfigRequest, RequestHeader};
 use nfqnl::{
     ConfigFlags, Error, ErrorKind, Event, Handle, Handover, Orphans, Queue, QueueConfig, RecvBatch,
     SendBatch, Socket, Verdict,
@@ -22,7 +23,7 @@ use rustix::net::{
 
 use crate::lab::{
     Lab, QUEUE, WHOLE_PACKETS, is_free, is_silent, next_events, next_keys, next_packet, number,
-    refusal,
+    refusal, send_past_the_library,
 };
 
 /// The same socket in another process
@@ -267,6 +268,33 @@ fn queues_not_adopted_are_unbound() {
         let (fd, handover) = socket.into_fd().unwrap();
         Socket::adopt(fd, Some(&handover), &[]).unwrap();
         assert!(is_free(QUEUE));
+    });
+}
+
+/// After exec, and in a container after a restart, the new process has the id of the old one
+#[test]
+fn answers_to_the_process_before_do_not_count() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let _queue = socket.bind(QUEUE).unwrap();
+        for seq in 0..20 {
+            let header = RequestHeader {
+                ack: true,
+                seq,
+                pid: std::process::id(),
+            };
+            let mut buf = [0; ConfigRequest::MAX_LEN];
+            let request = ConfigRequest::update(QUEUE, QueueConfig::new().maxlen(1000));
+            let len = request.encode(&mut buf, header).unwrap();
+            send_past_the_library(&socket, &buf[..len]);
+        }
+        let (fd, handover) = socket.into_fd().unwrap();
+        lab.send_numbered(0..10);
+        let (socket, queue) = adopted(fd, Some(&handover), Orphans::Again);
+        queue.pass_by().unwrap(); // receives all packets
+        assert_eq!(queue.waiting(), 10);
+        assert_eq!(accept(&socket, 10), Vec::from_iter(0..10));
     });
 }
 
