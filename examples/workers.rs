@@ -5,17 +5,19 @@
 //! ```
 //!
 //! The program accepts UDP to the port, prints its counters each second, and ends after `--count
-//! N` packets. `--workers N` sets the number of workers (default: the number of CPUs), and `--pin
-//! 1` pins each one to its CPU. For the rule, your `Cargo.toml` needs nfqnl with `features =
-//! ["rules"]`. A program without a rule of its own runs with `iptables … -j NFQUEUE
+//! N` packets, or at SIGTERM. `--workers N` sets the number of workers (default: the number of
+//! CPUs), and `--pin 1` pins each one to its CPU. For the rule, your `Cargo.toml` needs nfqnl with
+//! `features = ["rules"]`. A program without a rule of its own runs with `iptables … -j NFQUEUE
 //! --queue-balance 1:4`.
 
 use std::error::Error;
-use std::thread;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use nfqnl::rules::{Queues, Rule, Table};
 use nfqnl::{Event, Hook, Verdict, Workers};
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 mod support;
 
@@ -27,7 +29,12 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
         ("--pin", 0),
     ];
     let [port, count, number, pin] = support::numbers(options)?;
-    let mut builder = Workers::builder(1, Verdict::Drop).pin(pin > 0);
+    // The table and its chain end after the workers: see the module `rules`.
+    let table = Table::new("nfqnl-workers")?;
+    let input = table.chain("input", Hook::INPUT)?;
+
+    // Fail-open: if a worker fails, its packets are accepted, and `bypass` lets later ones pass.
+    let mut builder = Workers::builder(1, Verdict::Accept).pin(pin > 0);
     if number > 0 {
         builder = builder.count(number.try_into()?);
     }
@@ -41,19 +48,26 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
         }
     })?;
 
-    // The queues are bound: now the rule. With fanout the CPU chooses the queue.
-    let table = Table::new("nfqnl-workers")?;
-    let input = table.chain("input", Hook::INPUT)?;
+    // The queues are bound: now the rule. It spreads by addresses, or with fanout by CPUs.
     let queues = Queues::range(workers.queues()).bypass();
     let queues = if pin > 0 { queues.fanout() } else { queues };
     input.add(&Rule::new().udp_dport(u16::try_from(port)?).queue(queues))?;
     println!("queues {:?} are bound", workers.queues());
 
-    while workers.stats().packets < count as u64 && !workers.have_failed() {
-        thread::sleep(Duration::from_secs(1));
-        println!("{:?}", workers.stats());
+    let is_over = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&is_over))?;
+    }
+    while !is_over.load(Relaxed) && workers.stats().packets < count as u64 {
+        if workers.wait_timeout(Duration::from_secs(1)) {
+            break; // the drain returns the failure
+        }
+        for (queue, socket) in workers.queues().zip(workers.sockets()) {
+            println!("queue {queue}: {} packets", socket.stats().packets);
+        }
     }
     input.clear()?;
-    println!("{} packets lost", workers.drain(Duration::from_secs(5))?);
+    let undecided = workers.drain(Duration::from_secs(5))?;
+    println!("{undecided} packets undecided");
     Ok(())
 }

@@ -141,7 +141,7 @@ impl SocketBuilder {
     /// Deadlines, wakers and requests of other threads work as without it. While another thread
     /// waits in a receive call of the same socket, a call waits at once. It does nothing in
     /// [`try_recv`](Socket::try_recv) and in `AsyncSocket`, and if the thread has only one CPU when
-    /// it calls this method.
+    /// it calls this method. So call it first, and then pin the thread to its CPU.
     pub fn busy_poll(mut self, time: Duration) -> Self {
         // With one CPU the sender could not run meanwhile.
         let cpus = std::thread::available_parallelism();

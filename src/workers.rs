@@ -5,7 +5,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,7 @@ pub struct WorkersBuilder {
     is_pinned: bool,
     socket: SocketBuilder,
     config: QueueConfig,
-    on_failure: PlainVerdict,
+    default: PlainVerdict,
 }
 
 impl WorkersBuilder {
@@ -68,8 +68,10 @@ impl WorkersBuilder {
 
     /// Binds all queues, and starts the threads; `make` returns the function of each worker
     ///
-    /// `make` gets the number of the worker, from 0. The worker's function gets each event, and a
-    /// batch for its verdicts. It may keep state: only its own thread calls it.
+    /// The calling thread calls `make` with the number of each worker, from 0. The worker's
+    /// function gets each event, and a batch for its verdicts. It may keep state: only its own
+    /// thread calls it. An error of the function stops all workers; so if a push of a new payload
+    /// fails, answer the packet otherwise.
     ///
     /// # Errors
     /// As [`SocketBuilder::open`] and [`Socket::bind_with`]; [`Error::Io`] if a thread cannot be
@@ -91,7 +93,8 @@ impl WorkersBuilder {
         let shared = Shared {
             sockets: parts.iter().map(|(socket, _)| Arc::clone(socket)).collect(),
             is_stopped: AtomicBool::new(false),
-            has_failed: AtomicBool::new(false),
+            failed: Mutex::default(),
+            has_failed: Condvar::new(),
             drain: OnceLock::new(),
         };
         let mut workers = Workers {
@@ -106,7 +109,7 @@ impl WorkersBuilder {
                 queue,
                 batch: RecvBatch::for_config(RecvBatch::DEFAULT_SLOTS, &self.config),
                 shared: Arc::clone(&workers.shared),
-                on_failure: self.on_failure,
+                default: self.default,
                 function: make(index),
             };
             let pin = self.is_pinned.then_some((index, workers.queues.len()));
@@ -142,7 +145,7 @@ impl WorkersBuilder {
 /// The verdicts on the packets of a batch are sent together, or once the oldest of them is a
 /// millisecond old. If a worker panics or fails, all stop, and the waiting packets of all queues
 /// get a default verdict; with `panic = "abort"` the kernel drops them. Dropping this value stops
-/// all too. Stopping waits until running functions return.
+/// all too. Every stop waits until running functions return; meanwhile new packets wait too.
 ///
 /// ```no_run
 /// use nfqnl::{Event, Verdict, Workers};
@@ -172,17 +175,18 @@ pub struct Workers {
 impl Workers {
     /// Returns the default settings, for queues from `first` on
     ///
-    /// If a worker panics or fails, the waiting packets of all queues get the verdict `on_failure`.
+    /// If a worker panics or fails, the waiting packets of all queues get the verdict `default`.
     /// With Accept, new packets pass by until the queues are unbound, without a mark. With another
-    /// verdict the kernel drops new packets until the unbind.
-    pub fn builder(first: u16, on_failure: impl Into<PlainVerdict>) -> WorkersBuilder {
+    /// verdict the kernel drops new packets until the unbind. After the unbind the rule decides:
+    /// with `bypass` packets pass, otherwise the kernel drops them.
+    pub fn builder(first: u16, default: impl Into<PlainVerdict>) -> WorkersBuilder {
         WorkersBuilder {
             first,
             count: None,
             is_pinned: false,
             socket: Socket::builder(),
             config: QueueConfig::new(),
-            on_failure: on_failure.into(),
+            default: default.into(),
         }
     }
 
@@ -195,23 +199,41 @@ impl Workers {
     /// Returns the sums of the counters of all sockets
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let sockets = self.shared.sockets.iter();
-        sockets.map(|socket| socket.stats()).sum()
+        self.sockets().map(Socket::stats).sum()
+    }
+
+    /// Returns the socket of each worker, in the order of the queues, for its counters, or for a
+    /// [`VerdictSender`](crate::VerdictSender) for later verdicts
+    pub fn sockets(&self) -> impl ExactSizeIterator<Item = &Socket> {
+        self.shared.sockets.iter().map(|socket| &**socket)
     }
 
     /// Returns true if a worker has panicked or failed: all workers stop then
     #[must_use]
     pub fn have_failed(&self) -> bool {
-        self.shared.has_failed.load(SeqCst)
+        self.shared.failed().is_some()
+    }
+
+    /// Waits until a worker panics or fails, for at most `timeout`; returns true if one has
+    ///
+    /// To stop at a signal, call this in a loop with a look at the signal handler's flag, and then
+    /// [`drain`](Self::drain).
+    #[must_use]
+    pub fn wait_timeout(&self, timeout: Duration) -> bool {
+        let (begin, mut failed) = (sys::now(), self.shared.failed());
+        loop {
+            let left = timeout.saturating_sub(begin.elapsed());
+            if failed.is_some() || left.is_zero() {
+                return failed.is_some();
+            }
+            failed = sys::wait_for(&self.shared.has_failed, failed, left);
+        }
     }
 
     /// Waits until a worker panics or fails
     ///
-    /// To stop at a signal, look at [`have_failed`](Self::have_failed) and at a flag in a loop, and
-    /// call [`drain`](Self::drain).
-    ///
     /// # Errors
-    /// [`WorkerError`], the failure.
+    /// [`WorkerError`], the first failure.
     pub fn wait(mut self) -> Result<(), WorkerError> {
         self.join().map(|_| ())
     }
@@ -228,10 +250,11 @@ impl Workers {
     }
 
     /// Stops all threads without losing a packet: each drains its queue ([`Socket::drain`]);
-    /// returns the number of packets lost at the end of `timeout`
+    /// returns the number of packets that have no verdict at the end of `timeout`
     ///
-    /// The drain calls a function only with events. If a function holds packets for a later
-    /// verdict, these packets are lost.
+    /// These packets get the default verdict. So do packets that a function holds for a later
+    /// verdict, because the drain calls functions only with events. The call takes at most
+    /// `timeout` and the time of one event.
     ///
     /// # Errors
     /// [`WorkerError`]: a worker has panicked or failed.
@@ -241,17 +264,22 @@ impl Workers {
         self.join()
     }
 
-    /// Waits for all threads; returns the number of packets lost by drains
+    /// Waits for all threads; returns the number of packets without a verdict after drains, or the
+    /// first failure
     fn join(&mut self) -> Result<u64, WorkerError> {
-        let mut lost = Ok(0);
+        let mut undecided = Ok(0);
         for thread in self.threads.drain(..) {
             // The worker catches panics of its function.
             let ended = thread
                 .join()
                 .unwrap_or_else(|payload| resume_unwind(payload));
-            lost = lost.and_then(|lost| ended.map(|more| lost + more));
+            undecided = match (undecided, ended) {
+                (Ok(sum), ended) => ended.map(|more| sum + more),
+                (Err(_), Err(error)) if *self.shared.failed() == Some(error.queue()) => Err(error),
+                (error, _) => error,
+            };
         }
-        lost
+        undecided
     }
 }
 
@@ -283,10 +311,22 @@ pub enum WorkerError {
     },
 }
 
+impl WorkerError {
+    /// Returns the number of the worker's queue
+    #[must_use]
+    pub const fn queue(&self) -> u16 {
+        match self {
+            Self::Failed { queue, .. } | Self::Panicked { queue, .. } => *queue,
+        }
+    }
+}
+
 impl fmt::Display for WorkerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Failed { queue, .. } => write!(f, "the worker of queue {queue} failed"),
+            Self::Failed { queue, source } => {
+                write!(f, "the worker of queue {queue} failed: {source}")
+            }
             Self::Panicked { queue, message } => {
                 write!(f, "the worker of queue {queue} panicked: {message}")
             }
@@ -297,7 +337,9 @@ impl fmt::Display for WorkerError {
 impl fmt::Debug for WorkerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Failed { source, .. } => write!(f, "{self}: {source:?}"),
+            Self::Failed { queue, source } => {
+                write!(f, "the worker of queue {queue} failed: {source:?}")
+            }
             Self::Panicked { .. } => write!(f, "{self}"),
         }
     }
@@ -306,7 +348,7 @@ impl fmt::Debug for WorkerError {
 impl std::error::Error for WorkerError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Failed { source, .. } => Some(source),
+            Self::Failed { source, .. } => source.source(),
             Self::Panicked { .. } => None,
         }
     }
@@ -317,12 +359,24 @@ impl std::error::Error for WorkerError {
 struct Shared {
     sockets: Vec<Arc<Socket>>,
     is_stopped: AtomicBool,
-    has_failed: AtomicBool,
+    /// The queue of the worker that failed first
+    failed: Mutex<Option<u16>>,
+    has_failed: Condvar,
     /// The begin and the timeout of a drain
     drain: OnceLock<(Instant, Duration)>,
 }
 
 impl Shared {
+    fn failed(&self) -> MutexGuard<'_, Option<u16>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fail(&self, queue: u16) {
+        self.failed().get_or_insert(queue);
+        self.has_failed.notify_all();
+        self.stop();
+    }
+
     fn stop(&self) {
         self.is_stopped.store(true, SeqCst);
         let sockets = self.sockets.iter();
@@ -342,12 +396,13 @@ struct Worker<F> {
     queue: Queue,
     batch: RecvBatch,
     shared: Arc<Shared>,
-    on_failure: PlainVerdict,
+    default: PlainVerdict,
     function: F,
 }
 
 impl<F: FnMut(Event<'_>, &mut SendBatch) -> Result<()>> Worker<F> {
-    /// Runs until a stop or a failure; returns the number of packets lost by a drain
+    /// Runs until a stop or a failure; returns the number of packets without a verdict after a
+    /// drain
     fn run(mut self) -> Result<u64, WorkerError> {
         let mut verdicts = SendBatch::new();
         let worked = catch_unwind(AssertUnwindSafe(|| self.work(&mut verdicts)));
@@ -355,7 +410,7 @@ impl<F: FnMut(Event<'_>, &mut SendBatch) -> Result<()>> Worker<F> {
             socket,
             queue,
             shared,
-            on_failure,
+            default,
             ..
         } = self;
         let num = queue.num();
@@ -368,26 +423,26 @@ impl<F: FnMut(Event<'_>, &mut SendBatch) -> Result<()>> Worker<F> {
             }),
         };
         if result.is_err() {
-            shared.has_failed.store(true, SeqCst);
-            shared.stop();
+            shared.fail(num);
         }
-        if !shared.has_failed.load(SeqCst) {
+        if matches!(result, Ok(0)) && shared.failed().is_none() {
             queue.destroy().map_err(failed)?;
             return result;
         }
         // Decided packets keep their verdicts, and all others get the default.
         let _ = socket.send(&mut verdicts);
         if verdicts.is_empty() {
-            if on_failure.verdict() == Verdict::Accept {
+            if default.verdict() == Verdict::Accept {
                 let _ = queue.pass_by();
             }
-            let _ = queue.answer_all(on_failure);
+            let _ = queue.answer_all(default);
         }
         let _ = queue.destroy();
         result
     }
 
-    /// Calls the function until a stop, and in a drain; returns the number of packets lost by it
+    /// Calls the function until a stop, and in a drain; returns the number of packets without a
+    /// verdict after the drain
     fn work(&mut self, verdicts: &mut SendBatch) -> Result<u64> {
         let Self {
             socket,
@@ -415,7 +470,7 @@ impl<F: FnMut(Event<'_>, &mut SendBatch) -> Result<()>> Worker<F> {
         let Some((begin, timeout)) = shared.drain.get() else {
             return Ok(0);
         };
-        let is_over = || begin.elapsed() >= *timeout || shared.has_failed.load(SeqCst);
+        let is_over = || begin.elapsed() >= *timeout || shared.failed().is_some();
         socket.drain_with(queue, batch, verdicts, is_over, function)
     }
 }

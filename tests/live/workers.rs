@@ -182,16 +182,15 @@ fn an_error_of_one_worker_stops_all() {
         let table = Table::new("t").unwrap();
         let [_, udp] = sockets::<2>(&table);
         udp.send(b"a datagram", udp.address()).unwrap();
-        let begin = Instant::now();
-        while !workers.have_failed() {
-            assert!(begin.elapsed() < TIMEOUT);
-            thread::sleep(Duration::from_millis(1));
-        }
+        assert!(workers.wait_timeout(TIMEOUT) && workers.have_failed());
         let error = workers.stop().unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            format!("the worker of queue {} failed", FIRST + 1)
+        let text = error.to_string();
+        let begin = format!(
+            "the worker of queue {} failed: verdict on packet 1",
+            FIRST + 1
         );
+        assert!(text.starts_with(&begin), "{text}");
+        assert_eq!(error.queue(), FIRST + 1);
         assert!(matches!(error, WorkerError::Failed { .. }));
         assert!(udp.recv().is_some(), "it gets the default");
     });
@@ -293,6 +292,58 @@ fn a_panic_in_a_drain_stops_all() {
         let took = begin.elapsed();
         assert!(took < Duration::from_millis(500), "{took:?}");
         assert_eq!(udps.map(|udp| udp.drain()), [100, 100]);
+    });
+}
+
+/// Both panic, the second worker first
+#[test]
+fn the_first_failure_is_returned() {
+    isolated(|| {
+        let workers = Workers::builder(FIRST, Verdict::Drop)
+            .count(2)
+            .start(|index| {
+                move |_: Event<'_>, _: &mut SendBatch| {
+                    thread::sleep(Duration::from_millis(if index == 0 { 200 } else { 20 }));
+                    panic!("worker {index}")
+                }
+            });
+        let workers = workers.unwrap();
+        let table = Table::new("t").unwrap();
+        assert!(!workers.wait_timeout(Duration::from_millis(1)));
+        for udp in &sockets::<2>(&table) {
+            udp.send(b"a datagram", udp.address()).unwrap();
+        }
+        let error = workers.wait().unwrap_err();
+        assert_eq!(error.queue(), FIRST + 1, "{error}");
+    });
+}
+
+#[test]
+fn a_drain_ends_with_the_default() {
+    isolated(|| {
+        for (default, arrived) in [(Verdict::Accept, 100), (Verdict::Drop, 0)] {
+            let (tell, begun) = mpsc::channel();
+            let workers = Workers::builder(FIRST, default).count(1).start(|_| {
+                let tell = tell.clone();
+                move |event: Event<'_>, verdicts: &mut SendBatch| {
+                    let _ = tell.send(());
+                    thread::sleep(Duration::from_millis(20));
+                    verdicts.push(event.packet().unwrap().key(), default)
+                }
+            });
+            let workers = workers.unwrap();
+            let table = Table::new("t").unwrap();
+            let [udp] = sockets::<1>(&table);
+            for _ in 0..100 {
+                udp.send(b"waiting", udp.address()).unwrap();
+            }
+            begun.recv_timeout(TIMEOUT).unwrap();
+            assert_eq!(workers.sockets().len(), 1);
+            let undecided = workers.drain(Duration::from_millis(100)).unwrap();
+            assert!((50..100).contains(&undecided), "{undecided}");
+            assert_eq!(udp.drain(), arrived);
+            assert!(is_free(FIRST));
+        }
     });
 }
 
