@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     let table = Table::new("nfqnl-workers")?;
     let input = table.chain("input", Hook::INPUT)?;
 
-    // Fail-open: if a worker fails, its packets are accepted, and `bypass` lets later ones pass.
+    // Fail-open: if a worker fails, waiting packets are accepted, and `bypass` lets new ones pass.
     let mut builder = Workers::builder(1, Verdict::Accept).pin(pin > 0);
     if number > 0 {
         builder = builder.count(number.try_into()?);
@@ -58,14 +58,18 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&is_over))?;
     }
+    let show = || {
+        for (queue, socket) in workers.queues().zip(workers.sockets()) {
+            println!("queue {queue}: {} packets", socket.stats().packets);
+        }
+    };
     while !is_over.load(Relaxed) && workers.stats().packets < count as u64 {
         if workers.wait_timeout(Duration::from_secs(1)) {
             break; // the drain returns the failure
         }
-        for (queue, socket) in workers.queues().zip(workers.sockets()) {
-            println!("queue {queue}: {} packets", socket.stats().packets);
-        }
+        show();
     }
+    show();
     input.clear()?;
     let undecided = workers.drain(Duration::from_secs(5))?;
     println!("{undecided} packets undecided");

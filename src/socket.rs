@@ -490,7 +490,8 @@ impl Socket {
     /// # Errors
     /// As [`Queue::set_flags`], [`recv`](Self::recv), [`send`](Self::send) and
     /// [`Queue::destroy`]; and the errors of `decide`. The queue is dropped then: its
-    /// packets are lost, except with [`SocketBuilder::unbind_on_drop`] set to `false`.
+    /// packets are lost, except with [`SocketBuilder::unbind_on_drop`] set to `false`. Unsent
+    /// verdicts on packets of other queues are lost too, and these packets wait.
     pub fn drain(
         &self,
         queue: Queue,
@@ -526,8 +527,8 @@ impl Socket {
             // One event: the timeout holds between events.
             let event = batch.events().next();
             let decided = event.map_or(Ok(()), |event| decide(event, verdicts));
-            self.send(verdicts)?; // also after an error: of packets of other queues too
-            decided?;
+            let sent = self.send(verdicts); // also after an error: of packets of other queues too
+            decided.and(sent)?;
             wait = wait_for(PAUSE);
         }
     }

@@ -137,13 +137,13 @@ impl WorkersBuilder {
 /// returns, so add the rule then.
 ///
 /// * A rule for a range (`queue num 1-4`, `--queue-balance 1:4`) chooses the queue by the packet's
-///   addresses and protocol. A connection keeps its queue, in both directions.
+///   addresses, for IPv4 with the protocol. A connection keeps its queue, in both directions.
 /// * With fanout (`--queue-cpu-fanout`) the CPU that handles the packet chooses. This helps only
 ///   where the network card or RPS spreads packets over the CPUs, and packets of one connection may
 ///   then be in several queues and change their order.
 ///
-/// The verdicts on the packets of a batch are sent together, or once the oldest of them is a
-/// millisecond old. If a worker panics or fails, all stop, and the waiting packets of all queues
+/// The verdicts on the packets of a batch are sent together, or after an event if a millisecond has
+/// passed. If a worker panics or fails, all stop, and the waiting packets of all queues
 /// get a default verdict; with `panic = "abort"` the kernel drops them. Dropping this value stops
 /// all too. Every stop waits until running functions return; meanwhile new packets wait too.
 ///
@@ -178,7 +178,8 @@ impl Workers {
     /// If a worker panics or fails, the waiting packets of all queues get the verdict `default`.
     /// With Accept, new packets pass by until the queues are unbound, without a mark. With another
     /// verdict the kernel drops new packets until the unbind. After the unbind the rule decides:
-    /// with `bypass` packets pass, otherwise the kernel drops them.
+    /// with `bypass` packets pass, otherwise the kernel drops them. In a [`drain`](Self::drain) new
+    /// packets pass by with any default, which the packets undecided at its end get too.
     pub fn builder(first: u16, default: impl Into<PlainVerdict>) -> WorkersBuilder {
         WorkersBuilder {
             first,
@@ -204,6 +205,8 @@ impl Workers {
 
     /// Returns the socket of each worker, in the order of the queues, for its counters, or for a
     /// [`VerdictSender`](crate::VerdictSender) for later verdicts
+    ///
+    /// A receive call on it takes packets away from the worker.
     pub fn sockets(&self) -> impl ExactSizeIterator<Item = &Socket> {
         self.shared.sockets.iter().map(|socket| &**socket)
     }
@@ -252,12 +255,12 @@ impl Workers {
     /// Stops all threads without losing a packet: each drains its queue ([`Socket::drain`]);
     /// returns the number of packets that have no verdict at the end of `timeout`
     ///
-    /// These packets get the default verdict. So do packets that a function holds for a later
-    /// verdict, because the drain calls functions only with events. The call takes at most
-    /// `timeout` and the time of one event.
+    /// New packets pass by meanwhile. The packets without a verdict get the default. So do packets
+    /// that a function holds for a later verdict, because the drain calls functions only with
+    /// events. The call takes at most `timeout` and the time of one event.
     ///
     /// # Errors
-    /// [`WorkerError`]: a worker has panicked or failed.
+    /// [`WorkerError`]: a worker has panicked or failed, or a queue cannot be unbound.
     pub fn drain(mut self, timeout: Duration) -> Result<u64, WorkerError> {
         self.shared.drain.get_or_init(|| (sys::now(), timeout));
         self.shared.stop();
@@ -286,7 +289,9 @@ impl Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         self.shared.stop();
-        let _ = self.join();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -391,6 +396,14 @@ fn text_of(payload: &(dyn Any + Send)) -> String {
     text.unwrap_or("no text").to_owned()
 }
 
+/// Answers all waiting packets of a queue
+fn give_default(queue: &Queue, default: PlainVerdict) -> Result<()> {
+    if default.verdict() == Verdict::Accept {
+        queue.pass_by()?;
+    }
+    queue.answer_all(default)
+}
+
 struct Worker<F> {
     socket: Arc<Socket>,
     queue: Queue,
@@ -426,19 +439,15 @@ impl<F: FnMut(Event<'_>, &mut SendBatch) -> Result<()>> Worker<F> {
             shared.fail(num);
         }
         if matches!(result, Ok(0)) && shared.failed().is_none() {
-            queue.destroy().map_err(failed)?;
-            return result;
+            return queue.destroy().map(|()| 0).map_err(failed);
         }
-        // Decided packets keep their verdicts, and all others get the default.
-        let _ = socket.send(&mut verdicts);
-        if verdicts.is_empty() {
-            if default.verdict() == Verdict::Accept {
-                let _ = queue.pass_by();
-            }
-            let _ = queue.answer_all(default);
-        }
-        let _ = queue.destroy();
-        result
+        let defaulted = match socket.send(&mut verdicts) {
+            // The default would be a wrong verdict on decided packets.
+            Err(error @ Error::Io { .. }) if !verdicts.is_empty() => Err(error),
+            _ => give_default(&queue, default),
+        };
+        let ended = defaulted.and(queue.destroy()).map_err(failed);
+        result.and_then(|undecided| ended.map(|()| undecided))
     }
 
     /// Calls the function until a stop, and in a drain; returns the number of packets without a
@@ -453,13 +462,14 @@ impl<F: FnMut(Event<'_>, &mut SendBatch) -> Result<()>> Worker<F> {
             ..
         } = self;
         while !shared.is_stopped.load(SeqCst) {
-            let mut due = None;
-            for event in socket.recv(batch)? {
+            let events = socket.recv(batch)?;
+            let mut due = sys::now() + MAX_DELAY;
+            for event in events {
                 function(event, verdicts)?;
                 let now = sys::now();
-                if now >= *due.get_or_insert(now + MAX_DELAY) {
+                if now >= due {
                     socket.send(verdicts)?;
-                    due = None;
+                    due = now + MAX_DELAY;
                 }
                 if shared.is_stopped.load(SeqCst) {
                     break; // the rest stays in the batch

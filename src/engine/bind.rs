@@ -214,7 +214,9 @@ impl Engine {
 
     /// Unbinds a queue that an earlier process has bound
     pub(crate) fn unbind_unadopted(&self, num: u16) -> Result<()> {
-        self.unbind_number(self.state(), num)
+        let mut state = self.state();
+        self.note_end(&mut state, num);
+        self.unbind_number(state, num)
     }
 
     fn unbind_number<'s>(&'s self, state: MutexGuard<'s, State>, num: u16) -> Result<()> {
@@ -257,9 +259,14 @@ impl Engine {
         };
         binding.end();
         self.change_bindings(state, |bindings| bindings.remove(id));
-        let place = self.endings.fetch_add(1, Release) + 1;
-        state.ended.push((id.queue, place));
+        self.note_end(state, id.queue);
         true
+    }
+
+    /// Records that last packets of this number may come
+    fn note_end(&self, state: &mut State, num: u16) {
+        let place = self.endings.fetch_add(1, Release) + 1;
+        state.ended.push((num, place));
     }
 }
 

@@ -34,7 +34,7 @@ pub(crate) fn wake_alls() -> u32 {
 #[derive(Debug)]
 pub(crate) struct Wake {
     fd: RawFd,
-    /// Distinguishes this engine from that of an earlier process with the same id
+    /// Distinguishes this engine from the engine of an earlier process with the same id
     salt: u32,
     /// [`sys::generation`] when it was made
     process: u32,

@@ -266,7 +266,7 @@ fn queues_not_adopted_are_unbound() {
         let _queue = socket.bind(QUEUE).unwrap();
         lab.send_numbered(0..200);
         let (fd, handover) = socket.into_fd().unwrap();
-        Socket::adopt(fd, Some(&handover), &[]).unwrap();
+        let _adopted = Socket::adopt(fd, Some(&handover), &[]).unwrap();
         assert!(is_free(QUEUE));
     });
 }

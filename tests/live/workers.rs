@@ -91,7 +91,8 @@ fn each_queue_has_its_own_worker() {
                 .unwrap()
         };
         let cpus = cpu::allowed().unwrap();
-        assert_eq!(started().queues().count(), cpus.len());
+        let count = thread::available_parallelism().unwrap().get();
+        assert_eq!(started().queues().count(), count);
         let on_one = cpu::on(cpus[0], || started().queues());
         assert_eq!(on_one.unwrap(), 100..=100);
     });
@@ -118,11 +119,8 @@ fn a_stop_ends_workers_with_waiting_packets() {
         begun.recv_timeout(TIMEOUT).unwrap();
         let begin = Instant::now();
         workers.stop().unwrap();
-        assert!(
-            begin.elapsed() < Duration::from_millis(100),
-            "{:?}",
-            begin.elapsed()
-        );
+        let took = begin.elapsed();
+        assert!(took < Duration::from_millis(100), "{took:?}");
         assert!(are_free(FIRST..=FIRST + 7));
     });
 }
@@ -264,13 +262,15 @@ fn pinned_workers_stay_on_their_cpus() {
 #[test]
 fn a_panic_in_a_drain_stops_all() {
     isolated(|| {
-        let (tell, begun) = mpsc::channel();
+        let is_open = Arc::new(AtomicBool::new(false));
         let workers = Workers::builder(FIRST, Verdict::Accept)
             .count(2)
             .start(|index| {
-                let (tell, mut seen) = (tell.clone(), 0);
+                let (is_open, mut seen) = (Arc::clone(&is_open), 0);
                 move |event: Event<'_>, verdicts: &mut SendBatch| {
-                    let _ = tell.send(());
+                    while !is_open.load(SeqCst) {
+                        thread::sleep(Duration::from_millis(1));
+                    }
                     thread::sleep(Duration::from_millis(20));
                     seen += 1;
                     assert!(index == 1 || seen <= 5, "as intended");
@@ -285,34 +285,43 @@ fn a_panic_in_a_drain_stops_all() {
                 udp.send(b"waiting", udp.address()).unwrap();
             }
         }
-        begun.recv_timeout(TIMEOUT).unwrap();
+        is_open.store(true, SeqCst);
         let begin = Instant::now();
         let error = workers.drain(TIMEOUT).unwrap_err();
         assert!(matches!(error, WorkerError::Panicked { .. }));
         let took = begin.elapsed();
-        assert!(took < Duration::from_millis(500), "{took:?}");
+        assert!(took < Duration::from_millis(1500), "{took:?}");
         assert_eq!(udps.map(|udp| udp.drain()), [100, 100]);
     });
 }
 
-/// Both panic, the second worker first
+/// Both panic, the first worker last
 #[test]
 fn the_first_failure_is_returned() {
     isolated(|| {
+        let is_open = Arc::new(AtomicBool::new(false));
         let workers = Workers::builder(FIRST, Verdict::Drop)
             .count(2)
             .start(|index| {
+                let is_open = Arc::clone(&is_open);
                 move |_: Event<'_>, _: &mut SendBatch| {
-                    thread::sleep(Duration::from_millis(if index == 0 { 200 } else { 20 }));
+                    while index == 0 && !is_open.load(SeqCst) {
+                        thread::sleep(Duration::from_millis(1));
+                    }
                     panic!("worker {index}")
                 }
             });
         let workers = workers.unwrap();
         let table = Table::new("t").unwrap();
         assert!(!workers.wait_timeout(Duration::from_millis(1)));
-        for udp in &sockets::<2>(&table) {
-            udp.send(b"a datagram", udp.address()).unwrap();
+        let udps = sockets::<2>(&table);
+        udps[0].send(b"a datagram", udps[0].address()).unwrap();
+        while workers.stats().packets == 0 {
+            thread::sleep(Duration::from_millis(1));
         }
+        udps[1].send(b"a datagram", udps[1].address()).unwrap();
+        assert!(workers.wait_timeout(TIMEOUT));
+        is_open.store(true, SeqCst);
         let error = workers.wait().unwrap_err();
         assert_eq!(error.queue(), FIRST + 1, "{error}");
     });
@@ -322,11 +331,13 @@ fn the_first_failure_is_returned() {
 fn a_drain_ends_with_the_default() {
     isolated(|| {
         for (default, arrived) in [(Verdict::Accept, 100), (Verdict::Drop, 0)] {
-            let (tell, begun) = mpsc::channel();
+            let is_open = Arc::new(AtomicBool::new(false));
             let workers = Workers::builder(FIRST, default).count(1).start(|_| {
-                let tell = tell.clone();
+                let is_open = Arc::clone(&is_open);
                 move |event: Event<'_>, verdicts: &mut SendBatch| {
-                    let _ = tell.send(());
+                    while !is_open.load(SeqCst) {
+                        thread::sleep(Duration::from_millis(1));
+                    }
                     thread::sleep(Duration::from_millis(20));
                     verdicts.push(event.packet().unwrap().key(), default)
                 }
@@ -337,10 +348,10 @@ fn a_drain_ends_with_the_default() {
             for _ in 0..100 {
                 udp.send(b"waiting", udp.address()).unwrap();
             }
-            begun.recv_timeout(TIMEOUT).unwrap();
             assert_eq!(workers.sockets().len(), 1);
+            is_open.store(true, SeqCst);
             let undecided = workers.drain(Duration::from_millis(100)).unwrap();
-            assert!((50..100).contains(&undecided), "{undecided}");
+            assert!((1..100).contains(&undecided), "{undecided}");
             assert_eq!(udp.drain(), arrived);
             assert!(is_free(FIRST));
         }
