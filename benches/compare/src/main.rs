@@ -40,6 +40,8 @@ pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const IP_AND_UDP: usize = 28;
 const FIRST_PORT: u16 = 5000;
+/// The receive buffer of a TCP connection, in bytes
+const TCP_BUFFER: usize = 1 << 20;
 /// Packet length, and a number of packets fitting the default receive buffer of every side
 pub(crate) const PACKETS: [(usize, usize); 2] = [(64, 192), (1400, 64)];
 pub(crate) const KINDS: [&str; 3] = ["accept", "drop", "mixed"];
@@ -397,21 +399,8 @@ impl Bench<'_> {
         })?;
         self.chain.flush()?;
 
-        println!("\n### {kind}, {len} bytes ({rounds} rounds of {packets} packets)\n");
-        println!("| | ns per packet | CPU ns per packet | packets, {C} = 1 |");
-        println!("|---|---:|---:|---:|");
-        let mut base = f64::NAN;
-        for side in &mut sides {
-            let each = |samples: &mut Vec<f64>| median(samples) / packets as f64;
-            let (name, wall, cpu) = (side.name, each(&mut side.wall), each(&mut side.cpu));
-            if name == C {
-                base = wall;
-            }
-            println!("| {name} | {wall:.0} | {cpu:.0} | {:.2} |", base / wall);
-            let case = Case::Throughput(kind, len);
-            self.push(case, name, Metric::Wall, wall);
-            self.push(case, name, Metric::Cpu, cpu);
-        }
+        let title = format!("{kind}, {len} bytes");
+        self.record(Case::Throughput(kind, len), &title, packets, &mut sides);
         Ok(())
     }
 
@@ -436,16 +425,27 @@ impl Bench<'_> {
         })?;
         self.chain.flush()?;
 
-        println!("\n### copies of {len} bytes ({rounds} rounds of {packets} packets)\n");
-        println!("| | ns per packet | CPU ns per packet |\n|---|---:|---:|");
-        for side in &mut sides {
+        let title = format!("copies of {len} bytes");
+        self.record(Case::Copy, &title, packets, &mut sides);
+        Ok(())
+    }
+
+    /// Prints and records the times per packet of one case
+    fn record(&mut self, case: Case, title: &str, packets: usize, sides: &mut [Side]) {
+        let rounds = self.options.amount().rounds;
+        println!("\n### {title} ({rounds} rounds of {packets} packets)\n");
+        let first = sides.first().map_or("", |side| side.name);
+        println!("| | ns per packet | CPU ns per packet | packets, {first} = 1 |");
+        println!("|---|---:|---:|---:|");
+        let mut base = None;
+        for side in sides {
             let each = |samples: &mut Vec<f64>| median(samples) / packets as f64;
             let (name, wall, cpu) = (side.name, each(&mut side.wall), each(&mut side.cpu));
-            println!("| {name} | {wall:.0} | {cpu:.0} |");
-            self.push(Case::Copy, name, Metric::Wall, wall);
-            self.push(Case::Copy, name, Metric::Cpu, cpu);
+            let base = *base.get_or_insert(wall);
+            println!("| {name} | {wall:.0} | {cpu:.0} | {:.2} |", base / wall);
+            self.push(case, name, Metric::Wall, wall);
+            self.push(case, name, Metric::Cpu, cpu);
         }
-        Ok(())
     }
 
     fn latency(&mut self) -> Result<()> {
@@ -946,6 +946,9 @@ impl Drop for Side {
 /// Measures a TCP connection for some seconds, in Gbit/s
 fn tcp_rate(port: u16, seconds: f64) -> Result<f64> {
     let listener = TcpListener::bind((V4, port))?;
+    // By default TCP sizes the buffer by the connection's first round trips, and two equal
+    // connections can end with unequal windows.
+    rustix::net::sockopt::set_socket_recv_buffer_size(&listener, TCP_BUFFER)?;
     let receiver = thread::spawn(move || -> std::io::Result<(u64, Duration)> {
         let (mut stream, _) = listener.accept()?;
         stream.set_read_timeout(Some(TIMEOUT))?;
