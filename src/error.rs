@@ -508,9 +508,11 @@ pub enum ErrorKind {
     /// `EPERM`: another socket has bound the queue
     #[non_exhaustive]
     QueueInUse {
-        /// The port id of the other socket, for the first netlink socket of a process its process
-        /// id; absent unless this process may read the kernel's counters (root of the initial user
-        /// namespace)
+        /// The port id of the other socket; the first netlink socket of a process has its process
+        /// id as port id
+        ///
+        /// Absent if this process may not read the kernel's counters: only root of the initial user
+        /// namespace may.
         owner: Option<u32>,
     },
     /// `EBUSY`: this socket has bound the queue already

@@ -178,8 +178,10 @@ impl Workers {
     /// If a worker panics or fails, the waiting packets of all queues get the verdict `default`.
     /// With Accept, new packets pass by until the queues are unbound, without a mark. With another
     /// verdict the kernel drops new packets until the unbind. After the unbind the rule decides:
-    /// with `bypass` packets pass, otherwise the kernel drops them. In a [`drain`](Self::drain) new
-    /// packets pass by with any default, which the packets undecided at its end get too.
+    /// with `bypass` packets pass, otherwise the kernel drops them.
+    ///
+    /// In a [`drain`](Self::drain) new packets always pass by. Packets that are still undecided at
+    /// the end of the drain get `default`.
     pub fn builder(first: u16, default: impl Into<PlainVerdict>) -> WorkersBuilder {
         WorkersBuilder {
             first,
@@ -209,12 +211,6 @@ impl Workers {
     /// A receive call on it takes packets away from the worker.
     pub fn sockets(&self) -> impl ExactSizeIterator<Item = &Socket> {
         self.shared.sockets.iter().map(|socket| &**socket)
-    }
-
-    /// Returns true if a worker has panicked or failed: all workers stop then
-    #[must_use]
-    pub fn have_failed(&self) -> bool {
-        self.shared.failed().is_some()
     }
 
     /// Waits until a worker panics or fails, for at most `timeout`; returns true if one has
