@@ -110,9 +110,9 @@ impl<'a> QueueData<'a> {
     /// # Errors
     /// [`Error::TruncatedPacket`] for a new payload of a truncated packet.
     /// [`Error::ConntrackAndLength`] for a payload of another length beside a change of the
-    /// conntrack entry, except a raw one. [`Error::PayloadTooShort`] for a payload shorter than
-    /// its own network header or the old packet's (the kernel would drop the packet).
-    /// [`Error::Encode`] for more than 65531 bytes. The earlier verdict stays then.
+    /// conntrack entry, except in UDP, and except a raw change. [`Error::PayloadTooShort`] for a
+    /// payload shorter than its own network header or the old packet's (the kernel would drop the
+    /// packet). [`Error::Encode`] for more than 65531 bytes. The earlier verdict stays then.
     pub fn set_decision(&mut self, decision: &Decision<'_>) -> Result<()> {
         check_decision(&self.packet, decision)?;
         self.verdicts.set(self.before, self.packet.key(), *decision)

@@ -95,10 +95,12 @@ pub enum Error {
         /// The bytes that were copied
         had: usize,
     },
-    /// A new payload of another length beside a change of the conntrack entry
+    /// A new payload of another length beside a change of the conntrack entry, not in UDP
     ///
     /// The kernel would try to adjust TCP sequence numbers, which it can do only for connections
-    /// with a helper. Change the entry with another packet of the connection.
+    /// with a helper. Change the entry with another packet of the connection, or set the mark of
+    /// the packet ([`Verdict::with_mark`](crate::Verdict::with_mark)) and save it by a rule
+    /// (`ct mark set mark`, `-j CONNMARK --save-mark`).
     #[error("{}: changes the packet's length and the conntrack entry", Operation::Verdict(*key))]
     #[non_exhaustive]
     ConntrackAndLength {

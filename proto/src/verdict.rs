@@ -194,6 +194,9 @@ impl<'p> Decision<'p> {
     }
 
     /// Sets the packet mark (`skb->mark`), for later rules, routing and sockets
+    ///
+    /// It replaces all 32 bits. To keep bits of other programs, use those of `Packet::mark`:
+    /// `packet.mark() & !mask | value`.
     #[doc(alias = "NFQA_MARK")]
     pub const fn with_mark(mut self, mark: u32) -> Self {
         self.plain = self.plain.with_mark(mark);
@@ -253,16 +256,19 @@ impl<'p> Decision<'p> {
     /// they can keep these packets out of the queue. It works for the first packet of a connection
     /// too, and without [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK).
     ///
-    /// **The kernel silently ignores it** for untracked packets, and without
-    /// `CONFIG_NETFILTER_NETLINK_GLUE_CT` or the module `nf_conntrack_netlink`:
-    /// `Socket::takes_conntrack` of `nfqnl` tells. Without it, set the packet's mark
-    /// ([`with_mark`](Self::with_mark)), and save it by a rule in a later chain
-    /// (`ct mark set mark`, `-j CONNMARK --save-mark`).
+    /// **The kernel silently ignores it** in two cases:
+    ///
+    /// * The packet is untracked. The kernel tracks connections only in a network namespace with a
+    ///   rule that needs tracking: a rule with `ct`, or NAT.
+    /// * The kernel lacks `CONFIG_NETFILTER_NETLINK_GLUE_CT` or the module `nf_conntrack_netlink`:
+    ///   `Socket::takes_conntrack` of `nfqnl` tells. Then set the packet's mark
+    ///   ([`with_mark`](Self::with_mark)), and save it by a rule in a later chain
+    ///   (`ct mark set mark`, `-j CONNMARK --save-mark`).
     ///
     /// A decision has one change of the entry: the last of this method,
     /// [`with_conntrack`](Self::with_conntrack) and
     /// [`with_raw_conntrack`](Self::with_raw_conntrack). Do not change the entry and the length of
-    /// the packet in one decision: for NATed TCP connections the kernel then tries to adjust
+    /// a TCP packet in one decision: if the connection has NAT, the kernel then tries to adjust
     /// sequence numbers, and warns in its log.
     ///
     /// Since Linux 3.9; since 3.6 without the mask.

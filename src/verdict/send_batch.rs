@@ -1,7 +1,8 @@
 //! Collected verdicts, and how they become messages
 
 use nfqnl_proto::{
-    Decision, EncodeError, Packet, PacketKey, PlainVerdict, RequestHeader, Verdict, consts::align,
+    Decision, EncodeError, IpProtocol, Packet, PacketKey, PlainVerdict, RequestHeader, Verdict,
+    consts::align,
 };
 
 use super::outstanding::Cursor;
@@ -203,8 +204,8 @@ impl SendBatch {
     /// # Errors
     /// As [`push`](Self::push). [`Error::TruncatedPacket`] for a new payload of a truncated packet.
     /// [`Error::ConntrackAndLength`] for a payload of another length beside a change of the
-    /// conntrack entry, except a raw one. [`Error::PayloadTooShort`] also for a payload shorter
-    /// than the old packet's network header. Nothing is added then.
+    /// conntrack entry, except in UDP, and except a raw change. [`Error::PayloadTooShort`] also for
+    /// a payload shorter than the old packet's network header. Nothing is added then.
     pub fn answer<'p>(
         &mut self,
         packet: &Packet<'_>,
@@ -485,7 +486,6 @@ pub(crate) fn send_header(key: PacketKey) -> RequestHeader {
     }
 }
 
-/// Refuses a payload shorter than its own network header
 /// Checks a decision against its packet
 pub(crate) fn check_decision(packet: &Packet<'_>, decision: &Decision<'_>) -> Result<()> {
     let Some(payload) = decision.payload() else {
@@ -502,12 +502,15 @@ pub(crate) fn check_decision(packet: &Packet<'_>, decision: &Decision<'_>) -> Re
         return Err(Error::PayloadTooShort { key, needed, had });
     }
     let changes_entry = decision.ct_mark().is_some() || decision.conntrack().is_some();
-    if changes_entry && had != old.len() {
+    // The kernel adjusts nothing in UDP. The entry of an ICMP error can be one of TCP.
+    let is_udp = || packet.flow().map(|flow| flow.protocol()) == Some(IpProtocol::UDP);
+    if changes_entry && had != old.len() && !is_udp() {
         return Err(Error::ConntrackAndLength { key });
     }
     Ok(())
 }
 
+/// Refuses a payload shorter than its own network header
 fn check_payload(key: PacketKey, payload: &[u8]) -> Result<()> {
     let needed = network_header_len(payload);
     if payload.len() < needed {

@@ -3,15 +3,16 @@
 //! A kernel without `CONFIG_NETFILTER_NETLINK_GLUE_CT` has neither; there the tests check that the
 //! library knows.
 
-use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use nfqnl::rewrite::Rewriter;
 use nfqnl::{
     ConfigFlags, Conntrack, ConntrackStatus, ConntrackUpdate, CtState, Decision, Direction, Error,
-    ErrorKind, IpProtocol, Labels, Packet, Queue, QueueConfig, RecvBatch, Socket, TcpState,
-    Verdict,
+    ErrorKind, IpProtocol, Labels, Packet, Queue, QueueConfig, RecvBatch, SendBatch, Socket,
+    TcpState, Verdict,
 };
 use nfqnl_testkit::hosts::Router;
 use nfqnl_testkit::netns::isolated;
@@ -19,7 +20,7 @@ use nfqnl_testkit::rules::{self, Hook, Rule, RuleExt as _, Table};
 use nfqnl_testkit::traffic::{self, Udp, V4, V6};
 use nfqnl_testkit::{kernel, user};
 
-use crate::lab::{Lab, PORT, QUEUE, WHOLE_PACKETS, is_silent, next_packet, refusal};
+use crate::lab::{PORT, QUEUE, WHOLE_PACKETS, is_silent, next_packet, refusal};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -246,38 +247,72 @@ fn an_update_sets_timeout_status_and_labels() {
     });
 }
 
-/// The kernel would try to adjust sequence numbers
+/// In TCP the kernel would try to adjust sequence numbers
 #[test]
-fn a_new_length_beside_a_ct_mark_is_refused() {
+fn a_new_tcp_length_beside_a_ct_mark_is_refused() {
     isolated(|| {
-        let lab = Lab::new();
         let handle = nfqnl::open().unwrap();
         let (send, results) = mpsc::channel();
         let _queue = handle
             .create_queue_with(QUEUE, &WHOLE_PACKETS, move |data| {
                 let old = data.get_payload();
                 let longer = [old, b"more"].concat();
-                let decision = Verdict::Drop.with_ct_mark(1, 1);
-                for payload in [&longer[..], old] {
-                    let result = data.set_decision(&decision.with_payload(payload));
-                    send.send(result).unwrap();
-                }
-                let result = data.set_decision(&decision);
-                send.send(result).unwrap();
+                let decision = Verdict::Accept.with_ct_mark(1, 1);
+                let results = [
+                    data.set_decision(&decision.with_payload(&longer)),
+                    data.set_decision(&decision.with_payload(old)),
+                    data.set_decision(&decision),
+                ];
+                send.send(results).unwrap();
             })
             .unwrap();
-        lab.send(b"short");
+        queue_at(Hook::Input, 0, Rule::new().tcp());
+        let listener = TcpListener::bind((V4, 0)).unwrap();
+        let to = listener.local_addr().unwrap();
+        let client = thread::spawn(move || TcpStream::connect_timeout(&to, TIMEOUT));
         let mut batch = RecvBatch::default();
-        while handle.run_once(&mut batch).unwrap() == 0 {}
-        let refused = results.recv().unwrap();
-        assert!(
-            matches!(refused, Err(Error::ConntrackAndLength { .. })),
-            "{refused:?}"
-        );
-        for _ in 0..2 {
-            results.recv().unwrap().unwrap();
+        while !client.is_finished() {
+            handle
+                .run_timeout(&mut batch, Duration::from_millis(10))
+                .unwrap();
         }
-        assert!(lab.v4.is_silent());
+        client.join().unwrap().unwrap();
+        for [longer, equal, without] in results.try_iter() {
+            let is_refused = matches!(longer, Err(Error::ConntrackAndLength { .. }));
+            assert!(is_refused, "{longer:?}");
+            equal.and(without).unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_udp_answer_changes_length_and_ct_mark() {
+    isolated(|| {
+        let Some((socket, _queue)) = tracked() else {
+            return;
+        };
+        queue_at(Hook::Input, 0, Rule::new().udp());
+        let [sender, receiver] = [0, PORT].map(|port| Udp::bind(V4, port).unwrap());
+        let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
+        let mut buf = [0; 100];
+        for mark in [0, 1] {
+            sender.send(b"short", receiver.address()).unwrap();
+            let packet = next_packet(&socket, &mut batch);
+            assert_eq!(entry(&packet).mark(), Some(mark));
+            let mut rewriter = Rewriter::new(&mut buf);
+            let mut rewrite = rewriter.begin(&packet).unwrap();
+            rewrite.replace(0..5, b"much longer").unwrap();
+            let decision = Verdict::Accept.with_payload(rewrite.finish().unwrap());
+            verdicts
+                .answer(&packet, decision.with_ct_mark(1, 1))
+                .unwrap();
+            socket.send(&mut verdicts).unwrap();
+            if kernel::refuses_payloads() {
+                assert!(receiver.is_silent());
+                break;
+            }
+            assert_eq!(receiver.recv(), Some(b"much longer".to_vec()));
+        }
     });
 }
 
