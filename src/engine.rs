@@ -8,7 +8,8 @@
 //!   `State::reader`. Other threads then wait for `reader_left`, which wakes one of them.
 //! * **One exception.** A thread that is alone blocks in the receive call without the lock. If
 //!   another thread's request finds it there, and it does not come back in 5 ms, the request reads
-//!   too. Packets may then be recorded out of order, and an id gap ends merging.
+//!   too, unless orphans of an adoption wait for their first packet. Packets may then be recorded
+//!   out of order, and an id gap ends merging.
 //! * **Requests read too.** A request reads until its answer is there. If another thread is
 //!   blocked in the receive call, the answer wakes the blocked thread, which records it. Packets
 //!   read by a request go to the stash. The stash is served before the socket.
@@ -106,8 +107,6 @@ struct State {
     issued: Vec<u16>,
     /// Unbound queues with packets that may still come; each has its place among all endings
     ended: Vec<(u16, usize)>,
-    /// Keys of the verdicts on packets of a process before this one
-    orphans: Vec<PacketKey>,
     stash: VecDeque<Stashed>,
     /// The thread that waits for the socket
     reader: Option<Reader>,

@@ -143,19 +143,28 @@ impl Socket {
 impl SocketBuilder {
     /// Takes over a socket with bound queues, from [`Socket::into_fd`] or from a process that died
     ///
-    /// Of the settings only [`merge_verdicts`](Self::merge_verdicts) and
-    /// [`unbind_on_drop`](Self::unbind_on_drop) count. The socket keeps its receive buffer and its
-    /// reports of overruns, and its queues keep their settings. The descriptor gets close-on-exec.
+    /// Of the settings, [`merge_verdicts`](Self::merge_verdicts),
+    /// [`unbind_on_drop`](Self::unbind_on_drop) and [`busy_poll`](Self::busy_poll) count. The
+    /// socket keeps its receive buffer and its reports of overruns. The descriptor gets
+    /// close-on-exec.
+    ///
+    /// **The queues keep their settings.** If the process before was killed in [`Socket::drain`] or
+    /// after [`Queue::pass_by`], all new packets pass by. After an adoption without a handover, set
+    /// the maximum length ([`Queue::set_maxlen`]) and clear
+    /// [`FAIL_OPEN`](nfqnl_proto::ConfigFlags::FAIL_OPEN) ([`Queue::set_flags`]).
     ///
     /// `queues` names the queues to serve, and the fate of their orphans: the packets that the
     /// process before received and did not answer. Queues of the handover that are not in `queues`
     /// are unbound. Without a handover, name all: the others stay bound, and no process answers
     /// their packets.
     ///
-    /// With a handover the orphans get their verdict at once. It is good for one call: after a
-    /// crash of this process the next one gets `None`. Without a handover the orphans wait for the
-    /// next packet of their queue, because its id shows which packets are older. A sender that
-    /// repeats its packet ends this wait. [`Queue::pass_by`] and [`Socket::drain`] end it too.
+    /// With a handover the orphans get their verdict at once. A handover is good for one call:
+    /// after a crash of this process the next one gets `None`. Without a handover the orphans wait
+    /// for the next packet of their queue, because its id shows the older packets. A sender that
+    /// repeats its packet ends this wait. [`Queue::pass_by`] and [`Socket::drain`] end it too. If
+    /// several threads receive on the descriptor themselves, let only one of them run until the
+    /// first packet of each queue was handled: all packets older than the first one in the library
+    /// count as orphans.
     ///
     /// # Errors
     /// [`Error::Refused`] with [`NotBound`](crate::ErrorKind::NotBound) or

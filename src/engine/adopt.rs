@@ -1,12 +1,13 @@
 //! Taking over queues that another process has bound with the same socket
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use nfqnl_proto::{ConfigFlags, ConfigRequest, PacketKey, PlainVerdict, QueueConfig};
 
+use super::Engine;
 use super::bindings::Binding;
 use super::requests::retry_lost_ack;
-use super::{Engine, State};
 use crate::error::{Operation, Refusal, Result};
 use crate::verdict::Outstanding;
 
@@ -26,7 +27,10 @@ impl Engine {
         if state.bindings.get(queue).is_some() {
             return Err(Refusal::already_bound(Operation::Adopt(queue)).into());
         }
-        let outstanding = Outstanding::adopted(self.merges(), newest, orphans);
+        // The process before may have read the report of an overrun, and not all packets behind it.
+        state.is_in_overrun = true;
+        let overruns = self.overruns.load(Relaxed).wrapping_sub(1);
+        let outstanding = Outstanding::adopted(overruns, self.merges(), newest, orphans);
         let binding = Arc::new(Binding::new(queue, outstanding));
         binding.set_flags(ConfigFlags::all(), flags);
         self.register(&mut state, &binding);
@@ -47,8 +51,7 @@ impl Engine {
             retry_lost_ack(|| self.configure(op, &request))?;
             let named = orphans.and_then(|orphans| Some((orphans.answered?, orphans.verdict)));
             if let Some((newest, verdict)) = named {
-                let sent = &mut self.state().orphans;
-                self.answer_orphans(binding, newest, verdict, sent)?;
+                self.answer_orphans(binding.id.queue, newest, verdict)?;
             }
         }
         Ok(())
@@ -56,15 +59,10 @@ impl Engine {
 
     /// Answers the packets of the process before; `first` is the first packet of this process, or
     /// a later one if the send failed then
-    pub(super) fn answer_before(
-        &self,
-        binding: &Binding,
-        first: u32,
-        sent: &mut Vec<PacketKey>,
-    ) -> Result<()> {
+    pub(super) fn answer_before(&self, binding: &Binding, first: u32) -> Result<()> {
         let due = binding.outstanding().orphans_due(first);
         if let Some((newest, verdict)) = due {
-            self.answer_orphans(binding, newest, verdict, sent)?;
+            self.answer_orphans(binding.id.queue, newest, verdict)?;
         }
         binding.outstanding().answer_orphans();
         Ok(())
@@ -74,7 +72,6 @@ impl Engine {
     ///
     /// The caller has recorded all packets of the queue, and the kernel sends no more.
     pub(crate) fn answer_all_orphans(&self, binding: &Binding) -> Result<()> {
-        let mut state = self.state();
         let Some(orphans) = binding.outstanding().orphans() else {
             return Ok(());
         };
@@ -84,23 +81,17 @@ impl Engine {
         let all = [u32::MAX / 2, u32::MAX, u32::MAX / 2];
         let up_to = orphans.due.as_ref().map_or(&all[..], std::slice::from_ref);
         for &newest in up_to {
-            self.answer_orphans(binding, newest, orphans.verdict, &mut state.orphans)?;
+            self.answer_orphans(binding.id.queue, newest, orphans.verdict)?;
         }
         Ok(())
     }
 
-    /// Answers the packets of the process before up to this one; `sent` gets the key of the verdict
-    fn answer_orphans(
-        &self,
-        binding: &Binding,
-        newest: u32,
-        verdict: PlainVerdict,
-        sent: &mut Vec<PacketKey>,
-    ) -> Result<()> {
-        let key = binding.key(newest);
-        self.send_plain(Operation::BatchVerdict(key), key, verdict, true)?;
-        sent.push(key);
-        Ok(())
+    /// Answers the packets of the process before up to this one
+    ///
+    /// The key belongs to no binding. So its refusal is known: no orphan waits.
+    fn answer_orphans(&self, queue: u16, newest: u32, verdict: PlainVerdict) -> Result<()> {
+        let key = PacketKey::new(queue, newest);
+        self.send_plain(Operation::BatchVerdict(key), key, verdict, true)
     }
 
     /// Ends all bindings in this process, and keeps them in the kernel; returns number, newest id
@@ -116,15 +107,6 @@ impl Engine {
             (binding.id.queue, newest, binding.flags())
         });
         given.collect()
-    }
-}
-
-impl State {
-    /// Returns true if this was the answer to orphans, and forgets it
-    pub(super) fn take_orphans_key(&mut self, key: PacketKey) -> bool {
-        let before = self.orphans.len();
-        self.orphans.retain(|orphan| *orphan != key);
-        self.orphans.len() < before
     }
 }
 
@@ -173,6 +155,9 @@ mod tests {
         let mut buf = [0; 64];
         while kernel.recv(&mut buf).is_ok() {}
         record(6);
+        assert!(!merges(), "packets of an overrun may be unread");
+        engine.found_empty(&mut engine.state());
+        record(7);
         assert!(merges());
         assert_eq!(kernel.recv(&mut buf).unwrap(), 32);
         let kind = u16::from_ne_bytes([buf[4], buf[5]]);
@@ -184,8 +169,27 @@ mod tests {
         );
         assert!(kernel.recv(&mut buf).is_err(), "once");
         assert_eq!(engine.stats().missing_packets, 0);
-        assert_eq!(engine.stats().packets, 2);
+        assert_eq!(engine.stats().packets, 3);
         assert!(binding.outstanding().merges());
+    }
+
+    /// The process before has read the report of the overrun, and not the packets behind it
+    #[test]
+    fn a_gap_at_an_adoption_is_explained() {
+        let (engine, _kernel, _full) = engine();
+        let orphans = PlainVerdict::new(Verdict::Accept);
+        let binding = engine
+            .adopt(7, Some(3), ConfigFlags::empty(), orphans)
+            .unwrap();
+        let record = |id| engine.record_datagram(&mut engine.state(), &packet(id));
+        record(7);
+        record(10);
+        assert_eq!(engine.stats().missing_packets, 5);
+        engine.found_empty(&mut engine.state());
+        record(11);
+        assert!(binding.outstanding().merges());
+        record(13);
+        assert!(!binding.outstanding().merges());
     }
 
     /// The kernel had no memory for the orphans' verdict when the first packet came

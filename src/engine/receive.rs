@@ -266,7 +266,7 @@ impl Engine {
         }
     }
 
-    fn found_empty(&self, state: &mut State) {
+    pub(super) fn found_empty(&self, state: &mut State) {
         state.is_in_overrun = false;
         self.unread.store(0, Relaxed);
         self.wake.clear_outstanding();
@@ -332,7 +332,7 @@ impl Engine {
         if outstanding.has_orphans() {
             drop(outstanding);
             // After a failure the next packets try again.
-            let _ = self.answer_before(binding, stretch.first.id(), &mut state.orphans);
+            let _ = self.answer_before(binding, stretch.first.id());
             outstanding = binding.outstanding();
         }
         let did_merge = outstanding.merges();
@@ -353,11 +353,9 @@ impl Engine {
             Some(Ok(Message::Reply(reply))) => match refusal(&reply) {
                 Some(refusal)
                     if refusal.errno() == libc::ENOENT
-                        && refusal
-                            .packet()
-                            .is_some_and(|key| state.take_orphans_key(key)) =>
+                        && refusal.packet().is_some_and(|key| key.binding() == 0) =>
                 {
-                    Kind::Nothing
+                    Kind::Nothing // no orphan waits
                 }
                 Some(refusal) => {
                     state.stats.refused_verdicts += 1;

@@ -42,7 +42,7 @@ const READER_GRACE: Duration = Duration::from_millis(5);
 
 /// Makes a request again if its acknowledgement is lost
 ///
-/// A full receive buffer loses the acknowledgement, and the wait for it empties the buffer.
+/// A full receive buffer loses the acknowledgement, and the wait for it reads what the buffer held.
 pub(crate) fn retry_lost_ack(mut request: impl FnMut() -> Result<()>) -> Result<()> {
     match request() {
         Err(Error::NoAck { .. }) => request(),

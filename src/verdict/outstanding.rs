@@ -125,8 +125,13 @@ impl Outstanding {
 
     /// Returns the list of a binding made by a process before this one; `newest` is the newest id
     /// that it has received, if known
-    pub(crate) const fn adopted(merges: bool, newest: Option<u32>, orphans: PlainVerdict) -> Self {
-        let mut list = Self::new(0, merges);
+    pub(crate) const fn adopted(
+        overruns: u32,
+        merges: bool,
+        newest: Option<u32>,
+        orphans: PlainVerdict,
+    ) -> Self {
+        let mut list = Self::new(overruns, merges);
         list.newest = match newest {
             Some(newest) => newest,
             None => 0,

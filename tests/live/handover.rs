@@ -107,12 +107,35 @@ fn without_waiting_packets_nothing_is_refused() {
         accept(&socket, 3);
         let (fd, handover) = socket.into_fd().unwrap();
         let (socket, _queue) = adopted(fd, Some(&handover), Orphans::Again);
+        let (fd, handover) = socket.into_fd().unwrap();
+        let (socket, _queue) = adopted(fd, Some(&handover), Orphans::Again);
         let mut batch = RecvBatch::default();
         assert!(is_silent(&socket, &mut batch), "no event of the orphans");
         assert_eq!(socket.stats().refused_verdicts, 0);
         lab.send_numbered(3..4);
         accept(&socket, 1);
         lab.expect_numbered(0..4);
+    });
+}
+
+/// The process before was killed in a drain
+#[test]
+fn packets_pass_by_until_the_settings_are_made() {
+    isolated(|| {
+        let lab = Lab::new();
+        let socket = Socket::open().unwrap();
+        let queue = socket.bind(QUEUE).unwrap();
+        queue.pass_by().unwrap();
+        let (fd, _) = socket.into_fd().unwrap();
+        let (socket, queue) = adopted(fd, None, Orphans::Again);
+        lab.send_numbered(0..1);
+        lab.expect_numbered(0..1);
+        queue.set_maxlen(1024).unwrap();
+        queue
+            .set_flags(ConfigFlags::FAIL_OPEN, ConfigFlags::empty())
+            .unwrap();
+        lab.send_numbered(1..3);
+        assert_eq!(accept(&socket, 2), [1, 2]);
     });
 }
 
