@@ -39,6 +39,14 @@ impl Queue {
         }
     }
 
+    /// Returns another value for the same binding; the first drop or destroy of one unbinds it
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            engine: Weak::clone(&self.engine),
+            binding: Arc::clone(&self.binding),
+        }
+    }
+
     pub(crate) fn belongs_to(&self, engine: &Arc<Engine>) -> bool {
         std::ptr::eq(self.engine.as_ptr(), Arc::as_ptr(engine))
     }
@@ -84,8 +92,9 @@ impl Queue {
 
     /// Lets new packets pass by: the kernel accepts them, and they do not enter the queue
     ///
-    /// The waiting packets stay. When this call returns, the library has received all packets of
-    /// the queue: receive and answer them until [`waiting`](Self::waiting) is 0, and unbind.
+    /// The waiting packets stay. Stop threads that receive on the descriptor themselves before this
+    /// call. When it returns, the library has received all packets of the queue: receive and answer
+    /// them until [`waiting`](Self::waiting) is 0, and unbind.
     /// [`Socket::drain`] does all this. New packets overtake the waiting ones. To undo it, set a
     /// maximum length ([`set_maxlen`](Self::set_maxlen)), and clear
     /// [`FAIL_OPEN`](ConfigFlags::FAIL_OPEN).
@@ -116,7 +125,11 @@ impl Queue {
     pub(crate) fn answer_all(&self, verdict: PlainVerdict) -> Result<()> {
         let op = Operation::Sync;
         let engine = self.engine.upgrade().ok_or(Error::Unbound { op })?;
-        retry_lost_ack(|| engine.sync(op))?; // receives what is in the socket
+        // Receives the packets in the socket; a lost acknowledgement does not stop the verdict.
+        match retry_lost_ack(|| engine.sync(op)) {
+            Err(Error::NoAck { .. }) => {}
+            synced => synced?,
+        }
         engine.wait_for_reader();
         if self.waiting() == 0 {
             return Ok(());

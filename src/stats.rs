@@ -8,7 +8,6 @@ use nfqnl_proto::CopyMode;
 
 use crate::error::{Error, Operation, Result};
 use crate::netns::Netns;
-use crate::sys;
 
 /// The counters of a [`Socket`](crate::Socket)
 ///
@@ -67,6 +66,16 @@ impl std::iter::Sum for Stats {
     }
 }
 
+impl fmt::Display for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} packets, {} waiting, {} missing, {} overruns, {} verdicts refused",
+            self.packets, self.waiting, self.missing_packets, self.overruns, self.refused_verdicts
+        )
+    }
+}
+
 /// The kernel's counters of one queue, a line of `/proc/net/netfilter/nfnetlink_queue`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -92,21 +101,14 @@ pub struct QueueStats {
 impl QueueStats {
     /// Reads the counters of all queues in the calling thread's network namespace
     ///
+    /// Since Linux 3.17.
+    ///
     /// # Errors
     /// [`Error::Io`]: only root of the initial user namespace may read the file; the error of
     /// other users is [`PermissionDenied`](io::ErrorKind::PermissionDenied).
     pub fn read_all() -> Result<Vec<Self>> {
         let failed = Error::io(Operation::ReadStats);
-        let read = |thread: &str| {
-            std::fs::read_to_string(format!("/proc/{thread}/net/netfilter/nfnetlink_queue"))
-        };
-        let text = match read("thread-self") {
-            // Before Linux 3.17 `thread-self` does not exist.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                read(&format!("self/task/{}", sys::thread_id()))
-            }
-            text => text,
-        };
+        let text = std::fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_queue");
         text.map_err(&failed)?
             .lines()
             .map(|line| Self::parse(line).ok_or_else(|| failed(io::ErrorKind::InvalidData.into())))

@@ -70,8 +70,8 @@ impl WorkersBuilder {
     ///
     /// The calling thread calls `make` with the number of each worker, from 0. The worker's
     /// function gets each event, and a batch for its verdicts. It may keep state: only its own
-    /// thread calls it. An error of the function stops all workers; so if a push of a new payload
-    /// fails, answer the packet otherwise.
+    /// thread calls it. An error of the function stops all workers. If a push of a new payload
+    /// fails, push another verdict instead of returning the error.
     ///
     /// # Errors
     /// As [`SocketBuilder::open`] and [`Socket::bind_with`]; [`Error::Io`] if a thread cannot be
@@ -92,6 +92,7 @@ impl WorkersBuilder {
         }
         let shared = Shared {
             sockets: parts.iter().map(|(socket, _)| Arc::clone(socket)).collect(),
+            queues: parts.iter().map(|(_, queue)| queue.share()).collect(),
             is_stopped: AtomicBool::new(false),
             failed: Mutex::default(),
             has_failed: Condvar::new(),
@@ -131,8 +132,8 @@ impl WorkersBuilder {
 
 /// One thread and one socket for each queue of a range
 ///
-/// The workers use all CPUs: a rule spreads packets over the queues, and each thread shares nothing
-/// with the others. Each one has its own receive buffer and its own [`RecvBatch`], so their memory
+/// A rule spreads packets over the queues, so the workers can use all CPUs. No worker waits for
+/// another one. Each worker has its own receive buffer and its own [`RecvBatch`], so their memory
 /// grows with the number of workers. All queues are bound when [`start`](WorkersBuilder::start)
 /// returns, so add the rule then.
 ///
@@ -142,10 +143,11 @@ impl WorkersBuilder {
 ///   where the network card or RPS spreads packets over the CPUs, and packets of one connection may
 ///   then be in several queues and change their order.
 ///
-/// The verdicts on the packets of a batch are sent together, or after an event if a millisecond has
-/// passed. If a worker panics or fails, all stop, and the waiting packets of all queues
-/// get a default verdict; with `panic = "abort"` the kernel drops them. Dropping this value stops
-/// all too. Every stop waits until running functions return; meanwhile new packets wait too.
+/// The verdicts of a batch are sent together at its end. If a batch takes longer than a
+/// millisecond, they are sent earlier, after an event. If a worker panics or fails, all stop, and
+/// the waiting packets of all queues get a default verdict; with `panic = "abort"` the kernel drops
+/// them. Dropping this value stops all too. Every stop waits until running functions return;
+/// meanwhile new packets wait too.
 ///
 /// ```no_run
 /// use nfqnl::{Event, Verdict, Workers};
@@ -199,6 +201,12 @@ impl Workers {
         self.queues.clone()
     }
 
+    /// Returns the queue with this number, for its flags, its settings and the kernel's counters
+    #[must_use]
+    pub fn queue(&self, num: u16) -> Option<&Queue> {
+        self.shared.queues.iter().find(|queue| queue.num() == num)
+    }
+
     /// Returns the sums of the counters of all sockets
     #[must_use]
     pub fn stats(&self) -> Stats {
@@ -215,8 +223,8 @@ impl Workers {
 
     /// Waits until a worker panics or fails, for at most `timeout`; returns true if one has
     ///
-    /// To stop at a signal, call this in a loop with a look at the signal handler's flag, and then
-    /// [`drain`](Self::drain).
+    /// To stop at a signal, call this in a loop, check the flag of the signal handler each time,
+    /// and then call [`drain`](Self::drain).
     #[must_use]
     pub fn wait_timeout(&self, timeout: Duration) -> bool {
         let (begin, mut failed) = (sys::now(), self.shared.failed());
@@ -229,7 +237,7 @@ impl Workers {
         }
     }
 
-    /// Waits until a worker panics or fails
+    /// Waits until a worker panics or fails; without a failure it does not return
     ///
     /// # Errors
     /// [`WorkerError`], the first failure.
@@ -253,7 +261,8 @@ impl Workers {
     ///
     /// New packets pass by meanwhile. The packets without a verdict get the default. So do packets
     /// that a function holds for a later verdict, because the drain calls functions only with
-    /// events. The call takes at most `timeout` and the time of one event.
+    /// events. The call takes at most `timeout`, the time of one event, and the time to end the
+    /// queues.
     ///
     /// # Errors
     /// [`WorkerError`]: a worker has panicked or failed, or a queue cannot be unbound.
@@ -359,6 +368,8 @@ impl std::error::Error for WorkerError {
 #[derive(Debug)]
 struct Shared {
     sockets: Vec<Arc<Socket>>,
+    /// The workers unbind them.
+    queues: Vec<Queue>,
     is_stopped: AtomicBool,
     /// The queue of the worker that failed first
     failed: Mutex<Option<u16>>,
@@ -394,10 +405,11 @@ fn text_of(payload: &(dyn Any + Send)) -> String {
 
 /// Answers all waiting packets of a queue
 fn give_default(queue: &Queue, default: PlainVerdict) -> Result<()> {
-    if default.verdict() == Verdict::Accept {
-        queue.pass_by()?;
-    }
-    queue.answer_all(default)
+    let passes = match default.verdict() {
+        Verdict::Accept => queue.pass_by(),
+        _ => Ok(()),
+    };
+    queue.answer_all(default).and(passes)
 }
 
 struct Worker<F> {

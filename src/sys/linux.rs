@@ -196,8 +196,8 @@ pub(crate) fn in_namespace<T: Send>(
     f: impl FnOnce() -> T + Send,
 ) -> io::Result<T> {
     let there = File::from(namespace.try_clone_to_owned()?).metadata()?;
-    let here = std::fs::metadata(format!("/proc/self/task/{}/ns/net", thread_id()))?;
-    if (here.dev(), here.ino()) == (there.dev(), there.ino()) {
+    let here = std::fs::metadata("/proc/thread-self/ns/net");
+    if here.is_ok_and(|here| (here.dev(), here.ino()) == (there.dev(), there.ino())) {
         return Ok(f());
     }
     let enter = || {
@@ -476,13 +476,6 @@ pub(crate) fn generation() -> u32 {
 pub(crate) fn thread_mark() -> usize {
     thread_local!(static MARK: u8 = const { 0 });
     MARK.with(|mark| ptr::from_ref(mark).addr())
-}
-
-/// Returns the id of the calling thread, as in /proc
-pub(crate) fn thread_id() -> u32 {
-    // SAFETY: no memory is involved.
-    let id = unsafe { libc::syscall(libc::SYS_gettid) };
-    u32::try_from(id).unwrap_or(0)
 }
 
 /// Sets close-on-exec

@@ -62,6 +62,9 @@ fn each_queue_has_its_own_worker() {
         let workers = workers.unwrap();
         assert_eq!(workers.queues(), 3..=5);
         assert!(!workers.queues().into_iter().any(is_free));
+        let queue = workers.queue(FIRST + 1).unwrap();
+        queue.set_maxlen(100).unwrap();
+        assert!(workers.queue(FIRST + 3).is_none());
         let table = Table::new("t").unwrap();
         for udp in &sockets::<3>(&table) {
             udp.send(b"a datagram", udp.address()).unwrap();
