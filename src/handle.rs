@@ -360,9 +360,12 @@ impl<'cb> Handle<'cb> {
 
     /// Stops a queue without losing a packet, with its callback: see [`Socket::drain`]
     ///
+    /// Packets that other threads have received on the descriptor, and not yet passed to
+    /// [`handle_packet`](Self::handle_packet), are lost: stop these threads first.
+    ///
     /// # Errors
-    /// As [`Queue::set_flags`], [`run_once`](Self::run_once) and [`Queue::destroy`]. The queue is
-    /// dropped then: its packets are lost, except with
+    /// As [`Queue::set_flags`], [`run_once`](Self::run_once) and [`Queue::destroy`]. After an error
+    /// or a panic of the callback the queue is dropped: its packets are lost, except with
     /// [`SocketBuilder::unbind_on_drop`](crate::SocketBuilder::unbind_on_drop) set to `false`.
     pub fn drain(&self, queue: Queue, batch: &mut RecvBatch, timeout: Duration) -> Result<u64> {
         let _inside = Inside::enter(self.socket.engine.id)?;

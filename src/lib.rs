@@ -53,7 +53,8 @@
 //! iptables -A INPUT -p tcp --dport 80 -j NFQUEUE --queue-num 1 --queue-bypass
 //! ```
 //! With `bypass`, packets pass while no program has bound the queue. Without it the kernel drops
-//! them. Bind the queue first, and add the rule then.
+//! them. Bind the queue first, and add the rule then. If nft says "No such file or directory", the
+//! kernel lacks `CONFIG_NFT_QUEUE`: use iptables or the module `rules`.
 //!
 //! # Privileges
 //! Every request, verdicts included, needs `CAP_NET_ADMIN` in the user namespace that owns the
@@ -67,10 +68,10 @@
 //!
 //! # Examples
 //! The repository has them in `examples/`: `cargo run --example batch`.
-//! * `demo` brings its own namespace, rules and traffic; `print_packets` prints every attribute.
+//! * `demo` brings its own namespace, rules and traffic; `print_packets` has callbacks.
 //! * `batch` sends different verdicts and marks together; `accept_all` is the smallest program.
-//! * `rewrite` and `dns_filter` change packets; `first_bytes` inspects the first bytes of each TCP
-//!   connection.
+//! * `rewrite` and `dns_filter` change packets; `rewrite` also prints the user, the interfaces, the
+//!   flow and the connection state. `first_bytes` inspects the first bytes of each TCP connection.
 //! * `rules` brings its own rules.
 //! * `daemon` has signals, a worker and a clean stop; `upgrade` replaces itself and loses no
 //!   packet.

@@ -340,8 +340,11 @@ impl Socket {
     /// If not, it ignores [`Decision::with_ct_mark`] and [`Decision::with_conntrack`] without an
     /// error, and refuses [`ConfigFlags::CONNTRACK`]. It lacks
     /// `CONFIG_NETFILTER_NETLINK_GLUE_CT`, or the module `nf_conntrack_netlink`. The call makes
-    /// the kernel load the module if it can. Before Linux 4.5 the answer is always true. Ask
-    /// before you bind queues: the call needs a queue number without a binding.
+    /// the kernel load the module if it can. Before Linux 4.5 the answer is always true.
+    ///
+    /// The call uses a queue number without a binding, so any socket can ask: with
+    /// [`Workers`](crate::Workers) open one for this question. The answer is about the kernel: in a
+    /// network namespace without a rule with `ct` or NAT, the kernel tracks no connection.
     ///
     /// # Errors
     /// [`Error::Refused`]: no `CAP_NET_ADMIN`. [`Error::NoAck`]; [`Error::Io`].
@@ -489,9 +492,9 @@ impl Socket {
     ///
     /// # Errors
     /// As [`Queue::set_flags`], [`recv`](Self::recv), [`send`](Self::send) and
-    /// [`Queue::destroy`]; and the errors of `decide`. The queue is dropped then: its
-    /// packets are lost, except with [`SocketBuilder::unbind_on_drop`] set to `false`. Unsent
-    /// verdicts on packets of other queues are lost too, and these packets wait.
+    /// [`Queue::destroy`]; and the errors of `decide`. After an error or a panic of `decide` the
+    /// queue is dropped: its packets are lost, except with [`SocketBuilder::unbind_on_drop`] set to
+    /// `false`. Unsent verdicts on packets of other queues are lost too, and these packets wait.
     pub fn drain(
         &self,
         queue: Queue,

@@ -563,7 +563,9 @@ impl<'a> Packet<'a> {
     /// The conntrack entry of the packet's connection
     ///
     /// `None` for untracked packets, and without
-    /// [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK). Since Linux 3.6.
+    /// [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK). The kernel tracks connections
+    /// only in a network namespace with a rule that needs tracking: a rule with `ct`, or NAT. Since
+    /// Linux 3.6.
     #[must_use]
     #[doc(alias = "NFQA_CT")]
     #[inline]

@@ -25,6 +25,9 @@ const IPV6_HEADER_LEN: usize = 40;
 
 /// A buffer for changed copies of packets, used again for each packet
 ///
+/// A callback or a worker that must be `'static` keeps the buffer, and makes a rewriter for each
+/// packet: [`Rewriter::new`] costs nothing.
+///
 /// ```
 /// use nfqnl_proto::rewrite::{RewriteError, Rewriter};
 /// use nfqnl_proto::{Decision, Packet, Verdict};

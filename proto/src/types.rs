@@ -271,8 +271,8 @@ bitflags! {
         /// is full. Since Linux 3.6; for the receive buffer since Linux 4.6.
         #[doc(alias = "NFQA_CFG_F_FAIL_OPEN")]
         const FAIL_OPEN = NFQA_CFG_F_FAIL_OPEN;
-        /// Send the conntrack entry. Needs a kernel with `CONFIG_NETFILTER_NETLINK_GLUE_CT`. Since
-        /// Linux 3.6.
+        /// Send the conntrack entry. Needs a kernel with `CONFIG_NETFILTER_NETLINK_GLUE_CT`, and a
+        /// rule that needs tracking: a rule with `ct`, or NAT. Since Linux 3.6.
         #[doc(alias = "NFQA_CFG_F_CONNTRACK")]
         const CONNTRACK = NFQA_CFG_F_CONNTRACK;
         /// Send large packets unsegmented, with incomplete checksums: much faster for TCP. Since

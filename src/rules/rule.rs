@@ -351,7 +351,10 @@ impl Rule {
             })
     }
 
-    /// Copies the packet's mark to its connection
+    /// Copies the packet's mark to its connection, all 32 bits
+    ///
+    /// A packet without a mark clears the mark of its connection: put [`mark`](Self::mark) before
+    /// this. It overwrites bits of other programs.
     ///
     /// With a packet mark in the verdict and this rule in a later chain, a program marks
     /// connections also on kernels that take no conntrack changes
