@@ -95,7 +95,7 @@ pub enum Error {
         /// The bytes that were copied
         had: usize,
     },
-    /// A new payload of another length beside a change of the conntrack entry, not in UDP
+    /// A new payload of another length beside a change of the conntrack entry (allowed in UDP)
     ///
     /// The kernel would try to adjust TCP sequence numbers, which it can do only for connections
     /// with a helper. Change the entry with another packet of the connection, or set the mark of
@@ -399,6 +399,12 @@ impl Refusal {
     }
 
     /// Returns the kernel's answer to a second binding of a queue
+    /// Returns true if no orphan waited for its verdict
+    pub(crate) fn is_of_orphans(&self) -> bool {
+        matches!(self.op, Operation::BatchVerdict(key) if key.binding() == 0)
+            && self.errno() == libc::ENOENT
+    }
+
     pub(crate) fn already_bound(op: Operation) -> Self {
         Self {
             op,

@@ -206,7 +206,11 @@ mod tests {
                 for kind in [NFQNL_MSG_VERDICT, NFQNL_MSG_VERDICT_BATCH] {
                     let datagram = refusal_of(kind, key);
                     match decode(&datagram, Kind::Other) {
-                        Some(Event::Refused(refusal)) => assert_eq!(refusal.packet(), Some(key)),
+                        Some(Event::Refused(refusal)) => {
+                            assert_eq!(refusal.packet(), Some(key));
+                            let is_of_orphans = binding == 0 && kind == NFQNL_MSG_VERDICT_BATCH;
+                            assert_eq!(refusal.is_of_orphans(), is_of_orphans);
+                        }
                         other => panic!("{other:?}"),
                     }
                 }

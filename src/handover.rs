@@ -87,7 +87,7 @@ pub enum Orphans {
     /// [`FAIL_OPEN`](ConfigFlags::FAIL_OPEN) it accepts them. The time that they have waited
     /// already is not known: a [`Pending`](crate::Pending) begins anew.
     Again,
-    /// All get this verdict
+    /// All get this verdict; the kernel refuses [`Verdict::Stolen`]
     Answer(PlainVerdict),
 }
 
@@ -150,8 +150,8 @@ impl SocketBuilder {
     ///
     /// **The queues keep their settings.** If the process before was killed in [`Socket::drain`] or
     /// after [`Queue::pass_by`], all new packets pass by. After an adoption without a handover, set
-    /// the maximum length ([`Queue::set_maxlen`]) and clear
-    /// [`FAIL_OPEN`](nfqnl_proto::ConfigFlags::FAIL_OPEN) ([`Queue::set_flags`]).
+    /// the maximum length ([`Queue::set_maxlen`]) and the flags ([`Queue::set_flags`]) anew, also
+    /// [`FAIL_OPEN`](nfqnl_proto::ConfigFlags::FAIL_OPEN).
     ///
     /// `queues` names the queues to serve, and the fate of their orphans: the packets that the
     /// process before received and did not answer. Queues of the handover that are not in `queues`
@@ -161,10 +161,9 @@ impl SocketBuilder {
     /// With a handover the orphans get their verdict at once. A handover is good for one call:
     /// after a crash of this process the next one gets `None`. Without a handover the orphans wait
     /// for the next packet of their queue, because its id shows the older packets. A sender that
-    /// repeats its packet ends this wait. [`Queue::pass_by`] and [`Socket::drain`] end it too. If
-    /// several threads receive on the descriptor themselves, let only one of them run until the
-    /// first packet of each queue was handled: all packets older than the first one in the library
-    /// count as orphans.
+    /// repeats its packet ends this wait. [`Queue::pass_by`] and [`Socket::drain`] end it too. The
+    /// first packet that reaches the library decides: all older ones count as orphans. So if your
+    /// own threads receive on the descriptor, run only one until each queue has had a packet.
     ///
     /// # Errors
     /// [`Error::Refused`] with [`NotBound`](crate::ErrorKind::NotBound) or

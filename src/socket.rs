@@ -343,8 +343,8 @@ impl Socket {
     /// the kernel load the module if it can. Before Linux 4.5 the answer is always true.
     ///
     /// The call uses a queue number without a binding, so any socket can ask: with
-    /// [`Workers`](crate::Workers) open one for this question. The answer is about the kernel: in a
-    /// network namespace without a rule with `ct` or NAT, the kernel tracks no connection.
+    /// [`Workers`](crate::Workers) open one for this question. The answer is about the kernel;
+    /// whether it tracks connections depends on the rules ([`Decision::with_ct_mark`]).
     ///
     /// # Errors
     /// [`Error::Refused`]: no `CAP_NET_ADMIN`. [`Error::NoAck`]; [`Error::Io`].

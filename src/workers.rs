@@ -202,6 +202,9 @@ impl Workers {
     }
 
     /// Returns the queue with this number, for its flags, its settings and the kernel's counters
+    ///
+    /// Do not raise the copy range: the batches of the workers have room for the range of
+    /// [`config`](WorkersBuilder::config).
     #[must_use]
     pub fn queue(&self, num: u16) -> Option<&Queue> {
         self.shared.queues.iter().find(|queue| queue.num() == num)

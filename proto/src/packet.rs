@@ -564,8 +564,8 @@ impl<'a> Packet<'a> {
     ///
     /// `None` for untracked packets, and without
     /// [`ConfigFlags::CONNTRACK`](crate::ConfigFlags::CONNTRACK). The kernel tracks connections
-    /// only in a network namespace with a rule that needs tracking: a rule with `ct`, or NAT. Since
-    /// Linux 3.6.
+    /// only if a rule needs it: see
+    /// [`Decision::with_ct_mark`](crate::Decision::with_ct_mark). Since Linux 3.6.
     #[must_use]
     #[doc(alias = "NFQA_CT")]
     #[inline]

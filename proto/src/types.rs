@@ -272,7 +272,8 @@ bitflags! {
         #[doc(alias = "NFQA_CFG_F_FAIL_OPEN")]
         const FAIL_OPEN = NFQA_CFG_F_FAIL_OPEN;
         /// Send the conntrack entry. Needs a kernel with `CONFIG_NETFILTER_NETLINK_GLUE_CT`, and a
-        /// rule that needs tracking: a rule with `ct`, or NAT. Since Linux 3.6.
+        /// rule that turns tracking on: see
+        /// [`Decision::with_ct_mark`](crate::Decision::with_ct_mark). Since Linux 3.6.
         #[doc(alias = "NFQA_CFG_F_CONNTRACK")]
         const CONNTRACK = NFQA_CFG_F_CONNTRACK;
         /// Send large packets unsegmented, with incomplete checksums: much faster for TCP. Since

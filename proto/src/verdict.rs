@@ -258,8 +258,9 @@ impl<'p> Decision<'p> {
     ///
     /// **The kernel silently ignores it** in two cases:
     ///
-    /// * The packet is untracked. The kernel tracks connections only in a network namespace with a
-    ///   rule that needs tracking: a rule with `ct`, or NAT.
+    /// * The packet is untracked. Since Linux 4.10 the kernel tracks connections only in a network
+    ///   namespace with a rule that needs tracking: `ct` in nftables, `conntrack` or `connmark` in
+    ///   iptables, or NAT.
     /// * The kernel lacks `CONFIG_NETFILTER_NETLINK_GLUE_CT` or the module `nf_conntrack_netlink`:
     ///   `Socket::takes_conntrack` of `nfqnl` tells. Then set the packet's mark
     ///   ([`with_mark`](Self::with_mark)), and save it by a rule in a later chain

@@ -84,7 +84,11 @@ impl Engine {
             slots.stash.append(&mut state.stash);
             let is_over =
                 has_stash || wait.left().is_none() || (wait != Wait::No && self.wake.take(all));
-            let must_look = is_over || state.has_several_threads() || self.wake.is_outstanding();
+            // Short slots see the end of an overrun only by a look at the empty socket.
+            let must_look = is_over
+                || state.has_several_threads()
+                || state.is_in_overrun
+                || self.wake.is_outstanding();
             if must_look && !state.is_read_unlocked() {
                 match self.receive_now(&mut state, slots) {
                     Ok(true)
@@ -351,12 +355,7 @@ impl Engine {
     fn record_message(&self, state: &mut State, datagram: &[u8]) -> Kind {
         match Messages::new(datagram).next() {
             Some(Ok(Message::Reply(reply))) => match refusal(&reply) {
-                Some(refusal)
-                    if refusal.errno() == libc::ENOENT
-                        && refusal.packet().is_some_and(|key| key.binding() == 0) =>
-                {
-                    Kind::Nothing // no orphan waits
-                }
+                Some(refusal) if refusal.is_of_orphans() => Kind::Nothing,
                 Some(refusal) => {
                     state.stats.refused_verdicts += 1;
                     // After these errors no packet recorded as answered still waits.

@@ -175,7 +175,7 @@ impl Engine {
             // itself, or another process with the same socket.
             let mut left = READER_GRACE;
             if is_read_unlocked {
-                self.wake.make_readable(); // the thread may be blocked for good otherwise
+                self.wake_reader(); // the thread may be blocked for good otherwise
             } else {
                 let now = sys::now();
                 let deadline = *deadline.get_or_insert(now + OUTSIDE_GRACE);
@@ -205,12 +205,17 @@ impl Engine {
         let mut state = self.state();
         state.note_thread(); // other threads poll from here on
         while state.is_read_unlocked() {
-            if self.may_be_read_elsewhere() {
-                self.wake.clear_outstanding(); // the other process may have its answer
-            }
-            self.wake.make_readable();
+            self.wake_reader();
             state = self.wait_for_answers(state, READER_GRACE);
         }
+    }
+
+    /// Wakes a thread blocked in the receive call
+    fn wake_reader(&self) {
+        if self.may_be_read_elsewhere() {
+            self.wake.clear_outstanding(); // the other process may have the answer to a wake
+        }
+        self.wake.make_readable();
     }
 
     /// Reads all messages in the socket to the stash, so that refusals do not fill the buffer

@@ -277,7 +277,9 @@ fn a_new_tcp_length_beside_a_ct_mark_is_refused() {
                 .unwrap();
         }
         client.join().unwrap().unwrap();
-        for [longer, equal, without] in results.try_iter() {
+        let results: Vec<_> = results.try_iter().collect();
+        assert!(results.len() >= 2, "a SYN and an ACK");
+        for [longer, equal, without] in results {
             let is_refused = matches!(longer, Err(Error::ConntrackAndLength { .. }));
             assert!(is_refused, "{longer:?}");
             equal.and(without).unwrap();
