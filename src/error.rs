@@ -398,13 +398,13 @@ impl Refusal {
         }
     }
 
-    /// Returns the kernel's answer to a second binding of a queue
     /// Returns true if no orphan waited for its verdict
     pub(crate) fn is_of_orphans(&self) -> bool {
         matches!(self.op, Operation::BatchVerdict(key) if key.binding() == 0)
             && self.errno() == libc::ENOENT
     }
 
+    /// Returns the kernel's answer to a second binding of a queue
     pub(crate) fn already_bound(op: Operation) -> Self {
         Self {
             op,

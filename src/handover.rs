@@ -150,8 +150,9 @@ impl SocketBuilder {
     ///
     /// **The queues keep their settings.** If the process before was killed in [`Socket::drain`] or
     /// after [`Queue::pass_by`], all new packets pass by. After an adoption without a handover, set
-    /// the maximum length ([`Queue::set_maxlen`]) and the flags ([`Queue::set_flags`]) anew, also
-    /// [`FAIL_OPEN`](nfqnl_proto::ConfigFlags::FAIL_OPEN).
+    /// the maximum length ([`Queue::set_maxlen`]), and clear
+    /// [`FAIL_OPEN`](nfqnl_proto::ConfigFlags::FAIL_OPEN) unless the program wants it
+    /// ([`Queue::set_flags`]).
     ///
     /// `queues` names the queues to serve, and the fate of their orphans: the packets that the
     /// process before received and did not answer. Queues of the handover that are not in `queues`
@@ -163,7 +164,8 @@ impl SocketBuilder {
     /// for the next packet of their queue, because its id shows the older packets. A sender that
     /// repeats its packet ends this wait. [`Queue::pass_by`] and [`Socket::drain`] end it too. The
     /// first packet that reaches the library decides: all older ones count as orphans. So if your
-    /// own threads receive on the descriptor, run only one until each queue has had a packet.
+    /// own threads receive on the descriptor, run only one until it has passed on a packet of each
+    /// queue.
     ///
     /// # Errors
     /// [`Error::Refused`] with [`NotBound`](crate::ErrorKind::NotBound) or

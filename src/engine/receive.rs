@@ -84,7 +84,8 @@ impl Engine {
             slots.stash.append(&mut state.stash);
             let is_over =
                 has_stash || wait.left().is_none() || (wait != Wait::No && self.wake.take(all));
-            // Short slots see the end of an overrun only by a look at the empty socket.
+            // A call for one datagram is never short: only a look at the empty socket ends an
+            // overrun.
             let must_look = is_over
                 || state.has_several_threads()
                 || state.is_in_overrun
@@ -547,7 +548,8 @@ impl State {
     pub(super) fn has_several_threads(&self) -> bool {
         /// A thread counts as alone after this number of calls in a row
         const ALONE: u8 = 64;
-        self.waiting_readers > 0 || self.calls_alone < ALONE
+        // A waiting request would wake a blocked reader again and again.
+        self.waiting_readers + self.waiting_requests > 0 || self.calls_alone < ALONE
     }
 }
 

@@ -4,7 +4,8 @@
 //! readable and ends a blocked receive call. At most one wake message is outstanding. The kernel
 //! loses its acknowledgement if the receive buffer is full, so three events clear the flag: the
 //! acknowledgement, an overrun, and a read that finds the socket empty. Where the kernel may not
-//! report the loss, every read clears the flag. A reader never blocks while the flag is set: it
+//! report the loss, every read clears the flag, and so does a request that waits for a blocked
+//! reader. A reader never blocks while the flag is set: it
 //! first receives without blocking, which clears the flag in the end.
 
 use std::os::fd::RawFd;

@@ -584,8 +584,12 @@ fn other_threads_read_nothing_after_a_handover() {
             }
             queue.destroy().unwrap();
             batch = RecvBatch::default();
-            let arrived = lab.v4.drain_now().unwrap();
-            assert!(arrived == 64 || is_small, "{arrived} in round {round}");
+            // The kernel may deliver the last ones after the verdicts' send.
+            for n in 0..if is_small { 0 } else { 64 } {
+                assert!(lab.recv().is_some(), "{n} in round {round}");
+            }
+            let more = lab.v4.drain_now().unwrap();
+            assert!(is_small || more == 0, "{more} in round {round}");
         }
     });
 }
