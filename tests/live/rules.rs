@@ -129,6 +129,7 @@ fn interfaces_marks_and_users() {
             let udp = Udp::bind(V4, PORT).unwrap();
             udp.set_mark(0x17).unwrap();
             udp.send(b"marked", udp.address()).unwrap();
+            assert!(udp.recv().is_some()); // it has passed input
         };
         let rules = [
             rule().oifname(name("lo")),
