@@ -24,11 +24,13 @@ pub trait Kernel {
     fn send(&self, messages: &[u8]) -> io::Result<usize>;
     /// `recvmmsg(2)`, or `recv(2)` into one slot: at most one datagram for each slot and length
     ///
+    /// A slot has two parts.
+    ///
     /// If it may block, it may also return `EAGAIN`, like a non-blocking descriptor.
     fn receive(
         &self,
         may_block: bool,
-        slots: &mut dyn Iterator<Item = &mut [u8]>,
+        slots: &mut dyn Iterator<Item = [&mut [u8]; 2]>,
         lens: &mut [usize],
     ) -> io::Result<usize>;
     /// `poll(2)` for input; a wait without end must end with a datagram or an error
@@ -78,7 +80,7 @@ pub(crate) fn send_in_signal_handler(fd: RawFd, message: &[u8]) -> bool {
 pub(crate) fn recv_many<'s>(
     fd: BorrowedFd<'_>,
     block: Block,
-    mut slots: impl Iterator<Item = &'s mut [u8]>,
+    mut slots: impl Iterator<Item = [&'s mut [u8]; 2]>,
     lens: &mut [usize],
 ) -> io::Result<usize> {
     match kernel() {
@@ -94,7 +96,7 @@ pub(crate) fn recv_one(fd: BorrowedFd<'_>, block: Block, slot: &mut [u8]) -> io:
     let mut len = [0];
     kernel.receive(
         block == Block::ForFirst,
-        &mut std::iter::once(slot),
+        &mut std::iter::once([slot, &mut []]),
         &mut len,
     )?;
     Ok(len[0])

@@ -53,13 +53,13 @@ pub(crate) enum Block {
 
 /// Receives one datagram into each of `slots`, at most [`RECV_MAX`], until none is left
 ///
-/// Datagram `i` goes to the start of slot `i`. A longer datagram is truncated, and its netlink
-/// header has its full length. `lens[i]` is the length in the slot. Returns the number of
-/// datagrams.
+/// A slot has two parts; the second one may be empty. Datagram `i` goes to the start of slot `i`. A
+/// longer datagram is truncated, and its netlink header has its full length. `lens[i]` is the
+/// length in the slot. Returns the number of datagrams.
 pub(crate) fn recv_many<'s>(
     fd: BorrowedFd<'_>,
     block: Block,
-    slots: impl Iterator<Item = &'s mut [u8]>,
+    slots: impl Iterator<Item = [&'s mut [u8]; 2]>,
     lens: &mut [usize],
 ) -> io::Result<usize> {
     let mut vecs = [const { MaybeUninit::uninit() }; RECV_MAX];
@@ -72,16 +72,16 @@ pub(crate) fn recv_many<'s>(
         .zip(slots)
         .take(lens.len())
     {
-        header.write(header_for(vec.write(iovec_of(slot))));
+        header.write(header_for(vec.write(slot.map(iovec_of))));
         wanted += 1;
     }
     let flags = match block {
         Block::No => libc::MSG_DONTWAIT,
         Block::ForFirst => libc::MSG_WAITFORONE,
     };
-    // SAFETY: the first `wanted` headers are written. Each points to an iovec of this frame, and
-    // each iovec to a slot, mutably borrowed for `'s`, with its length. The kernel writes there
-    // only during the call.
+    // SAFETY: the first `wanted` headers are written. Each points to one or two iovecs of this
+    // frame, and each iovec to a part of a slot, mutably borrowed for `'s`, with its length. The
+    // kernel writes there only during the call.
     let n = unsafe {
         libc::recvmmsg(
             fd.as_raw_fd(),
@@ -107,11 +107,11 @@ fn iovec_of(slot: &mut [u8]) -> libc::iovec {
     }
 }
 
-fn header_for(vec: &mut libc::iovec) -> libc::mmsghdr {
+fn header_for(vec: &mut [libc::iovec; 2]) -> libc::mmsghdr {
     // SAFETY: a `mmsghdr` is integers and pointers, for which all zeroes is a value.
     let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
-    header.msg_hdr.msg_iov = vec;
-    header.msg_hdr.msg_iovlen = 1;
+    header.msg_hdr.msg_iov = vec.as_mut_ptr();
+    header.msg_hdr.msg_iovlen = if vec[1].iov_len == 0 { 1 } else { 2 };
     header
 }
 
@@ -518,7 +518,7 @@ mod tests {
         let n = recv_many(
             here.as_fd(),
             Block::ForFirst,
-            slots.iter_mut().map(|slot| &mut slot[..]),
+            slots.iter_mut().map(|slot| slot.split_at_mut(3).into()),
             &mut lens,
         );
         assert_eq!(n.unwrap(), 3);
@@ -531,7 +531,7 @@ mod tests {
         let none = recv_many(
             here.as_fd(),
             Block::No,
-            [&mut slot[..]].into_iter(),
+            [[&mut slot[..], &mut []]].into_iter(),
             &mut lens,
         );
         assert_eq!(none.unwrap_err().kind(), io::ErrorKind::WouldBlock);

@@ -181,7 +181,7 @@ impl Kernel for Fuzz {
     fn receive(
         &self,
         may_block: bool,
-        slots: &mut dyn Iterator<Item = &mut [u8]>,
+        slots: &mut dyn Iterator<Item = [&mut [u8]; 2]>,
         lens: &mut [usize],
     ) -> io::Result<usize> {
         self.world().arrive_meanwhile();

@@ -488,7 +488,7 @@ impl World {
     /// `netlink_recvmsg`, up to once per slot
     pub fn receive(
         &mut self,
-        slots: &mut dyn Iterator<Item = &mut [u8]>,
+        slots: &mut dyn Iterator<Item = [&mut [u8]; 2]>,
         lens: &mut [usize],
     ) -> io::Result<usize> {
         if mem::take(&mut self.has_overrun) {
@@ -499,14 +499,16 @@ impl World {
             return fail(libc::ENOBUFS);
         }
         let mut n = 0;
-        for (len, slot) in lens.iter_mut().zip(slots) {
+        for (len, [head, tail]) in lens.iter_mut().zip(slots) {
             let Some(datagram) = self.take() else {
                 self.is_in_overrun = false;
                 self.wake_is_outstanding = false;
                 break;
             };
-            *len = datagram.bytes.len().min(slot.len());
-            slot[..*len].copy_from_slice(&datagram.bytes[..*len]);
+            *len = datagram.bytes.len().min(head.len() + tail.len());
+            let (first, rest) = datagram.bytes[..*len].split_at(head.len().min(*len));
+            head[..first.len()].copy_from_slice(first);
+            tail[..rest.len()].copy_from_slice(rest);
             if let Some(name) = datagram.packet {
                 let is_sound = !datagram.is_broken && *len == datagram.bytes.len();
                 let before = self.handed.insert(name, Handed { times: 0, is_sound });
