@@ -25,7 +25,7 @@ use crate::verdict::{SendBatch, check_decision};
 /// [`VerdictSender`](crate::VerdictSender).
 #[doc(alias = "nfq_data")]
 pub struct QueueData<'a> {
-    packet: Packet<'a>,
+    packet: &'a Packet<'a>,
     verdicts: &'a mut SendBatch,
     /// The index of this packet's verdict
     before: usize,
@@ -36,7 +36,7 @@ impl<'a> QueueData<'a> {
     /// Wraps a packet; its verdict, if there is one, is added to `verdicts`
     #[inline]
     pub(crate) fn new(
-        packet: Packet<'a>,
+        packet: &'a Packet<'a>,
         verdicts: &'a mut SendBatch,
         handle: &'a (dyn Callable + 'a),
     ) -> Self {
@@ -50,8 +50,8 @@ impl<'a> QueueData<'a> {
 
     /// Returns the packet with all its attributes
     #[must_use]
-    pub const fn packet(&self) -> &Packet<'a> {
-        &self.packet
+    pub const fn packet(&self) -> &'a Packet<'a> {
+        self.packet
     }
 
     /// Returns the key to answer the packet later, from any thread
@@ -114,7 +114,7 @@ impl<'a> QueueData<'a> {
     /// payload shorter than its own network header or the old packet's (the kernel would drop the
     /// packet). [`Error::Encode`] for more than 65531 bytes. The earlier verdict stays then.
     pub fn set_decision(&mut self, decision: &Decision<'_>) -> Result<()> {
-        check_decision(&self.packet, decision)?;
+        check_decision(self.packet, decision)?;
         self.verdicts.set(self.before, self.packet.key(), *decision)
     }
 

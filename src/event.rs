@@ -98,20 +98,39 @@ impl<'b> Event<'b> {
 pub(crate) fn decode(datagram: &[u8], kind: Kind) -> Option<Event<'_>> {
     match kind {
         Kind::Nothing => None,
-        Kind::Packet(binding) => Some(decode_packet(datagram, binding)),
+        Kind::Packet(binding) => {
+            if let Some(message) = datagram.get(..message_len(datagram)) {
+                // In place, for the reason given in `Packet::parse`
+                let packet = Packet::unindexed(message).with_binding(binding);
+                let mut event = Some(Event::Packet(packet));
+                if let Some(Event::Packet(packet)) = &mut event {
+                    if packet.index() {
+                        return event;
+                    }
+                }
+            }
+            Some(decode_carefully(datagram, binding))
+        }
         Kind::Other => decode_other(datagram),
     }
 }
 
+/// Returns the length that the first message names
 #[inline]
-fn decode_packet(datagram: &[u8], binding: u16) -> Event<'_> {
+fn message_len(datagram: &[u8]) -> usize {
     let len = datagram.first_chunk().map(|len| u32::from_ne_bytes(*len));
-    let len = len.and_then(|len| usize::try_from(len).ok()).unwrap_or(0);
+    len.and_then(|len| usize::try_from(len).ok()).unwrap_or(0)
+}
+
+/// Does the same for any datagram of a packet, and finds the error
+#[cold]
+fn decode_carefully(datagram: &[u8], binding: u16) -> Event<'_> {
+    let needed = message_len(datagram);
     let key = || PacketKey::peek(datagram).map(|key| key.with_binding(binding));
-    let Some(message) = datagram.get(..len) else {
+    let Some(message) = datagram.get(..needed) else {
         return Event::BufferTooSmall {
             key: key(),
-            needed: len,
+            needed,
             had: datagram.len(),
         };
     };

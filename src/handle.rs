@@ -94,9 +94,10 @@ impl<'cb> Callbacks<'cb> {
 
     /// Drops the callbacks of queues that have ended
     fn remove_ended(&self, endings: usize) {
-        if self.endings.swap(endings, Relaxed) == endings {
+        if self.endings.load(Relaxed) == endings {
             return;
         }
+        self.endings.store(endings, Relaxed);
         let mut ended = Vec::new(); // dropped after unlocking: its captures may use the handle
         lock(&self.entries).retain(|_, entry| {
             let has_ended = entry.binding.has_ended();
@@ -292,9 +293,11 @@ impl<'cb> Handle<'cb> {
             let mut has_stash = datagram.is_empty();
             while let Some((message, behind)) = split_message(rest) {
                 match engine.take_in(message, message.len() == datagram.len()) {
-                    Some(kind) => decode(message, kind)
-                        .into_iter()
-                        .for_each(|event| turn.dispatch(event)),
+                    Some(kind) => {
+                        if let Some(event) = decode(message, kind) {
+                            turn.dispatch(event);
+                        }
+                    }
                     None => has_stash = true,
                 }
                 rest = behind;
@@ -487,14 +490,17 @@ struct Turn<'t, 'cb> {
 pub(crate) const MAX_DELAY: Duration = Duration::from_millis(1);
 
 impl Turn<'_, '_> {
+    #[inline]
     fn dispatch(&mut self, event: Event<'_>) {
-        match event {
+        match &event {
             Event::Packet(packet) => self.call_back(packet),
-            event => self.pass_on(event),
+            _ => self.pass_on(event),
         }
     }
 
-    fn call_back(&mut self, packet: Packet<'_>) {
+    // Not inline, so that `dispatch` is: then the event is not copied.
+    #[inline(never)]
+    fn call_back(&mut self, packet: &Packet<'_>) {
         let key = packet.key();
         let last = self.last.take();
         let entry = last
@@ -503,7 +509,7 @@ impl Turn<'_, '_> {
         let engine = &self.handle.socket.engine;
         let entry = match entry {
             Some(entry) if !entry.binding.has_ended() => entry,
-            None if engine.is_bound(key) => return self.pass_on(Event::Packet(packet)),
+            None if engine.is_bound(key) => return self.pass_on(Event::Packet(*packet)),
             // An earlier callback, or another thread, has ended the queue.
             _ => return engine.count(|stats| stats.after_unbind += 1),
         };
@@ -576,7 +582,7 @@ impl Turn<'_, '_> {
         }
     }
 
-    fn end(mut self) -> Result<usize> {
+    fn end(&mut self) -> Result<usize> {
         if !self.verdicts.is_empty() {
             self.send();
         }

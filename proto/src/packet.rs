@@ -114,36 +114,30 @@ impl PacketKey {
     #[must_use]
     #[inline]
     pub fn peek(message: &[u8]) -> Option<Self> {
-        let (header, attrs) = message.split_first_chunk::<ATTRS_OFFSET>()?;
-        if NativeEndian::read_u16(&header[4..]) != message_type(NFQNL_MSG_PACKET) {
+        const ID_END: usize = ATTRS_OFFSET + ATTR_HEADER_LEN + 4;
+        let start = message.first_chunk::<ID_END>()?;
+        if NativeEndian::read_u16(&start[4..]) != message_type(NFQNL_MSG_PACKET) {
             return None;
         }
-        Some(Self::new(
-            BigEndian::read_u16(&header[18..]),
-            peek_id(attrs)?,
-        ))
+        // The kernel writes the packet header first.
+        let len = usize::from(NativeEndian::read_u16(&start[ATTRS_OFFSET..]));
+        let is_first = NativeEndian::read_u16(&start[ATTRS_OFFSET + 2..]) == NFQA_PACKET_HDR;
+        let id = match is_first && len >= 8 && len <= message.len() - ATTRS_OFFSET {
+            true => BigEndian::read_u32(&start[ID_END - 4..]),
+            false => find_id(message)?,
+        };
+        Some(Self::new(BigEndian::read_u16(&start[18..]), id))
     }
 }
 
-/// Finds the packet's id in its attributes
-#[inline]
-fn peek_id(attrs: &[u8]) -> Option<u32> {
-    // The kernel writes the packet header first.
-    let first = attrs.first_chunk::<8>()?;
-    let (len, kind) = (
-        NativeEndian::read_u16(first),
-        NativeEndian::read_u16(&first[2..]),
-    );
-    if len >= 8 && usize::from(len) <= attrs.len() && kind == NFQA_PACKET_HDR {
-        return Some(BigEndian::read_u32(&first[4..]));
-    }
-    let header = Attrs::new(attrs)
+/// Finds the packet's id anywhere in the attributes
+#[cold]
+fn find_id(message: &[u8]) -> Option<u32> {
+    let header = Attrs::new(message.get(ATTRS_OFFSET..)?)
         .map_while(Result::ok)
         .find(|a| a.kind == NFQA_PACKET_HDR)?;
-    header
-        .value
-        .first_chunk::<4>()
-        .map(|id| BigEndian::read_u32(id))
+    let id = header.value.first_chunk::<4>();
+    id.map(|id| BigEndian::read_u32(id))
 }
 
 /// A packet that the kernel holds until it receives a verdict (`NFQNL_MSG_PACKET`)
@@ -187,8 +181,9 @@ impl<'a> Packet<'a> {
     }
 
     /// A view without attributes, which [`index`](Self::index) completes
+    #[doc(hidden)]
     #[inline]
-    pub(crate) const fn unindexed(message: &'a [u8]) -> Self {
+    pub const fn unindexed(message: &'a [u8]) -> Self {
         Self {
             message,
             at: [0; NFQA_MAX as usize + 1],
@@ -200,8 +195,9 @@ impl<'a> Packet<'a> {
     /// tag
     ///
     /// The caller must then call [`parse_carefully`](Self::parse_carefully) instead.
+    #[doc(hidden)]
     #[inline]
-    pub(crate) fn index(&mut self) -> bool {
+    pub fn index(&mut self) -> bool {
         let Some(header) = self.message.first_chunk::<ATTRS_OFFSET>() else {
             return false;
         };
