@@ -96,7 +96,8 @@ pub(crate) struct Engine {
     bindings: RwLock<Bindings>,
     pub(crate) wake: Arc<Wake>,
     /// Batches for verdicts without a caller's batch, kept for their memory
-    spare: Mutex<Vec<SendBatch>>,
+    #[expect(clippy::vec_box, reason = "each `handle_packet` moves one out and in")]
+    spare: Mutex<Vec<Box<SendBatch>>>,
 }
 
 #[derive(Debug, Default)]
@@ -253,12 +254,12 @@ impl Engine {
     }
 
     /// Returns a batch with memory from earlier use; it may hold unsent verdicts
-    pub(crate) fn take_spare(&self) -> SendBatch {
+    pub(crate) fn take_spare(&self) -> Box<SendBatch> {
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
         spare.pop().unwrap_or_default()
     }
 
-    pub(crate) fn put_spare(&self, batch: SendBatch) {
+    pub(crate) fn put_spare(&self, batch: Box<SendBatch>) {
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
         spare.push(batch);
     }

@@ -18,6 +18,8 @@
 use std::error::Error;
 use std::hint::black_box;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::UdpSocket;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
@@ -45,12 +47,15 @@ const TWICE: &str = "loop that decides twice";
 const CONNTRACK: &str = "loop with conntrack";
 /// The same as the loop, with callbacks
 const CALLBACK: &str = "run_once";
+/// The same with the program's own receive calls
+const HANDLE: &str = "handle_packet";
 /// Limits per packet: parse, read and accept; parse a packet with a conntrack entry and read its
-/// mark and state; receive and send too in a loop; the same with callbacks
+/// mark and state; receive and send too in a loop; the same with callbacks; with callbacks and one
+/// receive call and one send per packet
 ///
 /// `run_once` reads the clock after each callback, so that a decided packet waits for at most a
 /// millisecond.
-const LIMITS: [f64; 4] = [300.0, 400.0, 460.0, 660.0];
+const LIMITS: [f64; 5] = [300.0, 400.0, 460.0, 660.0, 1520.0];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args()
@@ -105,7 +110,7 @@ fn peer(style: &str) -> Result<()> {
     let handle = Handle::new(Socket::open()?);
     let socket = handle.socket();
     let config = QueueConfig::new().copy_mode(CopyMode::Packet, u32::MAX);
-    let _queue = if style == CALLBACK {
+    let _queue = if [CALLBACK, HANDLE].contains(&style) {
         handle.create_queue_with(QUEUE, &config, |data| {
             common_getters(data.packet());
             data.set_verdict(Verdict::Accept, None);
@@ -115,6 +120,9 @@ fn peer(style: &str) -> Result<()> {
     };
     let mut batch = RecvBatch::default();
     let (mut verdicts, mut unsent) = (SendBatch::new(), SendBatch::new());
+    // For its `recv`
+    let own = UdpSocket::from(handle.as_fd().try_clone_to_owned()?);
+    let mut buf = vec![0; RecvBatch::DEFAULT_SLOT_LEN];
     println!("ready");
     let tracked = tracked_packet();
     let mut input = std::io::stdin().lock();
@@ -123,6 +131,11 @@ fn peer(style: &str) -> Result<()> {
         while handled < PACKETS {
             if style == CALLBACK {
                 handled += handle.run_once(&mut batch)?;
+                continue;
+            }
+            if style == HANDLE {
+                let len = own.recv(&mut buf)?;
+                handled += handle.handle_packet(buf.get(..len).unwrap_or_default())?;
                 continue;
             }
             for event in socket.recv(&mut batch)? {
@@ -162,7 +175,7 @@ fn count(profile: Option<&Path>) -> Result<()> {
         Ok((many - few) / ((MANY_ROUNDS - FEW_ROUNDS) * PACKETS) as f64)
     };
     let (of_loop, of_twice, of_callback) = (each(LOOP)?, each(TWICE)?, each(CALLBACK)?);
-    let of_conntrack = each(CONNTRACK)?;
+    let (of_conntrack, of_handle) = (each(CONNTRACK)?, each(HANDLE)?);
     let counted = [
         (
             "to parse a packet, read it and accept it",
@@ -174,6 +187,7 @@ fn count(profile: Option<&Path>) -> Result<()> {
         ),
         ("to receive and send too, in a loop", of_loop),
         ("the same by run_once", of_callback),
+        ("the same by handle_packet", of_handle),
     ];
     let mut is_too_much = false;
     for ((what, count), limit) in counted.into_iter().zip(LIMITS) {

@@ -325,6 +325,7 @@ impl Engine {
         stretch.kind
     }
 
+    #[inline]
     fn record_packets(&self, state: &mut State, stretch: Stretch) {
         let n = u64::from(stretch.last.wrapping_sub(stretch.first.id())) + 1;
         state.stats.packets += n;

@@ -155,6 +155,7 @@ impl Engine {
 
     /// Counts messages that the kernel may have refused; reads once the refusals could fill a
     /// quarter of the receive buffer
+    #[inline]
     fn note_sent(&self, messages: u32) -> Result<()> {
         let unread = self
             .unread

@@ -108,7 +108,9 @@ impl Wake {
     /// Records that no acknowledgement will come
     #[inline]
     pub(super) fn clear_outstanding(&self) {
-        self.is_outstanding.store(false, SeqCst);
+        if self.is_outstanding() {
+            self.is_outstanding.store(false, SeqCst);
+        }
     }
 
     /// Returns the newer one of `seen` and the count at the last [`Waker::wake_all`]
