@@ -15,6 +15,8 @@
 #include <linux/netlink.h>
 
 #define MAX_BATCH 64
+/* Enough for the bench's packets, and small, so that 64 of them are on few pages */
+#define SLOT_LEN (2 * 1024 + 64)
 
 struct attr_u32 {
 	struct nlattr head;
@@ -39,6 +41,7 @@ struct packet {
 static int fd, batch, is_in_runs;
 static struct mmsghdr slots[MAX_BATCH];
 static struct iovec slot_memory[MAX_BATCH];
+static char memory[MAX_BATCH * SLOT_LEN] __attribute__((aligned(4096)));
 static char out[MAX_BATCH * sizeof(struct verdict)];
 static size_t out_len;
 
@@ -157,7 +160,7 @@ int main(int argc, char **argv)
 	if (fd < 0 || bind(fd, (void *)&kernel, sizeof kernel) < 0 || connect(fd, (void *)&kernel, sizeof kernel) < 0)
 		fail("netlink socket");
 	for (int i = 0; i < batch; i++) {
-		slot_memory[i] = (struct iovec){malloc(PACKET_ROOM), PACKET_ROOM};
+		slot_memory[i] = (struct iovec){memory + i * SLOT_LEN, SLOT_LEN};
 		slots[i].msg_hdr = (struct msghdr){.msg_iov = &slot_memory[i], .msg_iovlen = 1};
 	}
 	set_recv_buffer(fd);

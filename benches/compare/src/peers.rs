@@ -195,7 +195,10 @@ fn batch_loop(
     let (mut batch, mut verdicts) = (RecvBatch::default(), SendBatch::new());
     let bytes = Cell::new(0);
     serve(|| {
-        for packet in socket.recv(&mut batch)?.filter_map(Event::packet) {
+        for event in socket.recv(&mut batch)? {
+            let Event::Packet(packet) = event else {
+                continue;
+            };
             bytes.set(bytes.get() + packet.payload().len() as u64);
             match kind.decide(packet.id()) {
                 (verdict, None) => verdicts.push(packet.key(), verdict)?,
