@@ -196,13 +196,17 @@ fn batch_loop(
     let bytes = Cell::new(0);
     serve(|| {
         for event in socket.recv(&mut batch)? {
-            let Event::Packet(packet) = event else {
-                continue;
-            };
-            bytes.set(bytes.get() + packet.payload().len() as u64);
-            match kind.decide(packet.id()) {
-                (verdict, None) => verdicts.push(packet.key(), verdict)?,
-                (verdict, Some(mark)) => verdicts.push(packet.key(), verdict.with_mark(mark))?,
+            match event {
+                Event::Packet(packet) => {
+                    bytes.set(bytes.get() + packet.payload().len() as u64);
+                    match kind.decide(packet.id()) {
+                        (verdict, None) => verdicts.push(packet.key(), verdict)?,
+                        (verdict, Some(mark)) => {
+                            verdicts.push(packet.key(), verdict.with_mark(mark))?;
+                        }
+                    }
+                }
+                other => eprintln!("{other}"),
             }
         }
         let packets = verdicts.len();
