@@ -65,9 +65,9 @@ pub(crate) struct Slots {
 /// The places of the slots in the arena
 ///
 /// A slot has two parts. A datagram that fits its head stays there. All heads lie together, so
-/// small datagrams are on few pages, which saves memory and time (docs/performance.md). The rest of
-/// a longer datagram goes to the slot's tail, and the head is then copied to the free place in front
-/// of the tail.
+/// small datagrams are on few pages: this saves memory and time (docs/performance.md). The rest of
+/// a longer datagram goes to the slot's tail. The head is then copied to the free place in front of
+/// the tail.
 #[derive(Clone, Copy)]
 struct Layout {
     slots: usize,
