@@ -77,6 +77,9 @@ pub(crate) fn send_in_signal_handler(fd: RawFd, message: &[u8]) -> bool {
     }
 }
 
+/// Shorter than most packets of the targets
+pub(crate) const HEAD_LEN: usize = 68;
+
 pub(crate) fn recv_many<'s>(
     fd: BorrowedFd<'_>,
     block: Block,

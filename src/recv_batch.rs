@@ -113,14 +113,11 @@ impl RecvBatch {
         const MIN_LEN: usize = 64;
         /// No message is longer
         const MAX_LEN: usize = 256 * 1024;
-        /// Enough for a full Ethernet frame with its attributes. An odd number of cache lines, so
-        /// the heads do not begin in the same lines of a CPU's cache.
-        const HEAD_LEN: usize = 2 * 1024 + 64;
         let slots = slots.clamp(1, RECV_MAX);
         let slot_len = slot_len.clamp(MIN_LEN, MAX_LEN);
         let layout = Layout {
             slots,
-            head_len: HEAD_LEN.min(slot_len),
+            head_len: sys::HEAD_LEN.min(slot_len),
             slot_len,
         };
         Self {

@@ -43,6 +43,12 @@ pub(crate) fn send_in_signal_handler(fd: RawFd, message: &[u8]) -> bool {
 /// The maximum number of datagrams for one [`recv_many`]
 pub(crate) const RECV_MAX: usize = 64;
 
+/// The length of the first part of a slot: enough for a full Ethernet frame with its attributes
+///
+/// An odd number of cache lines, so the slots do not all begin in the same lines of a CPU's cache.
+#[cfg(not(nfqnl_fuzzing))]
+pub(crate) const HEAD_LEN: usize = 2 * 1024 + 64;
+
 /// The behaviour of a receive call if nothing is there
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Block {

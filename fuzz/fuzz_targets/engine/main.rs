@@ -509,7 +509,7 @@ impl Fuzz {
         let mut messages = Vec::new();
         for _ in 0..=byte >> 6 {
             let mut slot = vec![0; LONGEST - 64 * usize::from(byte >> 3 & 7)];
-            let (mut slots, mut len) = (std::iter::once(&mut slot[..]), [0]);
+            let (mut slots, mut len) = (std::iter::once([&mut slot[..], &mut []]), [0]);
             if self.world().receive(&mut slots, &mut len).is_err() {
                 break;
             }
