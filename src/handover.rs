@@ -87,16 +87,19 @@ pub enum Orphans {
     /// [`FAIL_OPEN`](ConfigFlags::FAIL_OPEN) it accepts them. The time that they have waited
     /// already is not known: a [`Pending`](crate::Pending) begins anew.
     Again,
-    /// All get this verdict; the kernel refuses [`Verdict::Stolen`]
-    Answer(PlainVerdict),
+    /// All are accepted
+    Accept,
+    /// All are dropped
+    Drop,
 }
 
 impl Orphans {
     const fn verdict(self, num: u16) -> PlainVerdict {
-        match self {
-            Self::Again => PlainVerdict::new(Verdict::Queue { num, bypass: false }),
-            Self::Answer(verdict) => verdict,
-        }
+        PlainVerdict::new(match self {
+            Self::Again => Verdict::Queue { num, bypass: false },
+            Self::Accept => Verdict::Accept,
+            Self::Drop => Verdict::Drop,
+        })
     }
 }
 

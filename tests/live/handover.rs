@@ -50,10 +50,7 @@ fn accept(socket: &Socket, n: usize) -> Vec<u32> {
 #[test]
 fn packets_in_hand_and_in_the_socket_go_over() {
     isolated(|| {
-        for orphans in [
-            Orphans::Again,
-            Orphans::Answer(nfqnl::PlainVerdict::new(Verdict::Accept)),
-        ] {
+        for orphans in [Orphans::Again, Orphans::Accept] {
             let lab = Lab::new();
             let socket = Socket::open().unwrap();
             let config = QueueConfig::new().enable(ConfigFlags::FAIL_OPEN);
@@ -374,8 +371,7 @@ fn orphans_can_be_dropped() {
         let _orphan = next_packet(&socket, &mut batch).key();
         lab.send_numbered(1..2);
         let (fd, handover) = socket.into_fd().unwrap();
-        let drop = Orphans::Answer(nfqnl::PlainVerdict::new(Verdict::Drop));
-        let (socket, queue) = adopted(fd, Some(&handover), drop);
+        let (socket, queue) = adopted(fd, Some(&handover), Orphans::Drop);
         assert_eq!(accept(&socket, 1), [1]);
         lab.expect_numbered(1..2);
         assert!(lab.v4.is_silent());
@@ -606,10 +602,7 @@ fn other_threads_read_nothing_after_a_handover() {
 #[test]
 fn orphans_of_a_crash_pass_by_in_a_drain() {
     isolated(|| {
-        for orphans in [
-            Orphans::Again,
-            Orphans::Answer(nfqnl::PlainVerdict::new(Verdict::Accept)),
-        ] {
+        for orphans in [Orphans::Again, Orphans::Accept] {
             let lab = Lab::new();
             let socket = Socket::open().unwrap();
             let _queue = socket.bind(QUEUE).unwrap();
