@@ -48,7 +48,7 @@ impl<'a> QueueData<'a> {
         }
     }
 
-    /// Returns the packet with all its attributes
+    /// Returns the packet with all its attributes; [`OwnedPacket`](crate::OwnedPacket) keeps a copy
     #[must_use]
     pub const fn packet(&self) -> &'a Packet<'a> {
         self.packet

@@ -126,8 +126,9 @@ pub enum Error {
     },
     /// A message was longer than its receive buffer
     ///
-    /// The packet still waits in the kernel, and its key can answer it. Receive into a buffer of
-    /// at least `needed` bytes.
+    /// The packet still waits in the kernel, and its key can answer it. Use a larger buffer for
+    /// later packets. A call for several packets returns only the first such error:
+    /// [`Handle::on_event`](crate::Handle::on_event) gets all.
     #[error("receive: {}needs a buffer of {needed} bytes, had {had}", Of(*key))]
     #[non_exhaustive]
     BufferTooSmall {

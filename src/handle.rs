@@ -238,7 +238,26 @@ impl<'cb> Handle<'cb> {
     ///
     /// Without this callback [`Stats`](crate::Stats) counts these events. The last two kinds are
     /// also errors of the call that handles them; if there are several, it returns the first. The
-    /// callback must not call this method.
+    /// callback must not call this method. It answers packets with a
+    /// [`VerdictSender`](crate::VerdictSender):
+    ///
+    /// ```no_run
+    /// # fn main() -> nfqnl::Result<()> {
+    /// use nfqnl::{Event, Verdict};
+    ///
+    /// let handle = nfqnl::open()?;
+    /// let sender = handle.socket().verdict_sender();
+    /// handle.on_event(move |event| match event {
+    ///     Event::BufferTooSmall { key: Some(key), .. } => {
+    ///         if let Err(error) = sender.set_verdict(key, Verdict::Drop) {
+    ///             eprintln!("{error}");
+    ///         }
+    ///     }
+    ///     other => eprintln!("{other}"),
+    /// });
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn on_event(&self, callback: impl FnMut(Event<'_>) + Send + 'cb) {
         let before = lock(&self.callbacks.on_event).replace(Box::new(callback));
         drop(before);
@@ -261,6 +280,8 @@ impl<'cb> Handle<'cb> {
     }
 
     /// Calls back for each packet in the received bytes, and returns the number of packets
+    ///
+    /// The example `print_packets` uses it.
     ///
     /// The caller receives the bytes on the descriptor. A buffer of
     /// [`RecvBatch::DEFAULT_SLOT_LEN`] bytes takes any packet. The receive call may fail with

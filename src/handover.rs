@@ -162,6 +162,8 @@ impl SocketBuilder {
     /// are unbound. Without a handover, name all: the others stay bound, and no process answers
     /// their packets.
     ///
+    /// Keep each returned [`Queue`]: a dropped one is unbound.
+    ///
     /// With a handover the orphans get their verdict at once. A handover is good for one call:
     /// after a crash of this process the next one gets `None`. Without a handover the orphans wait
     /// for the next packet of their queue, because its id shows the older packets. A sender that
@@ -175,7 +177,9 @@ impl SocketBuilder {
     /// [`NoCapability`](crate::ErrorKind::NoCapability) if this socket has not bound a queue, with
     /// [`AlreadyBound`](crate::ErrorKind::AlreadyBound) if `queues` names one twice.
     /// [`Error::NotNetfilter`]; [`Error::NoAck`]; [`Error::Io`]. The descriptor is closed then: if
-    /// it was the last copy, the kernel unbinds the queues.
+    /// it was the last copy, the kernel unbinds the queues. Otherwise adopt a copy again, with
+    /// `None` and [`Orphans::Again`]: the failed call may have read packets, which are orphans now,
+    /// and answered earlier orphans.
     pub fn adopt(
         self,
         fd: OwnedFd,

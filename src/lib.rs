@@ -48,7 +48,7 @@
 //! ```sh
 //! nft add table inet filter
 //! nft add chain inet filter in '{ type filter hook input priority 0; }'
-//! nft add rule inet filter in tcp dport 80 queue num 1 bypass
+//! nft add rule inet filter in tcp dport 80 queue flags bypass to 1
 //! # or
 //! iptables -A INPUT -p tcp --dport 80 -j NFQUEUE --queue-num 1 --queue-bypass
 //! ```

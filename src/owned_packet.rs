@@ -36,6 +36,12 @@ impl OwnedPacket {
     }
 }
 
+impl From<&Packet<'_>> for OwnedPacket {
+    fn from(packet: &Packet<'_>) -> Self {
+        Self::new(packet)
+    }
+}
+
 impl From<Packet<'_>> for OwnedPacket {
     fn from(packet: Packet<'_>) -> Self {
         Self::new(&packet)

@@ -475,6 +475,8 @@ impl Socket {
     ///
     /// New packets overtake the waiting ones. After the unbind, a rule with `bypass` lets packets
     /// pass; without it the kernel drops them. To stop several queues, call it for each in turn.
+    /// Soon after an adoption without a handover, orphans may not be handed out: see
+    /// [`Queue::pass_by`].
     ///
     /// ```no_run
     /// # use std::time::Duration;
