@@ -115,7 +115,7 @@ pub(crate) fn decode(datagram: &[u8], kind: Kind) -> Option<Event<'_>> {
     }
 }
 
-/// Returns the length that the first message names
+/// Returns the length in the header of the first message
 #[inline]
 fn message_len(datagram: &[u8]) -> usize {
     let len = datagram.first_chunk().map(|len| u32::from_ne_bytes(*len));

@@ -519,7 +519,7 @@ impl Turn<'_, '_> {
         }
     }
 
-    // Not inline, so that `dispatch` is: then the event is not copied.
+    // Not inline. So `dispatch` is inline, and copies no event.
     #[inline(never)]
     fn call_back(&mut self, packet: &Packet<'_>) {
         let key = packet.key();

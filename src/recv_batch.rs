@@ -64,7 +64,7 @@ pub(crate) struct Slots {
 
 /// The places of the slots in the arena
 ///
-/// A slot has two parts. A datagram that fits its head stays there. All heads lie together, so
+/// A slot has two parts. A datagram no longer than its head stays there. All heads lie together, so
 /// small datagrams are on few pages: this saves memory and time (docs/performance.md). The rest of
 /// a longer datagram goes to the slot's tail. The head is then copied to the free place in front of
 /// the tail.
@@ -337,7 +337,7 @@ impl Layout {
         self.slots * (self.head_len + self.slot_len)
     }
 
-    /// Returns the start of a datagram that is longer than its head
+    /// Returns the start of a datagram longer than its head
     const fn whole(self, index: usize) -> usize {
         self.slots * self.head_len + index * self.slot_len
     }
