@@ -134,7 +134,7 @@ fn decode_carefully(datagram: &[u8], binding: u16) -> Event<'_> {
             had: datagram.len(),
         };
     };
-    match Packet::parse(message) {
+    match Packet::parse_carefully(message) {
         Ok(packet) => Event::Packet(packet.with_binding(binding)),
         Err(error) => Event::Malformed { key: key(), error },
     }

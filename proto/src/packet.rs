@@ -233,8 +233,9 @@ impl<'a> Packet<'a> {
     }
 
     /// Does the same as [`parse`](Self::parse) for any message, and finds the error
+    #[doc(hidden)]
     #[cold]
-    pub(crate) fn parse_carefully(message: &'a [u8]) -> Result<Self, DecodeError> {
+    pub fn parse_carefully(message: &'a [u8]) -> Result<Self, DecodeError> {
         let short = |what, offset, needed| DecodeError::Short {
             what,
             offset,
