@@ -122,7 +122,7 @@ fn message_len(datagram: &[u8]) -> usize {
     len.and_then(|len| usize::try_from(len).ok()).unwrap_or(0)
 }
 
-/// Does the same for any datagram of a packet, and finds the error
+/// Does the same as [`decode`] for any datagram of a packet, and finds the error
 #[cold]
 fn decode_carefully(datagram: &[u8], binding: u16) -> Event<'_> {
     let needed = message_len(datagram);

@@ -94,6 +94,7 @@ impl<'cb> Callbacks<'cb> {
 
     /// Drops the callbacks of queues that have ended
     fn remove_ended(&self, endings: usize) {
+        // Two threads may both go on from here; the second one finds nothing.
         if self.endings.load(Relaxed) == endings {
             return;
         }

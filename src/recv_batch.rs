@@ -44,6 +44,8 @@ pub struct RecvBatch {
 pub(crate) struct Slots {
     arena: Arena,
     layout: Layout,
+    /// The last call received a datagram longer than a head
+    was_long: bool,
     /// The start of the datagram in each slot
     starts: Box<[usize]>,
     /// The length of the datagram in each slot
@@ -62,15 +64,17 @@ pub(crate) struct Slots {
     pace: Pace,
 }
 
-/// The places of the slots in the arena
+/// The places of the slots in the arena: all heads first, then the whole slots
 ///
-/// A slot has two parts. A datagram no longer than its head stays there. All heads lie together, so
-/// small datagrams are on few pages: this saves memory and time (docs/performance.md). The rest of
-/// a longer datagram goes to the slot's tail. The head is then copied to the free place in front of
-/// the tail.
+/// A receive call for many datagrams writes the first part of each to a head, and the rest to its
+/// place in the whole slot. Small datagrams stay in their heads, which are on few pages: this saves
+/// memory and time (docs/performance.md). The head of a longer datagram is copied to the start of
+/// its slot. The call after such a datagram writes to the whole slots only, which saves the copies
+/// if more long datagrams follow.
 #[derive(Clone, Copy)]
 struct Layout {
     slots: usize,
+    /// 0 if the slots are not longer than a head
     head_len: usize,
     slot_len: usize,
 }
@@ -117,13 +121,18 @@ impl RecvBatch {
         let slot_len = slot_len.clamp(MIN_LEN, MAX_LEN);
         let layout = Layout {
             slots,
-            head_len: sys::HEAD_LEN.min(slot_len),
+            head_len: if slot_len > sys::HEAD_LEN {
+                sys::HEAD_LEN
+            } else {
+                0
+            },
             slot_len,
         };
         Self {
             slots: Slots {
                 arena: Arena::new(layout.len()),
                 layout,
+                was_long: false,
                 starts: vec![0; slots].into_boxed_slice(),
                 lens: vec![0; slots].into_boxed_slice(),
                 kinds: vec![Kind::Nothing; slots].into_boxed_slice(),
@@ -260,27 +269,37 @@ impl Slots {
         self.filled = 0;
         let layout = self.layout;
         if block == Block::ForFirst && self.pace.wants_one() {
-            let whole = layout.whole(0);
-            let slot = self.arena.get_mut(whole..whole + layout.slot_len);
+            let slot = layout.wholes(&mut self.arena).next();
             if let (Some(slot), [start, ..], [len, ..]) = (slot, &mut *self.starts, &mut *self.lens)
             {
                 self.asked = 1;
                 *len = sys::recv_one(fd, block, slot)?;
-                *start = whole;
+                *start = layout.whole(0);
                 self.filled = 1;
                 return Ok(1);
             }
         }
         self.asked = layout.slots;
-        let slots = layout.split(&mut self.arena);
-        self.filled = sys::recv_many(fd, block, slots, &mut self.lens)?;
-        let filled = self.starts.iter_mut().zip(&self.lens).take(self.filled);
-        for (index, (start, &len)) in filled.enumerate() {
-            let head = index * layout.head_len;
-            *start = head;
-            if len > layout.head_len {
+        let (arena, lens) = (&mut self.arena, &mut self.lens);
+        if layout.head_len == 0 || self.was_long {
+            let slots = layout.wholes(arena).map(|slot| [slot, &mut []]);
+            self.filled = sys::recv_many(fd, block, slots, lens)?;
+            for (index, start) in self.starts.iter_mut().enumerate().take(self.filled) {
                 *start = layout.whole(index);
-                self.arena.copy_within(head..head + layout.head_len, *start);
+            }
+            let mut lens = lens.iter().take(self.filled);
+            self.was_long = lens.any(|&len| len > layout.head_len);
+        } else {
+            self.filled = sys::recv_many(fd, block, layout.parts(arena), lens)?;
+            let filled = self.starts.iter_mut().zip(lens).take(self.filled);
+            for (index, (start, len)) in filled.enumerate() {
+                let head = index * layout.head_len;
+                *start = head;
+                if *len > layout.head_len {
+                    *start = layout.whole(index);
+                    arena.copy_within(head..head + layout.head_len, *start);
+                    self.was_long = true;
+                }
             }
         }
         if block == Block::ForFirst {
@@ -325,9 +344,8 @@ impl Slots {
     #[inline]
     fn event(&self, index: usize) -> Option<Event<'_>> {
         let kind = *self.kinds.get(index)?;
-        let start = *self.starts.get(index)?;
-        let end = start.checked_add(*self.lens.get(index)?)?;
-        decode(self.arena.get(start..end)?, kind)
+        let (start, len) = (*self.starts.get(index)?, *self.lens.get(index)?);
+        decode(self.arena.get(start..start + len)?, kind)
     }
 }
 
@@ -337,14 +355,19 @@ impl Layout {
         self.slots * (self.head_len + self.slot_len)
     }
 
-    /// Returns the start of a datagram longer than its head
+    /// Returns the start of a whole slot
     const fn whole(self, index: usize) -> usize {
         self.slots * self.head_len + index * self.slot_len
     }
 
-    /// Returns head and tail of each slot
-    fn split(self, arena: &mut [u8]) -> impl Iterator<Item = [&mut [u8]; 2]> {
-        let (heads, wholes) = arena.split_at_mut(self.slots * self.head_len);
+    fn wholes(self, arena: &mut [u8]) -> impl Iterator<Item = &mut [u8]> {
+        let wholes = arena.get_mut(self.whole(0)..).unwrap_or_default();
+        wholes.chunks_exact_mut(self.slot_len)
+    }
+
+    /// Returns both parts of each slot
+    fn parts(self, arena: &mut [u8]) -> impl Iterator<Item = [&mut [u8]; 2]> {
+        let (heads, wholes) = arena.split_at_mut(self.whole(0));
         let heads = heads.chunks_exact_mut(self.head_len);
         let wholes = wholes.chunks_exact_mut(self.slot_len);
         heads
@@ -428,7 +451,7 @@ mod tests {
         let (here, there) = UnixDatagram::pair().unwrap();
         let mut batch = RecvBatch::new(16, 8000);
         let slots = &mut batch.slots;
-        let head = slots.layout.head_len;
+        let head = sys::HEAD_LEN;
         let lens = [1, head, head + 1, 8000, 30, head - 1, 7999, 5, 4000];
         let sent: Vec<_> = (0..).zip(lens).map(|(i, len)| datagram(i, len)).collect();
         let mut receive = |sent: &[Vec<u8>]| {

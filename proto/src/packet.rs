@@ -194,7 +194,7 @@ impl<'a> Packet<'a> {
     /// Records the offsets of the attributes; returns false if the message is broken or has a VLAN
     /// tag
     ///
-    /// The caller must then call [`parse_carefully`](Self::parse_carefully) instead.
+    /// The caller must then use [`parse_carefully`](Self::parse_carefully) instead.
     #[doc(hidden)]
     #[inline]
     pub fn index(&mut self) -> bool {

@@ -108,6 +108,7 @@ impl Wake {
     /// Records that no acknowledgement will come
     #[inline]
     pub(super) fn clear_outstanding(&self) {
+        // Each packet may lead here, and a store costs much more than a load.
         if self.is_outstanding() {
             self.is_outstanding.store(false, SeqCst);
         }
